@@ -33,7 +33,7 @@ WORDS_A_SENTENCE = 17
 
 @dataclass(frozen=True)
 class Lengths:
-    """Distribution of the lengths of conversations, in words; 4 words are about 5 tokens."""
+    """Distribution of conversation lengths in words, of about 5 tokens per 4 words."""
 
     median: float
     sigma: float
@@ -52,7 +52,7 @@ SHORT_CHAT = Lengths(median=30, sigma=0.5, longest=200)
 
 
 def conversations(seed: int, lengths: Lengths) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Rows of format chat without end: a question and its answer; the same seed gives the same rows."""
+    """Yield endless chat rows of a question and its answer, the same for one seed."""
     random = Random(seed)
     while True:
         yield _conversation(random, lengths.draw(random))

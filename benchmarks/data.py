@@ -27,7 +27,7 @@ SECONDS_BETWEEN_SAMPLES = 0.2
 
 @dataclass(frozen=True)
 class Sample:
-    """Memory of a process and its descendants at one time, summed. Pages that they share count once for each."""
+    """Summed memory of a process and its descendants, shared pages once for each."""
 
     seconds: float
     """Since the start."""
@@ -93,7 +93,10 @@ def _figures(watched: Watched, dataset: dict[str, Any], cores: int) -> dict[str,
 
 
 def watch(command: list[str], output: Any) -> Watched:
-    """Run a command and sample it and its descendants until it ends. Raises CalledProcessError if it fails."""
+    """Run a command and sample it and its descendants until it ends.
+
+    Raises CalledProcessError if it fails.
+    """
     started, samples, before = time.monotonic(), list[Sample](), os.times()
     with subprocess.Popen(command, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=output) as process:
         while process.poll() is None:

@@ -61,7 +61,7 @@ class Pair:
 
 @dataclass
 class Alternation:
-    """Listens to the training loop and has bare passes over a step's batches made after it and before it in turn."""
+    """Runs bare passes over a step's batches, in turn before and after the step."""
 
     share: Callable[..., list[tuple[Any, bool]]]
     """The loop's function that reads the batches of its next step."""
@@ -78,7 +78,7 @@ class Alternation:
     """Time inside of the step that does not belong to it."""
 
     def read(self, run: Any, *arguments: Any) -> list[tuple[Any, bool]]:
-        """Replaces the loop's reading and keeps its batches. In every other step the bare passes come here."""
+        """Replace the loop's reading, keep its batches, and alternate with bare passes."""
         shared = self.share(run, *arguments)
         self._run, self._batches = run, [batch for batch, _ in shared]
         if self._began is not None and len(self.pairs) % 2:
@@ -105,7 +105,7 @@ class Alternation:
 
 
 def bare_passes(run: Any, batches: list[Any]) -> Span:
-    """Forward and backward passes, as the loop computes them, and nothing else; they leave no gradient behind."""
+    """Run only the loop's forward and backward passes, and leave no gradient behind."""
     import torch
 
     from qlora_trainer.model.losses.loss import batch_loss
@@ -124,7 +124,10 @@ def bare_passes(run: Any, batches: list[Any]) -> Span:
 
 @contextmanager
 def alternating() -> Iterator[Alternation]:
-    """Listen to the training loop that runs in the body. PyTorch must not be loaded before its settings are made."""
+    """Listen to the training loop that runs in the body.
+
+    PyTorch must not be loaded before its settings are made.
+    """
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     from qlora_trainer.training import loop
@@ -144,7 +147,7 @@ def alternating() -> Iterator[Alternation]:
 
 @dataclass(frozen=True)
 class Overhead:
-    """By how much the loop's steps exceed the bare passes, as a share of these: quartiles over the pairs."""
+    """Quartiles of the loop's overhead over the bare passes, as a share of these."""
 
     lower_quartile: float
     median: float
@@ -152,7 +155,7 @@ class Overhead:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> "Overhead":
-        """The overhead of at least two pairs whose steps take `ratios` times as long as their bare passes."""
+        """Return the overhead by `ratios` of steps to bare passes, from two pairs on."""
         return cls(*(ratio - 1 for ratio in quantiles(ratios, n=4, method="inclusive")))
 
 

@@ -74,12 +74,12 @@ def describe_machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
 
 
 def describe_environment() -> dict[str, str | None]:
-    """The variables of this process that decide threads and memory allocation; None where one is not set."""
+    """Return the variables that decide threads and memory allocation, None if unset."""
     return {name: os.environ.get(name) for name in VARIABLES}
 
 
 def describe_checkout(root: Path) -> tuple[str | None, bool | None]:
-    """The commit of the git checkout at `root`, and whether tracked files differ from it; None twice if it is none."""
+    """Return the commit at `root` and whether tracked files differ, or None twice."""
     found = _git(root, "rev-parse", "--show-toplevel", "HEAD")
     top, commit = found.splitlines() if found else ("", None)
     # Otherwise the code is a copy inside of another project's checkout.

@@ -12,12 +12,12 @@ def resident_bytes(process: int | str = "self") -> int:
 
 
 def anonymous_bytes(process: int | str = "self") -> int:
-    """The part of it that is no file's content: the kernel cannot drop it and read it again."""
+    """Return the bytes that belong to no file, so that the kernel cannot drop them."""
     return _status(process, "RssAnon")
 
 
 def shared_bytes(process: int | str = "self") -> int:
-    """The part of it that is in shared memory or on a file system in memory; it cannot be dropped either."""
+    """Return bytes of shared memory and memory file systems, which cannot be dropped."""
     return _status(process, "RssShmem")
 
 
@@ -35,7 +35,7 @@ def forget_peak() -> None:
 
 
 def release_freed() -> None:
-    """Return freed memory from this process's allocator (tcmalloc or glibc's) to the kernel."""
+    """Return freed memory from the allocator (tcmalloc or glibc's) to the kernel."""
     loaded = ctypes.CDLL(None)
     if hasattr(loaded, "MallocExtension_ReleaseFreeMemory"):
         loaded.MallocExtension_ReleaseFreeMemory()

@@ -81,7 +81,7 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def speedup(turns: Mapping[str, Any]) -> float:
-    """How many times as many tokens per second are trained on together: median over the turns, each with both ways."""
+    """Return the median speedup in tokens per second of training together."""
     return median(alone / both for both, alone in zip(turns["together"], turns["one_by_one"], strict=True))
 
 
@@ -171,7 +171,7 @@ class _Adapters:
             self._apply(name)
 
     def one_by_one(self) -> None:
-        """A step of each, which does not change the active adapter: a job alone has only one."""
+        """Time a step of each without a change of the active adapter, as in a job alone."""
         for name, batch in self.batches.items():
             self._pass({name: batch})
             self._apply(name)
@@ -227,7 +227,7 @@ _MEASURES: dict[str, Callable[[int, int, int], Any]] = {"turns": measure_turns, 
 
 
 def _in_a_process(measure: str, number: int, tokens: int, steps: int) -> dict[str, Any]:
-    """The result of a measure in a process of its own, which has the allocator that pods have."""
+    """Return the result of a measure in another process with the allocator of pods."""
     command = [sys.executable, "-m", "benchmarks.together", "--worker", measure, str(number), str(tokens), str(steps)]
     environment = {**os.environ, **preloaded_allocator(os.environ), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)

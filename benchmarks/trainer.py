@@ -24,7 +24,7 @@ JOB_UID = "7d0c2f5e-0000-4000-8000-000000000003"
 def prepare_command(
     folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], dataset: dict[str, Any] | None = None
 ) -> list[str]:
-    """The command line that lays `folder`/train.jsonl out in `folder`/workspace; other settings have their defaults."""
+    """Return the command that prepares `folder`/train.jsonl with default settings."""
     (folder / JOB).write_text(
         json.dumps(
             {
@@ -48,14 +48,17 @@ def prepare_command(
 def prepared_context(
     folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], dataset: dict[str, Any] | None = None
 ) -> StepContext:
-    """The train step's context after prepare has run. Raises CalledProcessError if it fails; see its record."""
+    """Run prepare, and return the context of train.
+
+    Raises CalledProcessError if it fails; see its record.
+    """
     command = prepare_command(folder, model, training, lora, dataset)
     subprocess.run(command, check=True, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=sys.stderr)
     return context_of(folder, model)
 
 
 def context_of(folder: Path, model: Path) -> StepContext:
-    """The train step's context in a folder where prepare has run. Sets the environment, before PyTorch is loaded."""
+    """Return train's context in a prepared folder. PyTorch must not be loaded yet."""
     workspace = WorkspaceLayout(folder / WORKSPACE)
     set_environment("train", workspace.root)
     mounts = Mounts(claims={"model": model, "data": folder})

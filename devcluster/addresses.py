@@ -28,7 +28,7 @@ CONTAINERD_NAMESPACE = "k8s.io"
 
 @dataclass(frozen=True)
 class Ports:
-    """TCP ports chosen free at start; the cluster shares no fixed port with other programs."""
+    """TCP ports chosen free at start, so that the cluster shares no fixed port."""
 
     etcd_client: int
     etcd_peer: int
@@ -40,7 +40,7 @@ class Ports:
 
 
 def free_ports() -> Ports:
-    """Ports free on every address at this moment; all are held until the last is chosen, so they differ."""
+    """Choose ports free on every address, all held until the last is chosen."""
     sockets: list[socket.socket] = []
     try:
         sockets.extend(_bound() for _ in fields(Ports))

@@ -26,7 +26,7 @@ class Identity:
     key: bytes
 
     def write(self, directory: Path, name: str) -> tuple[Path, Path]:
-        """Store as NAME.crt and NAME.key (readable by the owner only) and return both paths."""
+        """Store NAME.crt and NAME.key (readable by the owner only), return both paths."""
         return _write(directory / f"{name}.crt", self.certificate), _write(directory / f"{name}.key", self.key)
 
 
@@ -49,7 +49,7 @@ class Authority:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
     def issue(self, user: str, groups: Sequence[str] = (), serves: Sequence[str] = ()) -> Identity:
-        """A certificate for a Kubernetes user (CN) and its groups (O), which may also serve the given names and IPs."""
+        """Issue a certificate for a user (CN) with groups (O), or for names and IPs."""
         key = ec.generate_private_key(ec.SECP256R1())
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if serves else [])]
         builder = (

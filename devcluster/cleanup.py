@@ -56,7 +56,7 @@ def settle(layout: Layout) -> list[str]:
 
 
 def leftovers(layout: Layout) -> list[str]:
-    """One line for each process, mount, device, firewall rule, control group, setting or folder of the cluster."""
+    """Return a line for each process, mount, device, rule or folder that is left."""
     before = machine.load(layout.before)
     named = {record.pid: record.name for record in _our_processes(layout, before)}
     found = [f"process {pid} ({name})" for pid, name in named.items()]
@@ -95,7 +95,7 @@ def _kill_containers(layout: Layout, before: Machine | None) -> None:
 
 
 def _our_processes(layout: Layout, before: Machine | None) -> Iterator[Record]:
-    """Processes with our record, marker or containerd socket in their arguments, or in our containers."""
+    """Yield processes with our record, marker or socket in arguments, or containers."""
     yield from (record for record in processes.records(layout.records) if processes.alive(record))
     marker = f"{processes.MARKER}={layout.records}".encode()
     socket_path = str(layout.containerd_socket).encode()
@@ -132,7 +132,7 @@ def _is_ours(layout: Layout, mount: str) -> bool:
 
 
 def _unmount(layout: Layout) -> None:
-    """Newest first, since later mounts may be on or below earlier ones; a busy one is detached."""
+    """Unmount newest first, as mounts may be nested, and detach busy ones."""
     for path in reversed([path for path in machine.mounts() if _is_ours(layout, path)]):
         try:
             run(["umount", path])
@@ -167,7 +167,7 @@ def _remove_cgroups(before: Machine) -> None:
 
 
 def _remove_files(layout: Layout, before: Machine) -> None:
-    """CNI's results of our pods, sockets without a server, and folders that are new and empty."""
+    """Remove CNI's results of our pods, dead sockets, and new empty folders."""
     results = Path("/var/lib/cni/results")
     for result in results.glob(f"{node.NETWORK}-*"):
         container = result.name.removeprefix(f"{node.NETWORK}-").removesuffix("-eth0")

@@ -50,7 +50,7 @@ _DNS_SECONDS = 120
 
 @contextmanager
 def locked(layout: Layout) -> Iterator[None]:
-    """Let one command at a time change the cluster; a killed command releases the lock."""
+    """Let one command at a time change the cluster, and release its lock if killed."""
     layout.cache.mkdir(parents=True, exist_ok=True)
     with layout.lock.open("w") as lock:
         try:
@@ -239,13 +239,13 @@ _MANIFESTS = Path(__file__).parent / "manifests"
 
 
 def apply_dns(kubectl: Kubectl, image: str) -> None:
-    """Install CoreDNS as a Deployment behind the Service that the kubelet writes into each pod's resolv.conf."""
+    """Install CoreDNS as a Deployment behind the Service of pods' resolv.conf."""
     values = {"image": image, "domain": addresses.DNS_DOMAIN, "address": addresses.DNS_ADDRESS}
     kubectl.apply(Template((_MANIFESTS / "dns.yaml").read_text()).substitute(values))
 
 
 def dns_works() -> bool:
-    """Whether the cluster's DNS resolves the API server's Service, asked through the Service's own address."""
+    """Whether the cluster's DNS, at its Service, resolves the API server's Service."""
     name = f"kubernetes.default.svc.{addresses.DNS_DOMAIN}"
     identity = secrets.token_bytes(2)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
@@ -259,18 +259,18 @@ def dns_works() -> bool:
 
 
 def dns_query(identity: bytes, name: str) -> bytes:
-    """A DNS question for the A records of `name`, with recursion desired (RFC 1035, section 4.1)."""
+    """Return a recursive DNS question for the A records of `name` (RFC 1035, 4.1)."""
     labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
     return identity + struct.pack(">HHHHH", 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">HH", 1, 1)
 
 
 def allow_network_policies(kubectl: Kubectl) -> None:
-    """Let the program that enforces NetworkPolicies read them, and the pods and namespaces that they select."""
+    """Let the enforcer of NetworkPolicies read them, and their pods and namespaces."""
     kubectl.apply((_MANIFESTS / "network-policies.yaml").read_text())
 
 
 def start_storage(layout: Layout, kubectl: Kubectl, start: Callable[[str, list[str]], Record], image: str) -> Record:
-    """Install the default StorageClass `local-path` and start its provisioner on the host."""
+    """Install the default StorageClass `local-path`, and start its provisioner."""
     values = {"image": image, "volumes": str(layout.volumes)}
     kubectl.apply(Template((_MANIFESTS / "storage.yaml").read_text()).substitute(values))
     arguments = [
@@ -283,7 +283,7 @@ def start_storage(layout: Layout, kubectl: Kubectl, start: Callable[[str, list[s
 
 
 def set_gpus(kubectl: Kubectl, count: int) -> None:
-    """Make the node claim `count` GPUs. The kubelet drops them when it restarts, so set them again after that."""
+    """Make the node claim `count` GPUs, again after each restart of the kubelet."""
     node = kubectl.get("node", addresses.NODE)
     if offered_gpus(kubectl) == count:
         return

@@ -25,7 +25,7 @@ def verbose() -> bool:
 
 
 def say(text: str) -> None:
-    """Print the line of a stage to standard error; standard output is kept for answers."""
+    """Print a stage's line to standard error: standard output is for answers."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -69,7 +69,7 @@ class Settings:
 
 
 def write_credentials(settings: Settings, now: datetime.datetime) -> None:
-    """Create the authority, every certificate, the ServiceAccount key, and all kubeconfig files."""
+    """Create authority, certificates, ServiceAccount key, and all kubeconfig files."""
     authority = certificates.Authority(now)
     where = settings.certificates
     where.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -113,7 +113,7 @@ def etcd_arguments(settings: Settings) -> list[str]:
 
 
 def apiserver_arguments(settings: Settings) -> list[str]:
-    """An API server with RBAC, every default admission plugin, and an audit line for each request."""
+    """Return options for RBAC, default admission plugins, and an audit of requests."""
     where = settings.certificates
     arguments = [
         f"--etcd-servers={settings.etcd}",
@@ -147,7 +147,7 @@ def apiserver_arguments(settings: Settings) -> list[str]:
 
 
 def controller_manager_arguments(settings: Settings) -> list[str]:
-    """The controllers, each with its own ServiceAccount as in any cluster; without a port for metrics."""
+    """Return options for controllers with ServiceAccounts, without a metrics port."""
     where = settings.certificates
     return [
         f"--kubeconfig={settings.directory / 'kube-controller-manager.kubeconfig'}",
@@ -186,7 +186,7 @@ def start_api(settings: Settings, start: Callable[[str, list[str]], Record]) -> 
 def start_controllers(
     settings: Settings, start: Callable[[str, list[str]], Record], options: Sequence[str] = ()
 ) -> list[Record]:
-    """Start the controller manager, with these more options, and, where there is a node, the scheduler."""
+    """Start the controller manager with these options, and with a node the scheduler."""
     running = [start("kube-controller-manager", [*controller_manager_arguments(settings), *options])]
     if settings.node:
         configuration = {
@@ -201,7 +201,7 @@ def start_controllers(
 
 
 def is_ready(settings: Settings) -> bool:
-    """Whether the API server answers that it is ready (readiness is public, so no credentials)."""
+    """Whether the API server answers that it is ready, without credentials."""
     context = ssl.create_default_context(cafile=settings.certificates / "ca.crt")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:

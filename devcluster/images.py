@@ -33,7 +33,7 @@ BUSYBOX_NAME = "localhost/busybox:stable"
 
 
 def start_registry(layout: Layout, ports: Ports, start: Callable[[str, list[str]], Record]) -> Record:
-    """Start the registry; its blobs stay in the cache, so an image that was pushed once moves no more."""
+    """Start the registry, whose blobs stay in the cache: images are pushed once."""
     layout.registry.mkdir(parents=True, exist_ok=True)
     path = layout.cluster / "registry.yaml"
     path.write_text(registry_configuration(layout.registry, f"{addresses.LOOPBACK}:{ports.registry}"))
@@ -119,7 +119,7 @@ def build(
 
 
 def base_image(layout: Layout) -> str:
-    """The name of a minimal Debian with Python, made on first use and kept in buildah's storage."""
+    """Return the name of a minimal Debian with Python, built on first use."""
     recipe = f"{_BASE_SUITE} {_BASE_PACKAGES} {_BASE_DOCKERFILE}"
     name = f"localhost/qlora-base:{_key(recipe.encode())}"
     if not exists(name):
@@ -134,7 +134,7 @@ def base_image(layout: Layout) -> str:
 
 
 def busybox_image() -> str:
-    """The name of an image with a shell and the usual commands; it is also the pods' sandbox."""
+    """Return the name of an image with a shell, also the pods' sandbox."""
     name = f"localhost/qlora-busybox:{_key(_BUSYBOX.read_bytes() + _SMALL_DOCKERFILE.encode())}"
     if not exists(name):
         with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +188,7 @@ def pip_configuration(environ: Mapping[str, str], files: Sequence[Path]) -> str:
 
 
 def _pip_files(environ: Mapping[str, str]) -> list[Path]:
-    """The files that pip reads, lowest priority first (pip's user guide, "Configuration")."""
+    """Return pip's configuration files, lowest priority first, as in its guide."""
     home = Path.home()
     user = Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip/pip.conf"
     files = [Path("/etc/pip.conf"), home / ".pip/pip.conf", user]
@@ -211,7 +211,7 @@ def _local_identity(image: str) -> str:
 
 
 def _loaded_identity(layout: Layout, name: str) -> str | None:
-    """The digest of the configuration of an image that containerd has, which is buildah's id of it."""
+    """Return the configuration digest of an image in containerd, buildah's id."""
     lines = ctr(layout, "images", "list", f"name=={name}").splitlines()[1:]
     if not lines:
         return None

@@ -12,7 +12,7 @@ from devcluster.processes import run
 
 @dataclass(frozen=True)
 class Kubectl:
-    """kubectl with one kubeconfig. Every method raises ClusterError with kubectl's message."""
+    """kubectl with one kubeconfig. Every method raises ClusterError with its message."""
 
     program: Path
     kubeconfig: Path

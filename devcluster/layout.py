@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def cluster(self) -> Path:
-        """Everything of the running cluster: sockets, records, logs, volumes (removed by `down`)."""
+        """The running cluster: sockets, records, logs, volumes (removed by `down`)."""
         return self.cache / "cluster"
 
     @property

@@ -95,7 +95,7 @@ def links() -> list[dict[str, Any]]:
 
 
 def bridge_links() -> list[str]:
-    """Our bridge and the host ends of the pods' veth pairs that hang on it, the bridge last."""
+    """Return the pods' veth links on our bridge, and the bridge last."""
     found = links()
     members = [str(link["ifname"]) for link in found if link.get("master") == addresses.BRIDGE]
     return [*members, *(str(link["ifname"]) for link in found if link["ifname"] == addresses.BRIDGE)]
@@ -118,7 +118,7 @@ def container_cgroups() -> Iterator[Path]:
 
 
 def firewall() -> dict[str, str]:
-    """All rules per family (iptables, ip6tables) in the format of iptables-save; empty where there is no iptables."""
+    """Return each family's rules (iptables, ip6tables), empty without iptables."""
     found = {}
     for family, command in _TABLES.items():
         found[family] = run([command]) if _has(command) else ""
@@ -126,7 +126,7 @@ def firewall() -> dict[str, str]:
 
 
 def our_rules(saved: str) -> list[str]:
-    """Lines of iptables-save that declare, use or jump to chains of kube-proxy or of this cluster."""
+    """Return iptables-save lines about chains of kube-proxy or this cluster."""
     return [line for line in saved.splitlines() if _CHAIN.match(line) or _RULE.match(line) or _JUMP.search(line)]
 
 
@@ -154,12 +154,12 @@ def rule_removal(saved: str) -> str:
 
 
 def _has(program: str) -> bool:
-    """Whether a program is installed; `down` and `leftovers` also work on a machine that never had a cluster."""
+    """Whether a program is installed: `down` also works without any cluster."""
     return shutil.which(program, path=environment()["PATH"]) is not None
 
 
 def reject_conflicts() -> None:
-    """Raise ClusterError when the machine is a Kubernetes node already or uses our addresses."""
+    """Raise ClusterError if the machine is a Kubernetes node or uses our addresses."""
     for family, saved in firewall().items():
         if rules := our_rules(saved):
             raise ClusterError(

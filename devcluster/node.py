@@ -55,7 +55,7 @@ COMMIT
 
 
 def start_containerd(layout: Layout, start: Start, sandbox_image: str) -> Record:
-    """Start containerd with its content in the cache and its state in the cluster's folder."""
+    """Start containerd: content in the cache, state in the cluster's folder."""
     network = layout.cluster / "cni"
     network.mkdir(parents=True, exist_ok=True)
     (network / "10-bridge.conflist").write_text(json.dumps(cni_configuration(layout.cluster / "addresses")))
@@ -97,7 +97,7 @@ def start_kubelet(layout: Layout, ports: Ports, start: Start) -> Record:
 
 
 def start_kube_proxy(layout: Layout, ports: Ports, start: Start) -> Record:
-    """Start kube-proxy in iptables mode; it leaves the kernel's connection limits as they are."""
+    """Start kube-proxy in iptables mode, without changing the kernel's limits."""
     configuration = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
@@ -148,14 +148,14 @@ COMMIT
 
 
 def _policies_are_enforced() -> bool:
-    """Whether a process serves the queue, which happens once the policies have been read."""
+    """Whether a process serves the queue, which it does once it has the policies."""
     if not _QUEUES.exists():
         return False
     return str(addresses.POLICY_QUEUE) in (line.split()[0] for line in _QUEUES.read_text().splitlines())
 
 
 def cni_configuration(leases: Path) -> dict[str, object]:
-    """A bridge that gives each pod an address; `leases` is the folder of taken addresses."""
+    """Return the bridge that gives pods addresses, taken ones in folder `leases`."""
     bridge = {
         "type": "bridge",
         "bridge": addresses.BRIDGE,
@@ -235,7 +235,7 @@ def kubelet_configuration(layout: Layout, ports: Ports) -> dict[str, object]:
 
 
 def resolver_configuration(system: Path = Path("/run/systemd/resolve/resolv.conf")) -> Path:
-    """The file that names the machine's DNS servers; systemd-resolved's stub on loopback is no use to pods."""
+    """Return the file of the machine's DNS servers, without systemd-resolved's stub."""
     return system if system.exists() else Path("/etc/resolv.conf")
 
 

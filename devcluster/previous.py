@@ -25,7 +25,7 @@ class Release:
 
 
 def build(layout: Layout) -> Release:
-    """Extract the release and build its images, unless buildah has them. Raises ClusterError without its commit."""
+    """Build the release's images if missing. Raises ClusterError without its commit."""
     if not _is_built(layout):
         console.say(f"building the previous release, {COMMIT[:7]}")
         _extract(_folder(layout))
@@ -37,7 +37,7 @@ def build(layout: Layout) -> Release:
 
 
 def built(layout: Layout) -> Release:
-    """The release, for tests, which build nothing. Raises ClusterError with the command to run where it is missing."""
+    """Return the release that tests use. Raises ClusterError if it is not built."""
     if not _is_built(layout):
         raise ClusterError("the previous release is not built: run `python -m devcluster prepare --slow`")
     operator, trainer = _names(layout).read_text().splitlines()

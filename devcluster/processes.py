@@ -24,7 +24,7 @@ Condition = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Record:
-    """Identity of a process: a pid is reused, the pair of boot and start time (clock ticks since boot) is not."""
+    """Identity of a process: boot and start time (clock ticks), as pids are reused."""
 
     name: str
     pid: int
@@ -54,7 +54,7 @@ def records(directory: Path) -> Iterator[Record]:
 
 
 def alive(record: Record) -> bool:
-    """Whether this very process still runs; a zombie and another one with the same pid do not count."""
+    """Whether this very process still runs, no zombie and no other of its pid."""
     try:
         stat = Path(f"/proc/{record.pid}/stat").read_text()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -107,7 +107,7 @@ def start(
 
 
 def stop(record: Record, grace: float = 10.0) -> None:
-    """End one recorded process: SIGTERM, and SIGKILL after `grace` seconds. A process that is gone is fine."""
+    """End one recorded process: SIGTERM, and SIGKILL after `grace` seconds."""
     try:
         # The descriptor names the process itself: the checked process gets the signal.
         handle = os.pidfd_open(record.pid)
@@ -163,7 +163,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The caller's environment, plus the folders of `ip` and `iptables`, minus proxies for the cluster's addresses."""
+    """Add the folders of `ip` and `iptables`, and exclude the cluster from proxies."""
     folders = [base.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"]
     direct = [base.get("NO_PROXY", base.get("no_proxy", "")), LOOPBACK, POD_SUBNET, SERVICE_SUBNET]
     return {**base, "PATH": os.pathsep.join(filter(None, folders)), "NO_PROXY": ",".join(filter(None, direct))}

@@ -61,7 +61,7 @@ class Images:
 
 
 def image_name(name: str) -> str:
-    """`localhost/<name>:<key>`, the key being a digest of everything that goes into the image."""
+    """Return `localhost/<name>:<key>`, where the key digests the image's content."""
     digest = hashlib.sha256(_DOCKERFILES[name].read_bytes())
     for source in (*_SHARED_SOURCES, *_PACKAGES):
         for path in sorted(_files(ROOT / source)):
@@ -107,7 +107,7 @@ def install(
     *,
     chart: Path = CHART,
 ) -> None:
-    """Install or upgrade the chart and wait until the operator is ready. Raises ClusterError with Helm's message."""
+    """Install or upgrade the chart until ready. Raises ClusterError on failure."""
     helm = toolchain.build(layout, ["helm"])["helm"]
     kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
     kubectl("apply", "--filename=-", input_text=json.dumps(restricted_namespace(NAMESPACE)))
@@ -138,7 +138,7 @@ def uninstall(layout: Layout, kubeconfig: Path) -> None:
 
 
 def roll_back(layout: Layout, kubeconfig: Path) -> None:
-    """Return to the revision of the chart that was installed before. Raises ClusterError with Helm's message."""
+    """Return to the chart's previous revision. Raises ClusterError on failure."""
     helm = toolchain.build(layout, ["helm"])["helm"]
     arguments = ["rollback", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "5m"]
     run([helm, "--kubeconfig", kubeconfig, *arguments], seconds=360)

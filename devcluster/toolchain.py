@@ -23,7 +23,7 @@ _REPORT_SECONDS = 30
 
 @dataclass(frozen=True)
 class Tool:
-    """A program: the module's folder below `tools`, its Go package (`.`: in that folder), its version's variables."""
+    """A program: folder under `tools`, Go package (`.`: itself), version variables."""
 
     module: str
     package: str
@@ -119,7 +119,7 @@ def built(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path
 
 
 def build(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path]:
-    """Build missing programs, with a line on standard error for each, and return all paths by name."""
+    """Build missing programs, log each to standard error, return all paths by name."""
     paths = {name: binary(layout, name) for name in names}
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
@@ -130,7 +130,7 @@ def build(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path
 
 
 def linker_flags(tool: Tool, go_mod: str) -> str:
-    """Flags that strip the program and write the module's version into it (Go modules carry no version stamp)."""
+    """Return flags that strip the program and write the module's version into it."""
     if tool.package == ".":
         return "-s -w"
     required = re.findall(r"^(?:require|\t) *(\S+) (v\S+)", go_mod, re.MULTILINE)

@@ -34,7 +34,7 @@ class _Page(HTMLParser):
 
 
 def problems(site: Path) -> Iterator[str]:
-    """One line for each link that leads nowhere and each file that is loaded from another host."""
+    """Return a line for each broken link and each file loaded from another host."""
     pages = {file.resolve(): _Page(file.read_text()) for file in sorted(site.rglob("*.html"))}
     for file, page in pages.items():
         if file.name == "404.html":  # served at any depth, so its links are absolute

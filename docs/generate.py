@@ -123,7 +123,7 @@ def _chart() -> str:
 
 
 def _values() -> Iterator[tuple[str, str]]:
-    """Each value that a `# --` comment explains: its path with its default, and the comment."""
+    """Return each value that a `# --` comment explains: path, default and comment."""
     values = yaml.safe_load(VALUES.read_text())
     path: list[str] = []
     comment: list[str] = []
@@ -218,7 +218,7 @@ def _metrics() -> str:
 
 
 def _show_labels(metrics: Metrics) -> None:
-    """Give each metric a series, which has its labels: those without a value show none."""
+    """Give each metric a series with its labels: those without a value show none."""
     metrics.namespace_is_denied("", False)
     metrics.gpu_seconds.add("", "", UsageStatus())
     metrics.requests.observe("GET", "/", None, 0)
@@ -282,7 +282,7 @@ def _exit_codes() -> str:
 
 
 def _decisions() -> str:
-    """The index of the decision records by group. Raises ValueError for a record without number, title and group."""
+    """Index decision records by group. Raises ValueError for an incomplete one."""
     groups: dict[str, list[str]] = {group: [] for group in DECISION_GROUPS}
     for record in sorted(DECISIONS.glob("0*.md")):
         head = re.match(r"# (\d+)\. (.+)\n\nGroup: (\w+) · Date: \d{4}-\d\d-\d\d\n", record.read_text())
@@ -336,7 +336,7 @@ def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = No
 
 
 def _inline(node: Any, schemas: Mapping[str, Any]) -> Any:
-    """The schema with each reference replaced by the referenced one, and `null` left out of its unions."""
+    """Inline each reference of the schema, and drop `null` from its unions."""
     if isinstance(node, list):
         return [_inline(item, schemas) for item in node]
     if not isinstance(node, dict):

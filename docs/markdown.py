@@ -38,7 +38,7 @@ def code(value: Any) -> str:
 
 
 def lines(*parts: str) -> str:
-    """The parts that are not empty, below each other in one cell: a phone has room for two columns."""
+    """Join the parts that are not empty in one cell: a phone fits two columns."""
     return "<br>".join(part for part in parts if part)
 
 

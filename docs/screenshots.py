@@ -73,7 +73,7 @@ def terminal_page(lines: list[str]) -> str:
 
 
 def colored_page(command: str, screen: str) -> str:
-    """The terminal after the command, in its colors; `screen` has them as escape sequences."""
+    """Return the terminal after the command, colored as `screen`'s escape sequences."""
     width = max(map(len, plain_lines(screen)))
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi(screen), soft_wrap=True)
@@ -86,7 +86,7 @@ def plain_lines(screen: str) -> list[str]:
 
 
 def _dotted(character: str) -> str:
-    """A Braille pattern of a curve, drawn over its whole cell: fonts differ in its width and gaps."""
+    """Draw a Braille pattern over its whole cell: fonts differ in width and gaps."""
     # Bits of U+2800 and following: dots 1 to 3 and 7 are the left column from top to bottom, 4 to 6 and 8 the right.
     cells = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3)]
     raised = [cell for bit, cell in enumerate(cells) if (ord(character) - 0x2800) >> bit & 1]
@@ -104,7 +104,7 @@ def _page(command: str, shown: str) -> str:
 
 
 def _photograph_terminal(page: str, lines: list[str], target: Path) -> None:
-    """`lines` are those of the page, the command first: they say how large the picture is."""
+    """Photograph the page of `lines`, the command first, in a picture of their size."""
     size = (round(max(map(len, lines)) * _CHARACTER_WIDTH) + 44, len(lines) * _LINE_HEIGHT + 36)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "terminal.html")
@@ -113,7 +113,7 @@ def _photograph_terminal(page: str, lines: list[str], target: Path) -> None:
 
 
 def photograph(address: str, target: Path, size: tuple[int, int]) -> None:
-    """Write what Chromium shows of the page, in a window of that width and height in pixels."""
+    """Write Chromium's picture of the page, in a window of width and height in pixels."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("docs/screenshots.py needs Chromium: apt-get install chromium")

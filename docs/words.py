@@ -75,7 +75,7 @@ def _python(text: str) -> list[str]:
 
 
 def hits(vale: Path, texts: Mapping[str, str]) -> list[Hit]:
-    """Name, line, rule and message of each hit in the texts, which are read as Markdown."""
+    """Return name, line, rule and message of each hit in the Markdown texts."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
             file = Path(folder, f"{name}.md")
@@ -90,7 +90,7 @@ def hits(vale: Path, texts: Mapping[str, str]) -> list[Hit]:
 
 
 def rates(texts: Mapping[str, str], found: Iterable[Hit]) -> dict[str, tuple[float, ...]]:
-    """Hits per 1,000 words of each folder, in the order of RULES, rounded up to a tenth."""
+    """Return each folder's hits per 1,000 words, in RULES' order, up to a tenth."""
     words: Counter[str] = Counter()
     for name, text in texts.items():
         words[_folder(name)] += len(re.findall(r"[A-Za-z][\w'-]*", text))

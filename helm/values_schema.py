@@ -16,7 +16,7 @@ _NOT_REQUIRED_OF_PROFILES = frozenset({"image"})
 
 
 def definitions() -> dict[str, Any]:
-    """The `$defs` of the schema: Settings, Profile and their parts, without what only Kubernetes understands."""
+    """Return the schema's `$defs`: Settings, Profile and parts, but Kubernetes' own."""
     settings: dict[str, Any] = _plain(Settings.model_json_schema(by_alias=True))
     parts = settings.pop("$defs")
     return {
@@ -28,7 +28,7 @@ def definitions() -> dict[str, Any]:
 
 
 def render() -> str:
-    """The schema file with current definitions; everything else in it is written by hand."""
+    """Return the schema file with current definitions, and the rest as in the file."""
     schema = json.loads(SCHEMA.read_text())
     return json.dumps({**schema, "$defs": definitions()}, indent=2, ensure_ascii=False) + "\n"
 
@@ -42,7 +42,7 @@ def _require(schema: dict[str, Any], *, leave_out: frozenset[str]) -> dict[str, 
 
 
 def _plain(node: Any, *, names: bool = False) -> Any:
-    """The node without titles and Kubernetes' own keywords; with `names`, its keys are properties, not keywords."""
+    """Return the node in plain JSON Schema, where `names` marks keys as properties."""
     if isinstance(node, list):
         return [_plain(item) for item in node]
     if not isinstance(node, dict):

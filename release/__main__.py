@@ -98,7 +98,7 @@ def _signer(cosign: Cosign, options: argparse.Namespace) -> Signer:
 
 @contextmanager
 def _registry(layout: Layout, address: str | None) -> Iterator[str]:
-    """The registry that is named, or one on this machine that shares its blobs with the embedded cluster's."""
+    """Yield the named registry, or a local one that shares the cluster's blobs."""
     if address:
         yield address
         return

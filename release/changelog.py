@@ -12,7 +12,7 @@ _HEADING = re.compile(r"## (?P<version>\d+\.\d+\.\d+), (?P<date>\d{4}-\d{2}-\d{2
 
 @dataclass(frozen=True)
 class Entry:
-    """A change: `kind` is added, changed, deprecated, removed, fixed or security; `text` is Markdown."""
+    """A change. Kinds: added, changed, deprecated, removed, fixed, security."""
 
     kind: str
     text: str
@@ -28,7 +28,7 @@ class Section:
 
 
 def newest(text: str) -> Section:
-    """The section at the top. Raises ReleaseError with the line where it cannot be read."""
+    """Return the section at the top. Raises ReleaseError with a bad line."""
     section: tuple[str, str | None] | None = None
     kind = ""
     entries: list[Entry] = []

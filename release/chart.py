@@ -22,7 +22,7 @@ _IMAGES = {"qlora-operator": ("image",), "qlora-trainer": ("trainer", "image")}
 def package(
     helm: Path, helm_docs: Path, source: Source, files: Path, changes: Section, images: Sequence[Artifact]
 ) -> Path:
-    """Write images and annotations into the exported chart, and package it; equal inputs give an equal archive."""
+    """Write images and annotations into the chart, and package it reproducibly."""
     chart = files / "helm" / "qlora-operator"
     values = chart / "values.yaml"
     values.write_text(with_images(values.read_text(), images))
@@ -50,7 +50,7 @@ def push(helm: Path, archive: Path, source: Source, registry: str) -> Artifact:
 
 
 def with_images(values: str, images: Sequence[Artifact]) -> str:
-    """values.yaml with repository, tag and digest of each image, and all of its comments."""
+    """Return values.yaml with each image's repository, tag, digest, and all comments."""
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 1000
@@ -66,7 +66,7 @@ def with_images(values: str, images: Sequence[Artifact]) -> str:
 
 
 def annotations(changes: Section, images: Sequence[Artifact]) -> dict[str, str]:
-    """The annotations that Artifact Hub shows of this release (artifacthub.io, "Helm annotations")."""
+    """Return the release's annotations (artifacthub.io, "Helm annotations")."""
     listed = [
         {"name": image.name, "image": f"{image.repository}:{image.version}@{image.digest}"}
         for image in sorted(images, key=lambda image: image.name)

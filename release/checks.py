@@ -38,7 +38,7 @@ REQUIRED_ANNOTATIONS = frozenset(
 
 
 def findings(root: Path = ROOT, tag: str | None = None) -> list[str]:
-    """All findings that need no program. `tag`: the tag that is released, as `v0.1.0`; None before there is one."""
+    """Return all findings that need no program, for `tag` (`v0.1.0`) if there is one."""
     checks: tuple[Callable[[Path], Iterator[str]], ...] = (_images, _tags, _chart, _layers)
     found = [finding for check in checks for finding in check(root)]
     return [*found, *_changelog(root, tag), *workflows.findings(root)]
@@ -101,7 +101,7 @@ def _chart(root: Path) -> Iterator[str]:
 
 
 def _resources(annotations: Mapping[str, str]) -> Iterator[str]:
-    """Whether Artifact Hub shows the resources that there are, and an example that is valid."""
+    """Yield findings where Artifact Hub shows other kinds, or an invalid example."""
     shown = {
         (entry["name"], entry["kind"], entry["version"]) for entry in yaml.safe_load(annotations["artifacthub.io/crds"])
     }

@@ -31,7 +31,7 @@ class Layers:
 
 
 def base_image(dockerfile: str) -> str:
-    """The default of BASE_IMAGE. Raises ReleaseError unless it is pinned, as NAME:TAG@sha256:DIGEST."""
+    """Return the default of BASE_IMAGE. Raises ReleaseError unless pinned by digest."""
     found = re.findall(r"^ARG BASE_IMAGE=(\S+)$", dockerfile, re.MULTILINE)
     if len(found) != 1 or not _PINNED.fullmatch(found[0]):
         raise ReleaseError(f"ARG BASE_IMAGE: found {found}, expected one REGISTRY/NAME:TAG@sha256:DIGEST")
@@ -63,7 +63,7 @@ def layers(dockerfile: str) -> list[Layers]:
 
 
 def left_out_packages(dockerfile: str) -> str:
-    """The comment of the instruction that lists packages: the omitted ones, with reasons."""
+    """Return the comment of the instruction that lists omitted packages."""
     for comment, instruction in _instructions(dockerfile.splitlines()):
         if "--no-emit-package" in instruction:
             return comment
@@ -76,7 +76,7 @@ def _last_stage(dockerfile: str) -> list[str]:
 
 
 def _instructions(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Each instruction with the comment above it; lines of a continued instruction keep their comments."""
+    """Yield each instruction, continued lines included, with the comment above it."""
     comment: list[str] = []
     instruction: list[str] = []
     for line in lines:

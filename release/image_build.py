@@ -54,7 +54,7 @@ def push(tag: str, registry: str) -> str:
 
 
 def local_base(layout: Layout, registry: str) -> str:
-    """The base that is made on this machine, pushed to the registry, by digest: for builds without Docker Hub."""
+    """Push the local base for builds without Docker Hub, and return its digest."""
     made = images.base_image(layout)
     tag = f"{registry}/{made.rpartition('/')[2]}"
     run(["buildah", "tag", made, tag])

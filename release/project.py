@@ -66,7 +66,7 @@ def image_repository(registry: str, name: str) -> str:
 
 
 def chart_repository(registry: str) -> str:
-    """The folder of the chart in the registry, without the chart's name, which Helm adds."""
+    """Return the chart's folder in the registry, without the name that Helm adds."""
     return f"{registry}/charts/{CHART.name}"
 
 
@@ -89,7 +89,7 @@ def repository(root: Path = ROOT) -> str:
 
 
 def committed_source(root: Path = ROOT) -> Source:
-    """The commit that is checked out. Raises ReleaseError where files differ from it: provenance would not be true."""
+    """Return the checked-out commit. Raises ReleaseError where files differ from it."""
     if changed := run(["git", "-C", root, "status", "--porcelain"]).splitlines():
         raise ReleaseError(f"{len(changed)} files differ from the commit, such as {changed[0].strip()}: commit them")
     revision, committed = run(["git", "-C", root, "log", "-1", "--format=%H %ct"]).split()
@@ -98,7 +98,7 @@ def committed_source(root: Path = ROOT) -> Source:
 
 @contextmanager
 def exported(source: Source, root: Path = ROOT) -> Iterator[Path]:
-    """A folder with the files of the commit, all of its time, and no others: the source of images and chart."""
+    """Return a folder with the commit's files, all of its time, and no others."""
     with TemporaryDirectory(prefix="qlora-release-") as folder:
         archive = Path(folder) / "source.tar"
         files = Path(folder) / "source"

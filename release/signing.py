@@ -46,7 +46,7 @@ class Signer(Protocol):
 
 @dataclass(frozen=True)
 class PublicKey:
-    """A signature of the owner of a key. None is looked up in a public log, which a local registry has no entry in."""
+    """A signature by a key's owner, without an entry in a public log."""
 
     file: Path
 
@@ -57,7 +57,7 @@ class PublicKey:
 
 @dataclass(frozen=True)
 class Identity:
-    """A keyless signature: a certificate of sigstore for this identity, and its entry in the public log."""
+    """A keyless signature: sigstore's certificate of this identity, and a log entry."""
 
     subject: str
     issuer: str = GITHUB_ISSUER
@@ -92,7 +92,7 @@ class KeyPair:
 
 @dataclass(frozen=True)
 class Keyless:
-    """The identity that the platform proves with a token, as GitHub Actions does with `id-token: write`."""
+    """The identity of the platform's token, as GitHub Actions' `id-token: write`."""
 
     identity: Identity
 
@@ -135,7 +135,7 @@ class Cosign:
         return pair
 
     def sign(self, signer: Signer, reference: str) -> None:
-        """Sign the artifact of a digest, unless the signer has. Raises ReleaseError with cosign's message."""
+        """Sign the artifact of a digest, once. Raises ReleaseError with cosign's message."""
         if not self.is_signed(signer.verifier, reference):
             self._run(["sign", *signer.signing(), reference], signer.environment)
 
@@ -148,7 +148,7 @@ class Cosign:
         return True
 
     def verify(self, verifier: Verifier, reference: str) -> None:
-        """Raise ReleaseError unless there is a valid signature. A signed statement, which cosign 3 accepts, is none."""
+        """Raise ReleaseError unless there is a valid signature. A statement is none."""
         said = self._run(["verify", *verifier.verifying(), reference], {})
         types = {found["critical"]["type"] for found in json.loads(said)}
         if _SIGNATURE_TYPE not in types:
@@ -158,14 +158,14 @@ class Cosign:
             )
 
     def attest(self, signer: Signer, reference: str, kind: str, predicate: Path) -> None:
-        """Sign a statement about the artifact of a digest, unless the signer has signed this one."""
+        """Sign a statement about the artifact, unless the signer has signed this one."""
         stated = json.loads(predicate.read_text())
         if stated not in self.attested(signer.verifier, reference, kind):
             command = ["attest", *signer.signing(), "--type", kind, "--predicate", str(predicate), reference]
             self._run(command, signer.environment)
 
     def attested(self, verifier: Verifier, reference: str, kind: str) -> list[dict[str, Any]]:
-        """The predicates of a kind that have a valid signature and are about this digest; none where there is none."""
+        """Return the kind's predicates with a valid signature about this digest, or none."""
         try:
             return self.verified_predicates(verifier, reference, kind)
         except ReleaseError:
@@ -193,7 +193,7 @@ class Cosign:
 
 
 def _predicate(statement: Mapping[str, Any], reference: str, kind: str) -> dict[str, Any]:
-    """The predicate of a statement about this digest and of this kind. cosign has checked both, as a user would."""
+    """Return the predicate of a statement of this digest and kind, checked by cosign."""
     digests = [f"sha256:{subject['digest'].get('sha256')}" for subject in statement["subject"]]
     if digests != [reference.rpartition("@")[2]] or statement["predicateType"] != PREDICATE_TYPES[kind]:
         raise ReleaseError(f"{reference}: a statement of type {statement['predicateType']} about {digests}")

@@ -69,7 +69,7 @@ def stated_revisions(
 
 
 def common_revision(stated: Sequence[Sequence[str]]) -> str:
-    """The commit, the last if there are several, that the chart and all images were made from. Raises ReleaseError."""
+    """Return the last commit of chart and all images. Raises ReleaseError."""
     common = set.intersection(*map(set, stated))
     for revision in reversed(stated[0]):
         if revision in common:
@@ -79,7 +79,7 @@ def common_revision(stated: Sequence[Sequence[str]]) -> str:
 
 
 def _fitting(statements: Sequence[Mapping[str, Any]], check: Callable[[Mapping[str, Any]], _Found]) -> list[_Found]:
-    """The check's result for each accepted statement. Raises its last error if it accepts none."""
+    """Return the check's result for each accepted statement, or raise its last error."""
     found, complaints = [], []
     for statement in statements:
         try:
@@ -92,7 +92,7 @@ def _fitting(statements: Sequence[Mapping[str, Any]], check: Callable[[Mapping[s
 
 
 def require_packages(listed: Mapping[str, Any], image: Artifact) -> None:
-    """Raise ReleaseError unless the SBOM has the image's required packages, and the project itself."""
+    """Raise ReleaseError unless the SBOM has the project and required packages."""
     versions = packages(listed)
     if missing := [name for name in _EXPECTED_PACKAGES[image.name] if name not in versions]:
         raise ReleaseError(f"{image.reference}: its SBOM lacks {', '.join(missing)}")
@@ -103,7 +103,7 @@ def require_packages(listed: Mapping[str, Any], image: Artifact) -> None:
 
 
 def stated_revision(statement: Mapping[str, Any], artifact: Artifact, builder: str, repository: str) -> str:
-    """The commit of a statement about how an artifact was made, if it is by this builder and from this repository."""
+    """Return the statement's commit. Raises ReleaseError for another builder."""
     definition = statement["buildDefinition"]
     stated = (definition["buildType"], statement["runDetails"]["builder"]["id"])
     if stated != (BUILD_TYPE, builder):
@@ -133,7 +133,7 @@ def _pull(helm: Path, registry: str, reference: str, folder: Path) -> str:
 
 
 def images_of(values: Mapping[str, Any], registry: str) -> tuple[Artifact, ...]:
-    """The images that the chart installs by default, which must be in the same registry."""
+    """Return the chart's default images, which must be in the same registry."""
     named = {"qlora-operator": values["image"], "qlora-trainer": values["trainer"]["image"]}
     images = [Artifact(named[name]["repository"], named[name]["tag"], named[name]["digest"]) for name in named]
     for name, image in zip(named, images, strict=True):
@@ -143,7 +143,7 @@ def images_of(values: Mapping[str, Any], registry: str) -> tuple[Artifact, ...]:
 
 
 def _require_images(rendered: str, description: Mapping[str, Any], images: tuple[Artifact, ...]) -> None:
-    """Raise ReleaseError unless the manifests and Artifact Hub's annotations name the images by digest."""
+    """Raise ReleaseError unless manifests and annotations name images by digest."""
     listed = {
         entry["name"]: entry["image"] for entry in yaml.safe_load(description["annotations"]["artifacthub.io/images"])
     }

@@ -13,7 +13,7 @@ _IMAGE = re.compile(r"^\s*(?:container|image): *([^\s{]+)$")
 
 
 def unpinned(workflow: str) -> list[str]:
-    """Lines that run what another user could replace: an action without commit and version, an image without digest."""
+    """Return lines with actions without commit and version, or images without digest."""
     found = []
     for number, line in enumerate(workflow.splitlines(), 1):
         if (used := _USES.match(line)) and not used[1].startswith("./"):

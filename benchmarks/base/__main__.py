@@ -201,7 +201,7 @@ def _base(name: str, model: Path, folder: Path) -> dict[str, Any]:
 
 
 def _write_random_model(folder: Path, blocks: int) -> None:
-    """A Llama of so many blocks with random weights, in files as a hub has them, and without a tokenizer."""
+    """Write a Llama of `blocks` blocks with random weights, and no tokenizer."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig

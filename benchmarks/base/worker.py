@@ -48,7 +48,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def quantize(subject: str, repetitions: int) -> None:
-    """Bytes of a weight in 16 bit per second, and the peak memory besides weight and result."""
+    """Measure the bytes of 16 bit quantized per second, and the extra peak memory."""
     import torch
 
     work = _subject(subject)
@@ -84,7 +84,7 @@ def _subject(name: str) -> Callable[[Any], Any]:
 
 
 def convert(model: Path, target: Path, *, nothing: bool) -> None:
-    """Make the base of the model's folder in `target`, as prepare does it, one file after the other."""
+    """Write the base of the model's folder to `target` file by file, as prepare does."""
     from qlora_api.spec.training import QuantizationSpec
     from qlora_trainer.core.filesystem import file_sha256
     from qlora_trainer.model.base.conversion import BaseConversion
@@ -114,7 +114,7 @@ class _Unchecked:
 
 
 def train_one_step(folder: Path, model: Path, way: str) -> None:
-    """The train step, ended after its first optimizer step. "before", it loads and quantizes the original itself."""
+    """Run train to its first step, and "before" load and quantize the original too."""
     context = context_of(folder, model)
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -144,7 +144,7 @@ def train_one_step(folder: Path, model: Path, way: str) -> None:
 
 
 def read_bytes(lines: Sequence[str] | None = None) -> int:
-    """Bytes that the process has read from storage, mapped files included: `read_bytes` of Linux's /proc/self/io."""
+    """Return the bytes that the process has read from storage (`read_bytes` of Linux)."""
     for line in Path("/proc/self/io").read_text().splitlines() if lines is None else lines:
         name, _, value = line.partition(":")
         if name == "read_bytes":

@@ -36,7 +36,7 @@ _KUBEFLOW_AGENTS = ("kubeflow-trainer", "jobset")
 
 @dataclass
 class Seen:
-    """Times of the changes of each job, by its name, in seconds of the monotonic clock."""
+    """Times of each job's changes by its name, in seconds of the monotonic clock."""
 
     subject: tuple[subprocess.Popen[bytes], ...]
     created: dict[str, float] = field(default_factory=dict)
@@ -46,7 +46,10 @@ class Seen:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def until(self, found: dict[str, float], count: int, what: str) -> None:
-        """Wait until so many jobs have it. Raises TimeoutError, or ChildProcessError if the subject has ended."""
+        """Wait until `count` jobs have it.
+
+        Raises TimeoutError, or ChildProcessError if the subject has ended.
+        """
         deadline = time.monotonic() + _MOST_SECONDS
         while len(found) < count:
             self.changed.clear()
@@ -178,7 +181,7 @@ async def _create(client: Client, subject: Subject, seen: Seen, number: int) -> 
 
 
 async def _there_is_a_pod(client: Client) -> bool:
-    """Whether the Job controller works: without its pods less is stored, watched and kept in memory."""
+    """Whether the Job controller works: without pods, less is stored and watched."""
     return bool(await client.items(f"{CORE}/namespaces/{NAMESPACE}/pods", metadata_only=True))
 
 
@@ -213,7 +216,7 @@ async def _observed(plane: ControlPlane, seen: Seen) -> AsyncIterator[None]:
 
 
 async def _stored_bytes(client: Client, name: str, operated: bool) -> dict[str, int]:
-    """Size of each object of one job as etcd holds it: JSON for the QLoRAJob, protobuf for built-in kinds."""
+    """Return each object's size in etcd: JSON for the QLoRAJob, else protobuf."""
     job = await client.get(f"{jobs_path()}/{name}")
     sizes = {"QLoRAJob": len(json.dumps(job, separators=(",", ":")))}
     selector = [("labelSelector", f"{JOB_LABEL}={name}")]

@@ -24,7 +24,7 @@ Object = dict[str, Any]
 
 
 class Client:
-    """The requests of the benchmarks. Every call raises RuntimeError with the server's answer."""
+    """The requests of the benchmarks, which raise RuntimeError with the answer."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -107,7 +107,7 @@ class Event:
 async def watch(
     kubeconfig: Path, objects: Literal["qlorajobs", "jobs", "pods"], *, metadata_only: bool = True
 ) -> AsyncIterator[Event]:
-    """All events from the first object on, until the caller stops; after a lost connection once more from the first."""
+    """Yield all events, after a lost connection again from the first object on."""
     endpoint = await endpoint_of(kubeconfig)
     headers = {"Accept": _METADATA_OF_ONE if metadata_only else "application/json"}
     credentials = await endpoint.credentials()

@@ -106,7 +106,7 @@ async def _is(client: Client, name: str, condition: str) -> bool:
 
 
 async def _quiet(plane: ControlPlane, operator: subprocess.Popen[bytes], seconds: int) -> dict[str, Any]:
-    """The operator's requests while nothing changes: no log grows, and no job is created."""
+    """Measure the operator's requests while no log grows and no job is created."""
     measured, audit_from = Processes((operator.pid,)), plane.audit_log.stat().st_size
     before = measured.processor_seconds()
     await asyncio.sleep(seconds)
@@ -124,7 +124,7 @@ async def _quiet(plane: ControlPlane, operator: subprocess.Popen[bytes], seconds
 
 
 async def _restart(plane: ControlPlane, running: int) -> dict[str, Any]:
-    """The operator's writes after a start without changes, until it has read every running job."""
+    """Count the operator's writes after a restart, until it has read every job."""
     audit_from, began = plane.audit_log.stat().st_size, time.monotonic()
     with site.operator(plane) as operator:
 
@@ -146,7 +146,7 @@ async def _restart(plane: ControlPlane, running: int) -> dict[str, Any]:
 
 
 async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, Any]:
-    """Memory over time, and how soon new jobs are served, while one resync follows the other."""
+    """Measure memory and the delay of new jobs, while resyncs follow each other."""
     created: dict[str, float] = {}
     arrived: list[float] = []
     first_job: dict[str, float] = {}
@@ -211,7 +211,7 @@ def resyncs(requests: Sequence[audit.Request]) -> list[tuple[float, float]]:
 
 
 def figures_of_memory(samples: Sequence[float]) -> dict[str, float]:
-    """Median of the first quarter and of the last, how much the latter is more, and the maximum; in MiB."""
+    """Return medians of the first and last quarter, their growth and the peak, in MiB."""
     quarter = max(1, len(samples) // 4)
     first, last = median(samples[:quarter]), median(samples[-quarter:])
     return {
@@ -235,7 +235,7 @@ _TARGETS = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Tables in Markdown: the operator when quiet, at a restart and over a day; and the targets."""
+    """Return Markdown tables: the operator when quiet, restarted, over a day, targets."""
     quiet, restart, day, finished = result["quiet"], result["restart"], result["day"], result["finished"]
     memory, wait = day["residentMiB"], day["secondsToFirstJob"]
     jobs = (

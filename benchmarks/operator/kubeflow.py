@@ -38,7 +38,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Controller:
-    """One of the two programs, with the names of its namespace, Service and Secret in its manifests."""
+    """One of the two programs, with names of its namespace, Service and Secret."""
 
     tool: str
     kustomization: tuple[str, ...]
@@ -140,7 +140,7 @@ def _install(plane: ControlPlane, controller: _Controller, port: int) -> None:
 
 @contextmanager
 def _mounted(plane: ControlPlane, folder: Path) -> Iterator[None]:
-    """The certificates as files, as soon as the controllers have made them: as the kubelet does with a Secret."""
+    """Write the certificates to files once they exist, as the kubelet does."""
     folders = {_JOBSET: folder / _JOBSET.tool, _TRAINER: folder / "k8s-webhook-server" / "serving-certs"}
     for controller, path in folders.items():
         path.mkdir(parents=True)
@@ -169,7 +169,7 @@ def _secret(plane: ControlPlane, controller: _Controller) -> dict[str, bytes]:
 
 
 def _install_runtime(plane: ControlPlane) -> None:
-    """The runtime, once the webhooks answer; and a TrainJob as a trial, so that everything that it needs works."""
+    """Install the runtime once the webhooks answer, and a TrainJob as a trial."""
     manifests = toolchain.manifests(from_environment(), _TRAINER.tool)
     runtime = (manifests / "runtimes" / "torch_distributed.yaml").read_text()
     deadline = time.monotonic() + _START_SECONDS

@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 async def _measure(
     plane: ControlPlane, operator: subprocess.Popen[bytes], jobs: int, quiet: int
 ) -> tuple[dict[str, list[str]], dict[str, list[float]]]:
-    """Names of the neighbor's jobs, and seconds of the floor, quiet and during the flood."""
+    """Return names of the neighbor's jobs, and seconds: floor, quiet and in the flood."""
     names: dict[str, list[str]] = {"quiet": [], "flooded": []}
     floors: dict[str, list[float]] = {"quiet": [], "flooded": []}
     async with connect(plane.kubeconfig) as client:
@@ -104,7 +104,7 @@ async def _sample(client: Client, names: list[str], floors: list[float], kind: s
 
 
 async def _floor(client: Client, body: dict[str, Any]) -> float:
-    """Seconds that a claim and a Job of the same content take, for a job of another name."""
+    """Return the seconds to create an equal claim and Job, for a job of another name."""
     job = parse_job(body | {"metadata": body["metadata"] | {"name": f"{body['metadata']['name']}-floor"}})
     resolved = resolve(job.status, Facts(job, Observed(), {"default": PROFILE}, datetime.now(UTC))).resolved
     if resolved is None:
@@ -133,7 +133,7 @@ def _audited(log: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _waits(audited: dict[tuple[str, str], dict[str, Any]], name: str) -> tuple[float, float]:
-    """Seconds from the job's creation to the operator's first request for it, and from there to its Job."""
+    """Return seconds from a job's creation to its first request, and on to its Job."""
     created = _moment(audited["qlorajobs", name]["stageTimestamp"])
     job = audited["jobs", child_job_name(name, "prepare", 1)]
     claims = (

@@ -174,7 +174,7 @@ def _is_of_a_job(metadata: Object) -> bool:
 
 @asynccontextmanager
 async def playing(plane: ControlPlane, seconds: Mapping[StepName, float]) -> AsyncIterator[Node]:
-    """A node that simulates all pods during the block. `seconds`: duration of each step; 0 if it is not named."""
+    """Simulate all pods of a node in the block, `seconds` per step (default: 0)."""
     port = free_port()
     async with connect(plane.kubeconfig) as client:
         node = Node(client, seconds)
@@ -232,7 +232,7 @@ def _result(job_uid: str, pod_uid: str, step: StepName, now: datetime) -> str:
 
 
 def _train_log(job_uid: str, pod_uid: str, step: StepName, started: datetime, now: datetime) -> str:
-    """The end of the log of a step that runs: of train, a record every five seconds with the progress until then."""
+    """Return the end of a running step's log: for train, a record every five seconds."""
     if step != "train":
         return ""
     last = int((now - started).total_seconds() / MIN_SECONDS_BETWEEN_PROGRESS)

@@ -112,7 +112,7 @@ _TARGETS = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Tables in Markdown: the requests of running jobs to the API server, and the targets."""
+    """Return Markdown tables: requests of running jobs to the API server, and targets."""
     used = result["processorMillisecondsPerJobAndMinute"]
     lines = [
         *head(f"{result['jobs']:,} jobs that train, for {result['seconds']} s", "For each job and minute"),

@@ -47,7 +47,7 @@ class _Share:
 
 @dataclass
 class _Lives:
-    """The observed phases of each job, and a place for another one whenever one has ended."""
+    """Observed phases of each job, and a place for the next one when a job has ended."""
 
     places: asyncio.Semaphore
     phases: dict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -183,7 +183,7 @@ def _figures_of(
 
 
 def batch_jobs(children: Sequence[dict[str, Any]], requests: Sequence[audit.Request]) -> dict[str, int]:
-    """Numbers of Jobs for the steps, of created and deleted ones, and of steps with two."""
+    """Count Jobs for the steps, created and deleted ones, and steps with two."""
     of_step = Counter(
         (labels[JOB_UID_LABEL], labels[STEP_LABEL]) for labels in (each["metadata"]["labels"] for each in children)
     )
@@ -221,7 +221,7 @@ _OPERATOR_ROWS: tuple[tuple[str, Callable[[Run], str]], ...] = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Tables in Markdown: the ends of all jobs, the needs of each operator, and the remains of one job."""
+    """Return Markdown tables: ends of all jobs, needs of operators, remains of a job."""
     operators, sizes = result["operators"], result["storedBytesOfOne"]
     names = [f"Operator {number}" for number in range(1, len(operators) + 1)]
     asked = sorted({call for each in operators for call, _ in calls(each["callsPerJob"])})

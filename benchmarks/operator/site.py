@@ -62,7 +62,7 @@ def _processor_seconds(pid: int) -> float:
 
 @contextmanager
 def control_plane(namespaces: Sequence[str], controllers: Sequence[str] = UNHURRIED) -> Iterator[ControlPlane]:
-    """Etcd, an API server with the resource and these namespaces, and the controllers with these options."""
+    """Start etcd, an API server with the resource and namespaces, and the controllers."""
     with running(controller_manager=True, controller_options=controllers) as plane:
         for definition in sorted((ROOT / "crds").glob("*.yaml")):
             plane.kubectl.apply(definition.read_text())
@@ -73,7 +73,7 @@ def control_plane(namespaces: Sequence[str], controllers: Sequence[str] = UNHURR
 
 
 def processes_of(plane: ControlPlane) -> dict[str, Processes]:
-    """The processes of the control plane by name: `etcd`, `kube-apiserver`, `kube-controller-manager`."""
+    """Return the processes of etcd, kube-apiserver and kube-controller-manager."""
     return {each.name: Processes((each.pid,)) for each in processes.records(plane.directory / "processes")}
 
 
@@ -86,7 +86,7 @@ def api_server(plane: ControlPlane) -> Processes:
 def program(
     plane: ControlPlane, command: Sequence[str | Path], **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that finds the API server by KUBECONFIG; its output is shown if it has ended unexpectedly."""
+    """Run a process with KUBECONFIG, and print its output if it ends unexpectedly."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
@@ -122,7 +122,10 @@ async def until(
     seconds: float = 300,
     every: float = 0.5,
 ) -> None:
-    """Wait until it holds. Raises TimeoutError, or ChildProcessError if a process that it needs has ended."""
+    """Wait until the condition holds.
+
+    Raises TimeoutError, or ChildProcessError if a process that it needs has ended.
+    """
     deadline = time.monotonic() + seconds
     while not await condition():
         if any(process.poll() is not None for process in needed):

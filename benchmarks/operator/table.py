@@ -26,7 +26,7 @@ class Target:
 
 
 def begin(load: str, command: str = "") -> str:
-    """The line of the page before the tables of a load, by default of the load of that name."""
+    """Return the page's line before the tables of a load, by default of that name."""
     return f"<!-- {load}: written by `python -m {command or f'benchmarks.operator {load}'}` -->\n"
 
 

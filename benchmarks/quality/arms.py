@@ -44,7 +44,7 @@ class Subject:
     """The optimizer's parameters, in 32 bit."""
 
     def collect_gradients(self) -> None:
-        """Give the parameters the gradients of the backward passes. An adapter's have them."""
+        """Give the parameters the gradients of the backward passes, as adapters have."""
 
     def apply_update(self) -> None:
         """Copy the updated parameters into the model. An adapter's are the model's."""
@@ -81,7 +81,7 @@ class MasterWeights(Subject):
 
 
 def load_subject(arm: str, model: Path, bases: Path, lora: LoraSpec, seed: int) -> Subject:
-    """The arm's model, ready to be trained. `bases` is a folder that keeps bases in 4-bit from run to run."""
+    """Load the arm's model for training, with 4-bit bases kept in folder `bases`."""
     if arm == "full":
         # Not with fused norms, which have no gradient for their weights. Both compute the same function.
         return MasterWeights.of(load_16_bit(model).train())
@@ -123,7 +123,7 @@ def _base_in_4_bit(arm: str, model: Path, bases: Path) -> Path:
 
 @torch.no_grad()
 def store_in_16_bit(model: nn.Module) -> None:
-    """Replace each 4-bit layer by the linear layer that it computes with at each call: answers take less time."""
+    """Replace each 4-bit layer by the linear layer it computes: answers are faster."""
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, Linear4bit):

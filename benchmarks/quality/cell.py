@@ -47,7 +47,7 @@ class Place:
 
 
 def training_of(cell: Cell) -> TrainingSpec:
-    """The settings of the loop: those of the product but for length, rate and the storage of activations."""
+    """Return the product's settings but for length, rate and storage of activations."""
     return TrainingSpec(
         epochs=EPOCHS,
         gradient_accumulation_steps=1,
@@ -69,7 +69,7 @@ def lora_of(cell: Cell) -> LoraSpec:
 
 
 def run_cell(cell: Cell, place: Place) -> Run:
-    """Train and score. The result depends on the cell, the code and the kind of processor only."""
+    """Train and score, depending on cell, code and kind of processor only."""
     began, began_processor = time.monotonic(), time.process_time()
     task, training = TASKS[cell.task], training_of(cell)
     scored = rows_of(task, cell.scored_on)

@@ -16,7 +16,7 @@ Purpose = Literal["tuning", "main", "rank", "targets", "rows"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the study: everything that its result depends on, besides the code and the kind of processor."""
+    """One run of the study: the inputs of its result, besides code and processor."""
 
     purpose: Purpose
     task: str
@@ -31,7 +31,7 @@ class Cell:
 
     @property
     def scored_on(self) -> Literal["validation", "held-out"]:
-        """The set whose prompts the tuned model answers. The held-out set takes no part in choosing a rate."""
+        """The set of the tuned model's prompts. Held-out rows take no part in its rate."""
         return "validation" if self.purpose == "tuning" else "held-out"
 
 
@@ -61,7 +61,7 @@ class Run:
         return self.right.count("1") / len(self.right)
 
     def dump(self) -> dict[str, Any]:
-        """The run as its line has it: the score under the name of the set that it was measured on."""
+        """Return the run as its line: the score under the name of its measured set."""
         cell = asdict(self.cell)
         scores = {"validation": None, "held-out": None} | {self.cell.scored_on: round(self.score, 4)}
         rest = {name: value for name, value in asdict(self).items() if name not in ("cell", "right")}
@@ -88,7 +88,7 @@ def read_runs(path: Path = FILE) -> list[Run]:
 
 
 def append_run(run: Run, path: Path = FILE) -> None:
-    """Add a run. Lines of several processes do not mix: each is a single write at the end of the file."""
+    """Add a run as a single write, so that lines of several processes do not mix."""
     line = json.dumps(run.dump()) + "\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:

@@ -36,7 +36,7 @@ class Interval:
 
     @classmethod
     def of_seeds(cls, scores: Sequence[float]) -> "Interval":
-        """The mean, with Student's t over the seeds: how runs differ, on the same held-out rows."""
+        """Return the mean, with Student's t over the seeds on the same held-out rows."""
         value = mean(scores)
         if len(scores) < 2:
             return cls(value, None, None)
@@ -51,7 +51,7 @@ def scores(runs: Sequence[Run], **cell: object) -> list[float]:
 
 
 def compared(runs: Sequence[Run]) -> dict[str, dict[str, Rights]]:
-    """The right answers by task and arm, of the seeds that all arms have. A task without two such seeds is left out."""
+    """Return right answers by task and arm, of the seeds (at least two) of all arms."""
     main = [run for run in runs if run.cell.purpose == "main" and run.cell.arm in ARMS]
     found: dict[str, dict[str, Rights]] = {}
     for task in dict.fromkeys(run.cell.task for run in main):
@@ -107,7 +107,7 @@ NOTHING = "No task has two runs of each arm yet.\n"
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """The figure and the main tables in Markdown; sentences if no task has been compared yet."""
+    """Return the figure and main tables in Markdown, or sentences without a result."""
     by_task = compared(runs)
     if not by_task:
         return f"{NOTHING}\n{_spent(runs)}\n" if runs else NOTHING
@@ -121,7 +121,7 @@ def tables(runs: Sequence[Run]) -> str:
 
 
 def further_tables(runs: Sequence[Run]) -> str:
-    """The chosen rates, and the scores by rank and by rows; a sentence if no task has been compared yet."""
+    """Return the rates, and scores by rank and by rows, or a sentence without results."""
     by_task = compared(runs)
     if not by_task:
         return NOTHING
@@ -130,7 +130,7 @@ def further_tables(runs: Sequence[Run]) -> str:
 
 
 def claim_table(runs: Sequence[Run]) -> str:
-    """Only the table of each arm's share of full fine-tuning's score; a sentence if no task has been compared yet."""
+    """Return each arm's share of full fine-tuning's score, or a sentence without one."""
     by_task = compared(runs)
     return "\n".join(_claim(by_task)) + "\n" if by_task else NOTHING
 
@@ -146,7 +146,7 @@ def _claim(by_task: Mapping[str, Mapping[str, Rights]]) -> list[str]:
 
 
 def _against_lora(by_task: Mapping[str, Mapping[str, Rights]]) -> list[str]:
-    """The cost of the 4-bit base, separate from that of training an adapter. No claim was made of it."""
+    """Return the cost of the 4-bit base alone. The study makes no claim about it."""
     lines = head("Share of the score of LoRA on the base in 16 bit", "")
     shares = ratios(by_task, LORA)
     return [*lines, *(row(ARMS[arm], _percent(shares[arm], over=True)) for arm in ARMS if arm not in (FULL, LORA))]
@@ -239,7 +239,7 @@ _COLORS = ("#6b7280", "#0f766e", "#2563eb", "#93c5fd", "#d9480f")
 
 
 def scores_figure(runs: Sequence[Run]) -> bytes:
-    """An SVG: for each task a bar for each arm, with its 95 % interval. The same runs give the same bytes."""
+    """Return a reproducible SVG: for each task and arm a bar, with 95 % interval."""
     by_task = compared(runs)
     style = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "quality"}
     with mpl.rc_context(style):

@@ -84,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(
     system: SystemName, inputs: Inputs, steps: int, folder: Path, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The measurement of one run in a new process. Raises CalledProcessError with its output printed."""
+    """Measure one run in a new process.
+
+    Raises CalledProcessError with its output printed.
+    """
     folder.mkdir()
     (folder / inputs.train.name).hardlink_to(inputs.train)
     command = ["benchmarks.speed.worker", system, str(folder), str(inputs.model), f"--steps={steps}"]
@@ -94,7 +97,7 @@ def _run(
 
 
 def _evaluate(inputs: Inputs, measured: dict[SystemName, list[dict[str, Any]]]) -> float:
-    """Give each repetition its `evalLosses`: repetitions compute the same, so those of the first one."""
+    """Give each repetition the `evalLosses` of the first, as all compute the same."""
     asked = "".join(
         json.dumps({"system": system, "snapshots": runs[0]["snapshots"]}) + "\n" for system, runs in measured.items()
     )

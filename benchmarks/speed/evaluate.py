@@ -17,7 +17,7 @@ from benchmarks.speed.hugging_face import load_base, lora_config, tokenized
 
 
 def main() -> None:
-    """Print the loss of the base alone (`base`) and of each snapshot, as one JSON object."""
+    """Print the loss of the base (`base`) and of each snapshot as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("held_out", type=Path)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def evaluation_loss(model: Any, rows: list[list[int]]) -> float:
-    """Mean negative log-likelihood of every token but each row's first, row by row, in 16-bit products."""
+    """Return mean negative log-likelihood of all but each row's first token."""
     summed, tokens = 0.0, 0
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         for row in rows:
@@ -46,7 +46,7 @@ def evaluation_loss(model: Any, rows: list[list[int]]) -> float:
 
 
 def _put_in(model: Any, snapshot: Path, *, in_name_order: bool) -> None:
-    """This trainer's optimizer has its parameters in the order of their names, transformers' in the model's."""
+    """Copy a snapshot into the parameters, in the order of its optimizer."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if in_name_order:
         named.sort(key=lambda pair: pair[0])

@@ -14,7 +14,7 @@ from benchmarks.speed.settings import ALPHA, RANK
 
 
 def load_base(folder: Path) -> Any:
-    """The base model in NF4 with double quantization and bf16 products, attention by PyTorch's fused kernel."""
+    """Load the base in NF4, double quantized, with bf16 products and fused attention."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(
@@ -52,7 +52,7 @@ def tokenized(model: Path, path: Path) -> list[list[int]]:
 
 
 class CountingCollator:
-    """A collator around another one. Notes the tokens without padding, and the rows, of each micro batch."""
+    """Wraps a collator and counts each micro batch's rows, and tokens but padding."""
 
     def __init__(self, collator: Any) -> None:
         self._collator = collator
@@ -68,7 +68,7 @@ class CountingCollator:
         return batch
 
     def by_step(self, steps: int, accumulation: int) -> tuple[list[int], list[int]]:
-        """Tokens and rows of each optimizer step. The loader reads ahead, so there are more batches than were used."""
+        """Return tokens and rows of each step that was used: the loader reads ahead."""
 
         def sums(values: list[int]) -> list[int]:
             return [sum(values[step * accumulation : (step + 1) * accumulation]) for step in range(steps)]

@@ -60,7 +60,7 @@ class Instrument:
         self.paused_cpu += time.process_time() - cpu
 
     def result(self, tokens: list[int], rows: list[int]) -> dict[str, Any]:
-        """The measurement; `tokens` and `rows` are the useful tokens and the rows of each step."""
+        """Return the measurement with each step's useful `tokens` and `rows`."""
         if not len(self.steps) == len(tokens) == len(rows):
             raise AssertionError(f"{len(self.steps)} steps measured, tokens of {len(tokens)}, rows of {len(rows)}")
         described = [

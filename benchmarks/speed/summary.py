@@ -32,7 +32,7 @@ class Figures:
 
 
 def figures(repetitions: Sequence[Measured], base_loss: float, target_loss: float) -> Figures:
-    """The figures of one system; `base_loss` is the evaluation loss without an adapter, the start of all."""
+    """Return one system's figures. All start at `base_loss`, without an adapter."""
     times = [seconds_to(target_loss, base_loss, measured) for measured in repetitions]
     reached = [seconds for seconds in times if seconds is not None]
     return Figures(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Train with the system that the command line names; leave FOLDER/measured.json and FOLDER/step-N.pt."""
+    """Train with the named system, write measured.json and step-N.pt to FOLDER."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("folder", type=Path)

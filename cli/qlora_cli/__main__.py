@@ -45,7 +45,7 @@ _ASKS_A_CLUSTER = "cli,client"
 
 
 def _explain_missing_library(command: str, error: ModuleNotFoundError) -> NoReturn:
-    """Raise a ClickException with the extra that has the library, or the error itself for a module of this project."""
+    """Raise a ClickException with the library's extra, or the project's own error."""
     if error.name is None or error.name.startswith("qlora_"):
         raise error
     install = f"run `pip install '.[{_EXTRAS.get(command, _ASKS_A_CLUSTER)}]'` in a checkout of the repository"
@@ -54,7 +54,7 @@ def _explain_missing_library(command: str, error: ModuleNotFoundError) -> NoRetu
 
 
 class _Commands(click.Group):
-    """Lists the commands without importing them: some modules take longer to import than most commands to run."""
+    """Lists the commands without importing them: some take long to import."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         """All names, in the order of the help."""
@@ -93,7 +93,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="qlora-operator")
 def main() -> None:
-    """Fine-tune language models with QLoRAJobs: submit them to a cluster and follow them, or plan and run them here."""
+    """Fine-tune language models with QLoRAJobs, on a cluster or on this machine."""
 
 
 def plugin() -> None:

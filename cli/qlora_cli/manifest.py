@@ -29,7 +29,7 @@ Document = QLoRAJobDocument | QLoRASweepDocument
 
 
 class ManifestError(Exception):
-    """The manifest is invalid; the message has one line per problem, each with file, line and field."""
+    """The manifest is invalid. A line per problem has file, line and field."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(map(printable, problems)))
@@ -54,13 +54,13 @@ def load_manifest(path: Path) -> Document:
 
 
 def load_object(path: Path) -> dict[str, Any]:
-    """The object in the file as its user has written it, after the same checks. Raises ManifestError."""
+    """Return the object as its user wrote it, if valid. Raises ManifestError."""
     content: dict[str, Any] = json.loads(_load(path)[1])
     return content
 
 
 def _load(path: Path) -> tuple[Document, str]:
-    """The document with the schema's defaults, and as JSON without them. The file may be a pipe: it is read once."""
+    """Return the document with defaults, and as JSON without. Reads pipes once."""
     document = _parse(path)
     content = _json(document, path)
     model = _model(document, path)
@@ -83,7 +83,7 @@ def _model(document: CommentedMap, path: Path) -> type[Document]:
 
 
 def _json(document: CommentedMap, path: Path) -> str:
-    """The document as the JSON that kubectl sends, without the status. Raises ManifestError."""
+    """Return the document as kubectl sends it. Raises ManifestError."""
     try:
         if _size(document, {}) > _MAX_BYTES:
             raise ManifestError(f"{path}: larger than {_MAX_BYTES} bytes, or infinite, with its aliases expanded")
@@ -96,7 +96,7 @@ def _json(document: CommentedMap, path: Path) -> str:
 
 
 def _size(value: Any, known: dict[int, float]) -> float:
-    """About how many characters the value has with aliases expanded; infinite if it contains itself."""
+    """Estimate the characters with aliases expanded, infinite if it contains itself."""
     if isinstance(value, str) or not isinstance(value, (Mapping, Sequence)):
         return len(value) + 1 if isinstance(value, str) else 1
     if id(value) not in known:
@@ -107,7 +107,7 @@ def _size(value: Any, known: dict[int, float]) -> float:
 
 
 def _parse(path: Path) -> CommentedMap:
-    """The file's only document. The round-trip parser keeps line numbers and rejects duplicate keys."""
+    """Parse the only document, with line numbers, and reject duplicate keys."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)

@@ -64,12 +64,12 @@ WORDS_OF_PATTERN: Mapping[str, str] = {
 
 
 def follows_from_another(problem: ErrorDetails) -> bool:
-    """Whether the list only seems too short, as entries that are reported themselves do not count."""
+    """Whether the list only seems too short, without its reported entries."""
     return problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]
 
 
 def explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    """The sentence for a problem of a document that was validated, as JSON, by `model`."""
+    """Return the sentence for a problem of a document that `model` validated as JSON."""
     message, value = problem["msg"].removeprefix("Value error, "), problem["input"]
     message = message[:1].lower() + message[1:]
     match problem["type"]:
@@ -95,7 +95,7 @@ def explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """A value of JSON for a sentence: text and numbers as they are written, at most 80 characters."""
+    """Return a JSON value for a sentence, at most 80 characters."""
     if isinstance(value, dict):
         return "an object"
     return "a list" if isinstance(value, list) else json.dumps(value)[:80]
@@ -121,7 +121,7 @@ def _unknown_field(location: Location, model: type[BaseModel]) -> str:
 
 
 def _places(location: Location, model: type[BaseModel]) -> list[str]:
-    """The fields of that name below the innermost object around the location that has any, up to the spec."""
+    """Find fields of that name under the innermost object that has any, to the spec."""
     *around, name = location
     # The place of a template's field does not help a user who wants to vary it.
     if _model_at(around, model) in (Grid, Overrides):

@@ -18,7 +18,7 @@ def as_json(value: Mapping[str, Any]) -> str:
 
 
 def as_yaml(value: Mapping[str, Any]) -> str:
-    """YAML 1.1, which `kubectl apply` reads: text like a number or a truth value is quoted."""
+    """Write YAML 1.1 for `kubectl apply`: quotes text like a number or a truth value."""
     # Imported here: commands that print a table must start fast.
     from ruamel.yaml import YAML
 
@@ -42,7 +42,7 @@ def fail(message: str, exit_code: int = 1) -> NoReturn:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Turn these signals into SystemExit with 128 + their number during the body, so that `finally` is reached."""
+    """Turn these signals into SystemExit with 128 + their number, to reach `finally`."""
     before = {number: signal.signal(number, _end) for number in _SIGNALS}
     try:
         yield

@@ -34,12 +34,12 @@ _NOT_STATED = frozenset({SIGNED_FILE, UNSIGNED_FILE, PUBLISHED_MANIFEST})
 
 
 class NotVerified(Exception):  # noqa: N818 - what was found, not an error of the program
-    """The adapter differs from its lineage, or has none; the message has the difference."""
+    """The adapter differs from its lineage, or has none, as the message explains."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The files of an adapter, and the statements about them. A registry may have several, also of other users."""
+    """Files of an adapter, and its statements: several, also by other users."""
 
     folder: Path
     signed: tuple[bytes, ...]
@@ -76,7 +76,7 @@ def verify(address: str, key: Path | None) -> Verified:
 
 
 def _statement(adapter: Adapter, address: str, key: PublicKey | None) -> Statement:
-    """The statement about the adapter, signed with the key if there is one. Raises NotVerified."""
+    """Return the statement, signed with the key if any. Raises NotVerified."""
     if key is None:
         candidates = [*_payloads(adapter.signed, payload_of), *_payloads(adapter.unsigned, lambda content: content)]
     else:
@@ -136,7 +136,7 @@ def _payloads(contents: Iterable[bytes], read: Callable[[bytes], bytes]) -> Iter
 
 
 def _compare(folder: Path, stated: Mapping[str, str]) -> None:
-    """Raise NotVerified for a file that is missing, differs, or is not among those that are stated."""
+    """Raise NotVerified for a file that is missing, differs, or is not stated."""
     names = {name for name in stated if "://" not in name}
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - _NOT_STATED
     if missing := sorted(names - there):
@@ -204,7 +204,7 @@ def _with_lineage(folder: Path) -> Adapter:
 
 
 def _small(path: Path) -> tuple[bytes, ...]:
-    """The content of a file; nothing if there is none, or a link, a pipe or a file that is too large."""
+    """Read a file, but no link, no pipe and none that is too large."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size > _MAX_LINEAGE_BYTES:
         return ()
     return (path.read_bytes(),)

@@ -29,7 +29,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: a command that lists jobs needs none, and starts faster."""
+    """Import a public name at its first use: commands that need none start faster."""
     from importlib import import_module
 
     if name not in _PUBLIC:

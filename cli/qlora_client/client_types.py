@@ -35,7 +35,10 @@ class QLoRAJob:
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """The job as the cluster stores it. Raises RuntimeError if it has values of a newer version."""
+        """Return the job as the cluster stores it.
+
+        Raises RuntimeError if it has values of a newer version.
+        """
         try:
             # Fields of a newer version are ignored, as with other clients of the API.
             spec = QLoRAJobSpec.model_validate(job.spec, extra="ignore")

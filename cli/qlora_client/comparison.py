@@ -77,7 +77,7 @@ def _fixed(job: Job) -> dict[str, str]:
 
 
 def results(compared: Sequence[Compared], now: datetime) -> list[Row]:
-    """The results of the jobs; properties that no job has are left out. `now` is the end of running jobs."""
+    """Return jobs' results without unused properties, until `now` for running jobs."""
     rows = [Row(label, tuple(read(each) for each in compared)) for label, read in _RESULTS.items()]
     rows.append(Row("Time", tuple(_duration(each.job, now) for each in compared)))
     return [row for row in rows if any(value != ABSENT for value in row.values)]

@@ -29,11 +29,11 @@ class LossHistory:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and loss of the best evaluation, the earliest of equals; None without held-out rows."""
+        """Step and loss of the best evaluation, the earliest of equals, or None."""
         return min(self.held_out.items(), key=lambda point: point[1], default=None)
 
     def suffices(self, total_steps: int) -> bool:
-        """Whether a curve of it shows the run: it has its start, and as many points as a picture needs."""
+        """Whether a curve shows the run: it has the start, and enough points."""
         if not self.training:
             return False
         complete = len(self.training) >= min(_FEW_POINTS, total_steps)
@@ -41,7 +41,10 @@ class LossHistory:
 
 
 def of_metrics(content: bytes) -> LossHistory:
-    """The losses of a workspace's `metrics.jsonl`: every step. Raises ValueError for an invalid line."""
+    """Return the losses of a workspace's `metrics.jsonl`, of every step.
+
+    Raises ValueError for an invalid line.
+    """
     history = _Growing()
     for number, line in enumerate(content.splitlines(), start=1):
         try:
@@ -71,7 +74,7 @@ def _number(value: Any) -> float | None:
 
 
 class _Growing:
-    """Collects points. A step that comes again is one that a resumed run repeats, with all after it."""
+    """Collects points, and drops those that a resumed run repeats, with all after."""
 
     def __init__(self) -> None:
         self._training: dict[int, float] = {}
@@ -107,7 +110,10 @@ def read_losses(cluster: Cluster, job: Job) -> dict[int, float]:
 
 
 def read_progress(cluster: Cluster, job: Job) -> Iterator[ProgressRecord]:
-    """The records of the remaining train pods, pod by pod. Raises as `read_losses` does."""
+    """Return the records of the remaining train pods, pod by pod.
+
+    Raises as `read_losses` does.
+    """
     for pod in pods_of(cluster, job):
         if pod.step != "train" or not pod.has_log:
             continue
@@ -122,7 +128,7 @@ def read_progress(cluster: Cluster, job: Job) -> Iterator[ProgressRecord]:
 
 
 def add_loss(losses: dict[int, float], step: int, loss: float | None) -> None:
-    """Add the latest loss. Those of later steps are dropped: the run has gone back to a checkpoint."""
+    """Add the latest loss, and drop those of later steps: the run has gone back."""
     if loss is None or step < 1:
         return
     while losses and next(reversed(losses)) >= step:

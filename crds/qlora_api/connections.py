@@ -40,7 +40,7 @@ DirectHost = Annotated[
 
 
 class CaConfigMap(ApiModel):
-    """Certificates of an own certificate authority, in a ConfigMap of the job's namespace."""
+    """Certificates of a private authority, in a ConfigMap of the job's namespace."""
 
     name: Annotated[str, Field(min_length=1, max_length=253, pattern=_OBJECT_NAME)] = Field(
         description="Name of a ConfigMap that exists in each namespace with jobs."
@@ -66,7 +66,7 @@ class GoogleStorage(ApiModel):
 
 
 class AzureStorage(ApiModel):
-    """One storage account of Azure. A job names containers in it, never another account."""
+    """One storage account of Azure. Jobs name its containers, no other account."""
 
     account: str = Field(min_length=3, max_length=24, pattern=r"^[a-z0-9]+$", description="Name of the account.")
     endpoint: Endpoint | None = Field(
@@ -75,7 +75,10 @@ class AzureStorage(ApiModel):
 
 
 class CloudIdentity(ApiModel):
-    """A ServiceAccount with a cloud identity. The administrator connects it with a role in each namespace."""
+    """A ServiceAccount with a cloud identity.
+
+    The administrator connects it with a role in each namespace.
+    """
 
     provider: Literal["aws", "google", "azure"] = Field(
         description="aws: IRSA or EKS Pod Identity, for s3://; google: GKE's workload identity, for gs://; azure: "

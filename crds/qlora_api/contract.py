@@ -158,7 +158,7 @@ Evaluations = Annotated[tuple[tuple[Count, Finite], ...], Field(max_length=MAX_R
 
 
 class _Record(ObservedModel):
-    """The fields of every record, so that a reader can reject another job's or a forged one."""
+    """Fields of every record, for readers to reject another job's or a forged one."""
 
     contract_version: int = CONTRACT_VERSION
     job_uid: str = Field(max_length=64)
@@ -168,7 +168,7 @@ class _Record(ObservedModel):
 
 
 class ProgressRecord(_Record):
-    """Progress of the step, on standard output: at most one record per 5 seconds, of at most 1 KiB."""
+    """Progress of the step on standard output: 1 KiB every 5 seconds at most."""
 
     kind: Literal["progress"] = "progress"
     activity: str = Field("", max_length=MAX_ACTIVITY_LENGTH)
@@ -194,7 +194,7 @@ class ProgressRecord(_Record):
 
 
 class ResultRecord(_Record):
-    """How the step ended, as its last line of standard output and in the termination log: at most 4096 bytes."""
+    """How the step ended: last line of output and termination log, up to 4096 bytes."""
 
     kind: Literal["result"] = "result"
     attempt: int = Field(1, ge=1)

@@ -44,7 +44,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
 
 
 def _with_measures(progress: ProgressStatus, record: ProgressRecord | ResultRecord) -> ProgressStatus:
-    """Add the measures that the record has, those of an objective that compares answers included."""
+    """Add the record's measures, those of an objective that compares answers too."""
     return replace_known(
         progress,
         loss=_rounded(record.loss),

@@ -38,17 +38,17 @@ RESOLVED_ANNOTATION = "qlora.dev/resolved"
 
 
 def short_uid(uid: str) -> str:
-    """The first eight characters of a UID: enough to distinguish a job from a deleted one of the same name."""
+    """Return the first 8 characters of a UID, to distinguish jobs of one name."""
     return uid[:8]
 
 
 def child_job_name(job_name: str, step: "StepName", attempt: int) -> str:
-    """`<job>-<step>-<attempt>`: at most 59 characters for a job's name of at most 45 and 5 digits."""
+    """Return `<job>-<step>-<attempt>`, at most 59 characters for 45 of the job."""
     return f"{job_name}-{step}-{attempt}"
 
 
 def workspace_claim_name(job_name: str, uid: str) -> str:
-    """Name of the claim that the operator creates; with the UID, because a retained claim outlives its job."""
+    """Return the claim's name, with the UID as a retained claim outlives its job."""
     return f"{job_name}-{short_uid(uid)}"
 
 
@@ -66,7 +66,7 @@ def shared_folder(sweep_name: str, sweep_uid: str) -> str:
 
 
 def sweep_pod_name(sweep_name: str, number: int) -> str:
-    """First part of the names of the Jobs that train several cells of a sweep together, by the number of their pod."""
+    """Return the first part of the names of a sweep's shared Jobs, by pod `number`."""
     return f"{sweep_name}-p{number:02}"
 
 
@@ -76,7 +76,10 @@ def other_spec_annotation(job_name: str) -> str:
 
 
 def peers_name(uid: str) -> str:
-    """Name of the Service of a job's train pods, and the first part of their NetworkPolicy's: begins with a letter."""
+    """Return the name of the Service of a job's train pods.
+
+    It begins with a letter, and their NetworkPolicy's name with it.
+    """
     return f"qlora-{uid}"
 
 

@@ -22,12 +22,12 @@ def one_line(text: str) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """The text if it has at most `limit` characters, else its beginning with an ellipsis as the last of them."""
+    """Shorten the text to at most `limit` characters, the last an ellipsis."""
     return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…" * (limit > 0)
 
 
 def shortened_in_the_middle(text: str, limit: int) -> str:
-    """The text if it has at most `limit` characters, at least 3, else its beginning and its end around an ellipsis."""
+    """Shorten the text around an ellipsis to `limit` characters, at least 3."""
     end = (limit - 1) // 2
     return text if len(text) <= limit else f"{text[: limit - 1 - end]}…{text[-end:]}"
 

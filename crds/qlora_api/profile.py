@@ -155,7 +155,7 @@ class Resources(ApiModel):
 
 
 class RunAs(ApiModel):
-    """User and groups of the pods. Not set where the platform assigns them (OpenShift)."""
+    """User and groups of the pods. Not set where the platform (OpenShift) does it."""
 
     user: int = Field(10001, ge=1, le=2**31 - 1, description="User id.")
     group: int = Field(10001, ge=1, le=2**31 - 1, description="Group id.")
@@ -176,7 +176,7 @@ class WorkspaceDefaults(ApiModel):
 
 
 class ObjectStoreSettings(ApiModel):
-    """The object store of s3:// addresses. A job names buckets in it, never another host."""
+    """The object store of s3:// addresses. A job names its buckets, never a host."""
 
     endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")] | None = Field(
         None, description="URL of an S3 server, used with path-style addresses (URL/BUCKET); AWS if not set."
@@ -195,14 +195,14 @@ class TrackingServer(ApiModel):
 
 
 class TrackingServers(ApiModel):
-    """The servers that get the history of runs from publish. A job names trackers, never a server."""
+    """Servers for the history of runs. A job names trackers, never a server."""
 
     mlflow: TrackingServer | None = Field(None, description="MLflow's tracking server.")
     wandb: TrackingServer | None = Field(None, description="Weights & Biases.")
 
 
 class SigningKey(ApiModel):
-    """A key of a Secret in each namespace with jobs. Publish signs the list of an adapter's inputs with it."""
+    """A key of a Secret in each namespace with jobs. Publish signs inputs with it."""
 
     name: ObjectName = Field(
         description="Name of the Secret. Publish waits for it, no other step mounts it, and no job may name it."
@@ -226,7 +226,7 @@ class ModelCache(ApiModel):
 
 
 class Limits(ApiModel):
-    """Limits of the profile for the jobs of one namespace. They bind new starts, not jobs that have started."""
+    """Limits of the profile for the jobs of one namespace, for new starts only."""
 
     gpus: int | None = Field(
         None,
@@ -258,7 +258,7 @@ class Limits(ApiModel):
 
 
 class Profile(ApiModel):
-    """A class of jobs, set up by the administrator. A job names it and can change nothing in it."""
+    """A class of jobs, set up by the administrator. Jobs name it, never change it."""
 
     image: str = Field(max_length=512, description="The trainer image, preferably by digest.")
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field("IfNotPresent", description="As in a pod.")

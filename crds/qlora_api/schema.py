@@ -16,12 +16,12 @@ class ApiModel(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
 
     def dump(self) -> dict[str, Any]:
-        """The JSON object that the API server stores: camelCase keys, and no key for a field that is not set."""
+        """Return the JSON object as the API server stores it: camelCase, no unset fields."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 class Decides(Enum):
-    """What a setting of the spec decides, as metadata of its field. Without: the adapter alone."""
+    """Metadata of a spec's field: what else than the adapter it decides."""
 
     PREPARED_DATA = auto()
     """Also the sequences: data prepared with another value is prepared again."""
@@ -38,7 +38,7 @@ class Decides(Enum):
 
 
 class ObservedModel(ApiModel):
-    """A part of the status or of a record. Unknown fields are ignored: another version may have written it."""
+    """A part of the status or a record, which ignores fields of newer versions."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -65,7 +65,7 @@ def rule(expression: str, message: str) -> dict[str, str]:
 
 
 def rule_at_creation(expression: str, message: str) -> dict[str, Any]:
-    """A rule for new objects only: those that an earlier release has admitted can still be changed and read."""
+    """Return a rule for new objects, as older ones can still be changed and read."""
     return {**rule(f"oldSelf.hasValue() || {expression}", message), "optionalOldSelf": True}
 
 

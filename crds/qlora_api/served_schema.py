@@ -22,7 +22,7 @@ def missing_fields(document: Schema) -> list[str]:
 
 
 def unknown_fields(document: Schema) -> list[str]:
-    """Fields of the OpenAPI document that this release's definitions lack: those of a newer release; as above."""
+    """Return fields of a newer release's OpenAPI document that this one lacks."""
     found: list[str] = []
     for kind, definition in _own_definitions().items():
         served = _served_schema(document, kind)

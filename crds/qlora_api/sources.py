@@ -33,7 +33,7 @@ TEMPLATE_NAMES = ("chatml", "gemma", "llama-3", "mistral", "zephyr")
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the Hugging Face Hub, and a file or folder in it (empty: all of it)."""
+    """A repository of the Hugging Face Hub, and a path in it (empty: all of it)."""
 
     scheme: ClassVar[str] = "hf"
     repository: str
@@ -69,7 +69,7 @@ class ConfigMapSource:
 
 @dataclass(frozen=True)
 class ObjectStoreSource:
-    """An object, or a prefix as a folder, in a bucket (Azure: a container) of the profile's object store."""
+    """An object, or a prefix as a folder, in a bucket or container of the store."""
 
     bucket: str
     path: str
@@ -93,7 +93,7 @@ class RegistrySource:
 
     @property
     def reference(self) -> str:
-        """The reference to request from the registry: the digest if it is known, else the tag."""
+        """The reference to request from the registry: the known digest, else the tag."""
         return self.digest or self.tag or ""
 
     def __str__(self) -> str:
@@ -106,7 +106,7 @@ Source = HubSource | VolumeSource | ConfigMapSource | ObjectStoreSource | Regist
 
 @dataclass(frozen=True)
 class ProfileSetting:
-    """A field of the profile that the clients of a store read from an environment variable."""
+    """A profile's field that a store's clients read from an environment variable."""
 
     variable: str
     path: tuple[str, ...]
@@ -281,7 +281,7 @@ def examples(*schemes: str) -> list[str]:
 
 
 def parse_source(uri: str) -> Source:
-    """The parsed form of an address that the schema has admitted. Raises ValueError for any other."""
+    """Parse an address that the schema has admitted. Raises ValueError for any other."""
     known = (_HUB_DATASET, _HUB_COMMIT, _VOLUME, _CONFIG_MAP, _TAGGED_OR_PINNED, _DESTINATION)
     if not re.fullmatch("|".join(known), uri):
         allowed = series([*examples(*SCHEMES), _KEY_OF_CONFIG_MAP], "and")

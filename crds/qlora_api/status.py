@@ -53,7 +53,7 @@ class Condition(ObservedModel):
 
 
 class ContinuedRun(ObservedModel):
-    """The workspace of the job that spec.continues names, as it was when this job started."""
+    """The workspace of the job of spec.continues, as it was when this job started."""
 
     job: ShortText = Field(description="Name of that job.")
     uid: str = Field(max_length=64, description="Its UID.")
@@ -62,7 +62,7 @@ class ContinuedRun(ObservedModel):
 
 
 class Resolved(ObservedModel):
-    """Values fixed before the first pod, so that an upgrade of the operator does not change a running job."""
+    """Values fixed before the first pod, so that upgrades change no running job."""
 
     contract_version: int = Field(ge=1, le=1000, description="Version of the contract between operator and trainer.")
     profile: Profile = Field(description="The administrator's profile when the job started.")
@@ -179,7 +179,7 @@ class ProgressStatus(ObservedModel):
 
 
 class MemoryStatus(ObservedModel):
-    """GPU memory that the run is expected to need, estimated before any weight is downloaded."""
+    """GPU memory that the run is expected to need, estimated before any download."""
 
     estimate_bytes: Bytes | None = Field(None, description="Expected peak; not set if it is unknown.")
     low_bytes: Bytes | None = Field(None, description="Lower end of what is plausible; not set if it is unknown.")
@@ -208,7 +208,7 @@ class MemoryStatus(ObservedModel):
 
 
 class MixedSourceStatus(ObservedModel):
-    """Counts of prepare for one source of the mix. Short: a step's result has at most 4096 bytes."""
+    """Counts of prepare for one source of the mix, in a result of 4096 bytes."""
 
     source: str = Field(max_length=MAX_MIXED_SOURCE_LENGTH, description="Its address, shortened in the middle.")
     rows: Count = Field(description="Rows read.")
@@ -262,7 +262,7 @@ class FailureStatus(ObservedModel):
 
 
 class QLoRAJobStatus(ObservedModel):
-    """The operator's report about a job. The conditions are authoritative; the other fields explain them."""
+    """The operator's report about a job. The conditions are authoritative."""
 
     observed_generation: int | None = Field(
         None, ge=-1, le=2**53, description="Generation of the spec that the status is about."

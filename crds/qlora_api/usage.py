@@ -26,7 +26,7 @@ class BudgetSpec(ApiModel):
 
 
 class LostGpuSeconds(ObservedModel):
-    """GPU seconds that are in no checkpoint, by what they were lost to. Each second counts once."""
+    """GPU seconds that are in no checkpoint, by their cause. Each second counts once."""
 
     startup: Count = Field(
         0, description="From when a pod had its GPUs until it began to train, or gave up waiting for other nodes."
@@ -48,7 +48,7 @@ class LostGpuSeconds(ObservedModel):
 
 
 class TakenOverPart(ObservedModel):
-    """The part of a cell that a pod of its sweep trains, from when it counts for the sweep alone."""
+    """The part of a cell that a pod of its sweep trains, once the sweep counts it."""
 
     uid: str = Field(max_length=64, description="UID of the cell.")
     after_seconds: Count = Field(description="Seconds of the pod after which the cell's part counts for the sweep.")

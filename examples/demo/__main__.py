@@ -25,7 +25,7 @@ LONGEST_RUN_SECONDS = 1800
 
 
 def main() -> int:
-    """Run the demo; exits with 0 if the adapter exists, is verified, and better than the base model."""
+    """Run the demo, and exit with 0 for a verified adapter better than the base."""
     options = _parser().parse_args()
     started = time.monotonic()
 
@@ -99,7 +99,7 @@ def _cluster(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[K
 
 
 def model_folder() -> Path:
-    """The demo's model folder, made once and kept in the cache. One process makes it, while others wait for it."""
+    """Return the demo's cached model folder, made once while others wait."""
     where = layout.from_environment()
     maker = HERE / "model.py"
     key = hashlib.sha256(maker.read_bytes()).hexdigest()[:12]
@@ -126,7 +126,7 @@ def _delete_job(kubectl: Kubectl) -> None:
 
 
 def _follow(kubectl: Kubectl) -> dict[str, object]:
-    """Show the user's view until the job has ended; the finished resource. Raises ClusterError if it failed."""
+    """Show the user's view until the job has ended. Raises ClusterError on failure."""
     base: list[str | Path] = [
         kubectl.program,
         "--kubeconfig",
@@ -154,7 +154,7 @@ def _follow(kubectl: Kubectl) -> dict[str, object]:
 
 
 def _fetch(kubectl: Kubectl, image: str, job: dict[str, object], output: Path) -> Path:
-    """Copy adapter and report from the workspace volume, and compare the adapter's sum with the status."""
+    """Copy adapter and report from the volume, and compare the sum with the status."""
     status = job["status"]
     assert isinstance(status, dict)
     adapter, resolved = status["adapter"], status["resolved"]

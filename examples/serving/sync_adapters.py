@@ -28,7 +28,7 @@ TENSORS = "adapter_model.safetensors"
 
 @dataclass
 class Seen:
-    """Results of earlier rounds, so that a file is read, and a wrong one downloaded, once."""
+    """Results of earlier rounds, so that each file is read and downloaded once."""
 
     equal: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """By name: the digest that the file has, and its size and time when it was compared."""
@@ -58,7 +58,7 @@ def sync(entries: Path, adapters: Path, base: str, claims: dict[str, Path], seen
 
 
 def provide(folder: Path, entry: dict[str, Any], claims: dict[str, Path], seen: Seen) -> None:
-    """Put the entry's adapter at `folder`. Raises ValueError or OSError if it differs from the announcement."""
+    """Put the entry's adapter at `folder`. Raises ValueError or OSError if wrong."""
     if is_there(folder, entry["digest"], seen) or seen.wrong.get(folder.name) == entry:
         return
     scheme, _, rest = str(entry["uri"]).partition("://")
@@ -89,7 +89,7 @@ def provide(folder: Path, entry: dict[str, Any], claims: dict[str, Path], seen: 
 
 
 def is_there(folder: Path, announced: str, seen: Seen) -> bool:
-    """Whether the folder has the adapter of that digest. The file is read if it has changed since it was compared."""
+    """Whether the folder has the adapter of that digest, read again if changed."""
     try:
         stat = (folder / TENSORS).stat()
     except FileNotFoundError:

@@ -53,7 +53,7 @@ _STEPS = 24
 
 
 def main() -> int:
-    """Walk; exits with 0 if each command did what it must. The page is written only then."""
+    """Run the walk, exit with 0 if each command succeeded, and then write its page."""
     parser = argparse.ArgumentParser(prog="make walk", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("walk-output"), help="where commands run; emptied first")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "walk.md", help="the page to write")
@@ -92,7 +92,7 @@ def _show(text: str) -> None:
 
 
 def _keep_terminals(shell: Shell, folder: Path) -> None:
-    """A file for each picture: the command in the first line, and below it the terminal."""
+    """Write a file for each picture: the command, and the terminal after it."""
     folder.mkdir()
     for name, command in TERMINALS.items():
         (folder / f"{name}.ansi").write_text(f"{command}\n{screen_after(command, shell)}\n")

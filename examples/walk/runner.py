@@ -10,12 +10,12 @@ from examples.walk.steps import Step
 
 
 class WalkError(Exception):
-    """A command did not do what the walk expects; the message has the command and its output."""
+    """A command did not do what the walk expects, as its output in the message shows."""
 
 
 @dataclass(frozen=True)
 class Shell:
-    """The environment of the commands: a folder, a separate kubeconfig, and the folders of their programs."""
+    """Environment of commands: a folder, a kubeconfig, and folders of programs."""
 
     folder: Path
     kubeconfig: Path
@@ -25,7 +25,7 @@ class Shell:
     """A command that takes longer fails."""
 
     def environment(self) -> dict[str, str]:
-        """The caller's, without the variables that make a command's output depend on the caller's terminal."""
+        """Return the caller's environment without variables of its terminal."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         path = os.pathsep.join([*map(str, self.programs), os.environ["PATH"]])
         own = {"KUBECONFIG": str(self.kubeconfig), "PATH": path, "LANG": "C.UTF-8", "TZ": "UTC"}
@@ -34,7 +34,7 @@ class Shell:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A step, and the output of each of its commands, standard error included, in the order of its arrival."""
+    """A step and its commands' output, with standard error, in order of arrival."""
 
     step: Step
     outputs: Sequence[tuple[str, str]]
@@ -62,7 +62,7 @@ def run(steps: Iterable[Step], shell: Shell, show: Callable[[str], None]) -> Ite
 
 
 def _run_one(command: str, shell: Shell, show: Callable[[str], None]) -> tuple[int, str]:
-    """The exit code and all output of the command. `timeout` ends it with 124 if it takes too long."""
+    """Return exit code and output of the command, 124 if it exceeds `timeout`."""
     process = subprocess.Popen(
         ["timeout", str(shell.seconds), "bash", "-u", "-o", "pipefail", "-c", command],
         cwd=shell.folder,
@@ -88,7 +88,7 @@ def _run_one(command: str, shell: Shell, show: Callable[[str], None]) -> tuple[i
 
 
 def page(title: str, introduction: str, recorded: Iterable[Recorded]) -> str:
-    """The walk as Markdown: the purpose of each step, its commands, and their output as it came."""
+    """Return the walk in Markdown: each step's purpose, commands and output."""
     parts = [f"# {title}\n", f"{introduction}\n"]
     chapter = ""
     for each in recorded:

@@ -34,7 +34,7 @@ class Step:
         return re.split(r"(?<!\\)\n", self.script)
 
     def with_values(self, values: Mapping[str, str]) -> "Step":
-        """The step with each `{name}` in its commands replaced. Raises KeyError for a name without a value."""
+        """Replace each `{name}` in the step's commands. Raises KeyError without a value."""
         return replace(self, script=self.script.format_map(values))
 
 

@@ -100,7 +100,7 @@ def _graph(panel: Panel) -> timeseries.Panel:
 
 
 def _table(panel: Panel) -> table.Panel:
-    """One row for each set of labels, one column for each query: its legend is the column's title."""
+    """Return a row for each set of labels, a column for each query by its legend."""
     built = table.Panel().height(9)
     built.with_transformation(DataTransformerConfig(id_val="merge", options={}))
     hidden = {"Time": True, **dict.fromkeys(panel["hidden"], True)}

@@ -84,7 +84,7 @@ class LeaderElectionSettings(ApiModel):
 
 
 class Settings(ApiModel):
-    """What the administrator sets for the operator itself and, in profiles, for the jobs."""
+    """The administrator's settings of the operator and, in profiles, of the jobs."""
 
     namespaces: tuple[Name, ...] = Field((), description="Namespaces to serve; all if empty.")
     profiles: dict[Name, Annotated[Profile, AfterValidator(_check_length)]] = Field(

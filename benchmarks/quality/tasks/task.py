@@ -25,7 +25,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """A task that a program can make any number of rows for, and whose answers a program can check."""
+    """A task whose rows a program can make in any number, and check the answers."""
 
     name: str
     says: str
@@ -49,7 +49,7 @@ class Sets:
     pool: tuple[Row, ...]
 
     def train(self, count: int, seed: int) -> tuple[Row, ...]:
-        """The rows that a run with this seed is trained on. Those of a smaller count are among those of a larger."""
+        """Return this seed's training rows, those of smaller counts among them."""
         if count > len(self.pool):
             raise ValueError(f"{count} rows to train on, but there are {len(self.pool)}")
         order = shuffled(Random(f"train {seed}"), self.pool)
@@ -84,7 +84,7 @@ def _without_repetition(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def pick(random: Random, values: Sequence[T]) -> T:
-    """One of the values. Only `Random.random` is sure to repeat on other versions of Python: all draws use it."""
+    """Choose by `Random.random`, which alone repeats on all versions of Python."""
     return values[int(random.random() * len(values))]
 
 

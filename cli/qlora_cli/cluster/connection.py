@@ -68,7 +68,7 @@ def with_cluster(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _names_of_jobs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The jobs' names that begin so, for shell completion; none if the cluster does not answer."""
+    """Complete jobs' names in the shell, without any if the cluster does not answer."""
     given = context.params
     try:
         cluster = Connection(given.get("context"), given.get("namespace"), given.get("kubeconfig")).open()

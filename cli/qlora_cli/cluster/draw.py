@@ -23,7 +23,7 @@ _LEAST_WIDTH, _MOST_WIDTH = 20, 100
 
 
 def draw_losses(losses: Mapping[int, float], width: int) -> str:
-    """The losses over the optimizer steps, in at most `width` columns; empty if there is too little to draw."""
+    """Draw the losses over the steps in at most `width` columns, empty if too few."""
     columns = min(width - _AXIS_WIDTH, _MOST_WIDTH)
     if len(losses) < _LEAST_POINTS or columns < _LEAST_WIDTH:
         return ""
@@ -86,7 +86,7 @@ def _event(event: Event) -> Text:
 
 
 def line_of(job: Job) -> str:
-    """The phase with its details: `Training: 42% 420/1000, loss 1.234, 850 tokens/s, 1h12m left`."""
+    """Return the phase with its details, such as `Training: 42% 420/1000, loss 1.234`."""
     figures = figures_of(job)
     text = figures if job.phase == "Training" and figures else one_line(job.message)
     return f"{job.phase}: {text}" if text else job.phase

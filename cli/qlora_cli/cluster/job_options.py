@@ -66,7 +66,7 @@ _REQUIRED = ("--model", "--data")
 
 
 class OptionError(Exception):
-    """The options describe no valid job; the message names one of them, the value, and the allowed ones."""
+    """The options describe no valid job. The message names the allowed values."""
 
 
 def with_job_options(command: Callable[..., None]) -> Callable[..., None]:

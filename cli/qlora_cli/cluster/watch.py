@@ -54,7 +54,7 @@ def watch_job(cluster: Cluster, name: str, console: Console) -> int:
 
 
 class _Observer:
-    """Collects the losses and Events of a picture. `say` receives one message for each that cannot be read."""
+    """Collects losses and Events, and passes `say` a message for each failure."""
 
     def __init__(self, cluster: Cluster, say: Say) -> None:
         self._cluster = cluster
@@ -79,7 +79,7 @@ class _Observer:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Continue without losses or Events that cannot be read: only the job is essential."""
+        """Continue without losses or Events that cannot be read: only the job matters."""
         try:
             yield
         except UnreachableError:
@@ -147,7 +147,7 @@ def logs(cluster: Cluster, name: str, follow: bool, steps: tuple[StepName, ...],
 
 
 def sentence(text: str, job_uid: str) -> str | None:
-    """A record of the job as a sentence, None for one of another job, and any other line without control characters."""
+    """Return the job's record as a sentence, None for another's, else plain text."""
     record = decode_any_record(text)
     if record is None:
         # Control characters, which a terminal would obey: the pod reads data that any user can publish.

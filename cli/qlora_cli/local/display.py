@@ -93,7 +93,7 @@ class ConsoleDisplay:
 
 
 def describe(record: ProgressRecord) -> str:
-    """The record in one short line: `training 420/1000, loss 1.234, 850 tokens/s, 1h12m left`."""
+    """Return the record in a line: `training 420/1000, loss 1.234, 850 tokens/s, ...`."""
     parts = [record.activity or record.step]
     if record.total_steps:
         parts[0] += f" {record.training_step}/{record.total_steps}"

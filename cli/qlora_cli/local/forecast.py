@@ -25,7 +25,7 @@ _SECONDS = 3600
 
 @dataclass(frozen=True)
 class GpuOfPlan:
-    """The GPU of the job's profile, and how much data there is, as far as they are given."""
+    """The GPU of the job's profile, and the amount of data, as far as given."""
 
     tflops: float | None = None
     """Its speed in dense bfloat16, in 10^12 operations per second."""
@@ -46,7 +46,7 @@ def parse_price(_context: click.Context, _parameter: click.Parameter, value: str
 
 
 def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, config: Path, gpu: GpuOfPlan, console: Console) -> None:
-    """Print the GPU hours of the whole run, if the GPU's speed is given, or why they are not known."""
+    """Print the run's GPU hours if the GPU's speed is given, or why they are unknown."""
     if gpu.tflops is None:
         return
     tokens, at_most = tokens_of_run(spec.training, gpu.tokens)

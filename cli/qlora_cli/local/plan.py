@@ -47,7 +47,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of a job, and that of the GPU that it runs on, in GiB; None if it is not given."""
+    """Memory of a job and of its GPU in GiB, None if the latter is not given."""
 
     title: str
     job: MeasuredJob | None
@@ -77,7 +77,7 @@ class MemoryPlan:
 
     @property
     def exceeds(self) -> bool:
-        """Whether the job cannot fit the GPU: weights that exceed it do so with any activations."""
+        """Whether the job cannot fit: oversized weights exceed with any activations."""
         memory, gpu_gib = self.memory, self.gpu_gib
         return memory is not None and gpu_gib is not None and verdict(memory, gpu_gib) == "exceeds"
 
@@ -138,7 +138,7 @@ def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
-    """The model's config.json, on a volume or fetched from the hub. Raises StepFailure if it cannot be read."""
+    """Return the model's config.json, local or fetched. Raises StepFailure."""
     source = parse_source(model.source)
     if isinstance(source, VolumeSource):
         if source.claim not in mounts.claims:
@@ -168,14 +168,14 @@ def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
 
 
 def require_hub_client(offline: str) -> None:
-    """Raise StepFailure, with `offline` as what else can be done, unless the hub's client is installed."""
+    """Raise StepFailure, naming `offline`, unless the hub's client is installed."""
     if importlib.util.find_spec("huggingface_hub") is None:
         raise bad_configuration(f"the Hugging Face client is not installed: {INSTALL}, {offline}")
 
 
 @contextmanager
 def fetching(model: BaseModelSpec, offline: str) -> Iterator[None]:
-    """Raise StepFailure, with `offline` as what else can be done, if the body cannot fetch the model's files."""
+    """Raise StepFailure, naming `offline`, if the body cannot fetch files."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
@@ -192,7 +192,7 @@ def fetching(model: BaseModelSpec, offline: str) -> Iterator[None]:
 
 
 def show_plan(plan: MemoryPlan, console: Console) -> None:
-    """Print the estimate by component, its range, and the verdict with the settings to change."""
+    """Print the estimate by component, its range, the verdict, and settings to change."""
     if plan.job is None:
         _show_without_activations(plan, console)
         return

@@ -56,7 +56,7 @@ class RowAccess:
 
     @contextmanager
     def previews(self, count: int) -> Iterator[Iterator["Preview"]]:
-        """The first `count` rows of each source. Downloads are deleted afterwards. Raises StepFailure."""
+        """Return `count` rows of each source, delete downloads. Raises StepFailure."""
         from qlora_trainer.data.preview import previews
 
         with TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ class RowAccess:
             yield previews(dataset, training, tokenizer, self._data(), Path(folder), count)
 
     def examine(self, folder: Path) -> "ExaminedData":
-        """All rows, tokenized on all cores, with their files in `folder`. Raises StepFailure if they are not read."""
+        """Tokenize all rows with their files in `folder`. Raises StepFailure."""
         from qlora_trainer.data.build import DatasetBuilder
         from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY
         from qlora_trainer.data.tokenize.row_cache import RowsFolder
@@ -91,7 +91,7 @@ class RowAccess:
 
 
 def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
-    """The folder of the model's tokenizer, on a volume or fetched from the hub. Raises StepFailure without one."""
+    """Return the model's tokenizer folder, local or fetched. Raises StepFailure."""
     source, advice = parse_source(model.source), "give the folder of the model's tokenizer with --tokenizer DIR"
     if isinstance(source, VolumeSource):
         if source.claim not in mounts.claims:
@@ -162,7 +162,7 @@ def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> Non
 
 
 def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> None:
-    """Print the number of equal rows, and the share of each source of a mix in an epoch."""
+    """Print the number of equal rows, and each source's share of an epoch."""
     found, evaluation = dataset.status(), spec.dataset.eval
     treated = f", {'left out' if spec.dataset.deduplicate else 'kept'}" if found.duplicate_rows else ""
     lines = [f"Duplicates: {_counted(found.duplicate_rows) if found.duplicate_rows else 'none'}{treated}."]

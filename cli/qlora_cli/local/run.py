@@ -33,7 +33,7 @@ _LOCATIONS_FILE = "run.json"
 
 
 class Display(Protocol):
-    """Shows the run to the user. Called from the main thread, `stopping` also from a signal handler."""
+    """Shows the run, called by the main thread, `stopping` also by signal handlers."""
 
     def begin(self, step: StepName) -> None:
         """Called when the step's process starts."""
@@ -42,13 +42,13 @@ class Display(Protocol):
         """Called for each progress record of the step."""
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
-        """Called when the step's process has ended; `result` is None without a record, for example after a kill."""
+        """Report the end of the step's process, with None as `result` without a record."""
 
     def not_trained(self, log: Path) -> None:
-        """Called when the process that trained several jobs has ended without this one; `log` has the reason."""
+        """Report that the shared process has ended without this job. See `log`."""
 
     def stopping(self, *, again: bool) -> None:
-        """Called when the user asks to stop: the step saves a checkpoint first; with `again`, it is killed."""
+        """Report a stop: the step saves a checkpoint, or is killed with `again`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LocalRun:
         return WorkspaceLayout(self.workspace.absolute())
 
     def remember(self) -> Path:
-        """Store the run in the workspace for `recall`. Returns the job's file; raises OSError."""
+        """Store the run for `recall`, return the job's file. Raises OSError."""
         locations = {
             "device": self.device,
             "claims": {name: str(folder.absolute()) for name, folder in self.claims.items()},
@@ -98,7 +98,7 @@ class LocalRun:
 
     @classmethod
     def recall(cls, workspace: Path) -> "LocalRun":
-        """The run that was started in the workspace. Raises ValueError without a readable one."""
+        """Return the run started in the workspace. Raises ValueError without one."""
         records = WorkspaceLayout(workspace.absolute()).records
         try:
             document = QLoRAJobDocument.model_validate_json((records / _JOB_FILE).read_bytes())
@@ -128,7 +128,7 @@ class Ended:
 
     @property
     def exit_code(self) -> int:
-        """That of the step that failed; 128 + the signal, as in a shell, if the user stopped the run."""
+        """Return the failed step's exit code, or 128 + the signal of the user's stop."""
         stopped = self.step_exit_code in (ExitCode.DONE, ExitCode.INTERRUPTED, 128 + signal.SIGKILL)
         return 128 + self.stopped_by if self.stopped_by is not None and stopped else self.step_exit_code
 
@@ -144,7 +144,7 @@ def _device(name: object) -> Device:
 def missing_sources(
     spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path], continues: Path | None
 ) -> list[str]:
-    """One sentence for each claim, ConfigMap or other job that the job names and no option maps to a folder."""
+    """Return a sentence for each claim, ConfigMap or other job without a folder."""
     initial = spec.lora.initial_adapter
     addresses = {
         "spec.model.source": spec.model.source,
@@ -184,7 +184,7 @@ def _missing(addresses: Mapping[str, str], claims: Mapping[str, Path], config_ma
 
 
 def has_gpu() -> bool:
-    """Whether a CUDA driver is installed. Takes no time, whereas importing PyTorch takes seconds."""
+    """Whether a CUDA driver is installed, without the seconds that PyTorch takes."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -234,7 +234,7 @@ def go_through(steps: Sequence[StepName], shown: ShownRun, stop: "Stop") -> Ende
 
 
 class Stop:
-    """Passes Ctrl-C and SIGTERM on to the step that runs: first as SIGTERM, like a kubelet, then as SIGKILL."""
+    """Passes Ctrl-C and SIGTERM on to the step, as SIGTERM first, then as SIGKILL."""
 
     def __init__(self, display: Display) -> None:
         self.signal: int | None = None
@@ -328,7 +328,7 @@ def _environment(run: LocalRun, step: StepName, pod_uid: str) -> dict[str, str]:
 
 
 def _follow(step: _Step, jobs: Sequence[ShownRun]) -> ResultRecord | None:
-    """Show progress until the step closes its output. Returns its result; raises the display's errors."""
+    """Show progress until the step closes its output, return its result."""
     result: ResultRecord | None = None
     try:
         for line in step.output:
@@ -348,13 +348,13 @@ def _follow(step: _Step, jobs: Sequence[ShownRun]) -> ResultRecord | None:
 
 
 def _registries(spec: QLoRAJobSpec) -> list[str]:
-    """The registries that the job names, in the form of a profile's list; one on this machine is used without TLS."""
+    """Return the job's registries as a profile lists them, local ones without TLS."""
     initial = [spec.lora.initial_adapter.source] if spec.lora.initial_adapter else []
     return list(allowed_registries([spec.model.source, *initial, *spec.output.destinations.values()]))
 
 
 def allowed_registries(addresses: Sequence[str]) -> tuple[str, ...]:
-    """The registries of the addresses, in the form of a profile's list; one on this machine is used without TLS."""
+    """Return the addresses' registries as a profile lists them, local without TLS."""
     sources = map(parse_source, addresses)
     hosts = sorted({source.registry for source in sources if isinstance(source, RegistrySource)})
     return tuple(f"http://{host}" if host.partition(":")[0] in ("localhost", "127.0.0.1") else host for host in hosts)

@@ -75,7 +75,7 @@ class NamedProfile:
 
 
 def profiles_of(facts: Facts) -> list[NamedProfile]:
-    """The profiles: those of the operator's settings, or else those that the namespace's jobs have a copy of."""
+    """Return the profiles of the operator's settings, or else those of existing jobs."""
     operators = () if isinstance(facts.operators, Unknown) else facts.operators
     for operator in operators:
         if not isinstance(operator.settings, Unknown):
@@ -91,7 +91,7 @@ def profiles_of(facts: Facts) -> list[NamedProfile]:
 
 
 def selects(selector: Object | None, labels: Mapping[str, str]) -> bool:
-    """Whether a LabelSelector matches; an empty one matches everything, and none nothing."""
+    """Whether a LabelSelector matches: an empty one everything, none nothing."""
     if selector is None:
         return False
     if not has_labels(labels, selector.get("matchLabels") or {}):

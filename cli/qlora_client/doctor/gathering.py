@@ -160,7 +160,7 @@ def _is_valid(profile: NamedProfile) -> bool:
 
 
 def _trial(cluster: Cluster, profile: NamedProfile) -> str | Unknown | None:
-    """The API server's answer to a dry run of a pod like that of train; None if it admits it."""
+    """Return the API server's answer to a dry run of a train pod, None if admitted."""
     try:
         cluster.create(PODS, trial_pod(Profile.model_validate(profile.content, extra="ignore")), dry_run=True)
     except ForbiddenError:
@@ -171,7 +171,7 @@ def _trial(cluster: Cluster, profile: NamedProfile) -> str | Unknown | None:
 
 
 def trial_pod(profile: Profile) -> Object:
-    """A pod with the fields of one of train that admission checks: user, resources and restrictions."""
+    """Return a pod with train's fields for admission: user, resources, restrictions."""
     train = profile.resources.train
     gpu = {profile.gpu_resource: "1"} if profile.gpu_resource else {}
     user = profile.run_as

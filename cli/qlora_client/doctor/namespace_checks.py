@@ -27,7 +27,7 @@ def check_namespace(facts: Facts) -> list[Check]:
 
 
 def _needs(profiles: Sequence[NamedProfile]) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """The share of one job in a quota, by the quota's names: its largest pod and its claim."""
+    """Return a job's share of a quota by its names: the largest pod and the claim."""
     for named in profiles:
         try:
             profile = Profile.model_validate(named.content, extra="ignore")
@@ -120,7 +120,7 @@ def _short(quota: Object, needs: Mapping[str, Mapping[str, str]]) -> Iterator[Ch
 
 
 def _lack(key: str, limit: str, used: str, need: Mapping[str, str]) -> str:
-    """`never` if the quota is too small, `now` if it is used up, and empty if there is room."""
+    """Return `never` (quota too small), `now` (used up) or empty (there is room)."""
     wanted, most, taken = _number(need.get(key, "0")), _number(limit), _number(used)
     if None in (wanted, most, taken) or not wanted or most is None or taken is None:
         return ""

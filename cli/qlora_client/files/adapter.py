@@ -114,7 +114,7 @@ def _is_occupied(target: Path) -> bool:
 
 
 def _holds(target: Path, sha256: str) -> bool:
-    """Whether the folder has the adapter already, with every file of its manifest as it was published."""
+    """Whether the folder has the adapter with every file as it was published."""
     try:
         files = parse_manifest((target / MANIFEST).read_bytes(), str(target))
         require_same_adapter(files, sha256, str(target))

@@ -12,7 +12,7 @@ _MOST_PADDING = 2**20
 
 
 class UnsafeArchiveError(Exception):
-    """The stream is no tar archive, or has an unexpected entry, which the message names."""
+    """The stream is no tar archive, or has an entry that the message names."""
 
 
 def extract(
@@ -61,7 +61,7 @@ def _require_wanted(member: tarfile.TarInfo, wanted: Mapping[str, int], found: M
 
 
 def _drain(blocks: Iterator[bytes]) -> None:
-    """Read what follows the archive's end: it is padded, and the stream may end with an error."""
+    """Read past the archive's end: padding, and an error that may end the stream."""
     rest = 0
     for block in blocks:
         rest += len(block)

@@ -38,7 +38,7 @@ class Folder(Protocol):
         """The content of a small file of at most `most` bytes."""
 
     def fetch(self, files: Mapping[str, PublishedFile], into: Path, on_bytes: OnBytes) -> None:
-        """Copy files into a folder on this machine. `on_bytes` is called with the bytes that have arrived so far."""
+        """Copy files to this machine, and pass `on_bytes` the count of bytes so far."""
 
 
 def parse_manifest(content: bytes, place: str) -> dict[str, PublishedFile]:
@@ -69,7 +69,7 @@ def _parse_file(entry: Mapping[str, object]) -> PublishedFile:
 
 
 def require_same_adapter(files: Mapping[str, PublishedFile], sha256: str, place: str) -> None:
-    """Raise DamagedError unless the manifest is about the adapter with this SHA-256, that of the job's status."""
+    """Raise DamagedError unless the manifest's adapter has the status's SHA-256."""
     if ADAPTER not in files:
         raise DamagedError(f"{place}/{MANIFEST} lists no {ADAPTER}: something else has been published there")
     if files[ADAPTER].sha256 != sha256:

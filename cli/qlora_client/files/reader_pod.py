@@ -80,7 +80,7 @@ def _container(profile: Object, seconds: int) -> Object:
 
 
 def _identity(run_as: Object | None) -> Object:
-    """User and groups of the job's pods, whose files only these may read; the platform's choice if it chose theirs."""
+    """Return user and groups, for the job's files, or leave them to the platform."""
     security: Object = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     if run_as is None:
         return security
@@ -122,7 +122,10 @@ def failure_of_start(pod: Object) -> str:
 
 
 def why_not_started(pod: Object, warnings: Sequence[str], seconds: float) -> str:
-    """The sentence for a pod that has not started in time. `warnings`: messages of its Events, oldest first."""
+    """Return the sentence for a pod that has not started in time.
+
+    `warnings`: messages of its Events, oldest first.
+    """
     reason = failure_of_start(pod) or Pod(pod).waits_for or (warnings[-1] if warnings else "nothing says why")
     more = f"; {warnings[-1]}" if warnings and warnings[-1] not in reason else ""
     return f"the pod that reads the claim did not start within {seconds:.0f} s: {reason}{more}"

@@ -53,7 +53,7 @@ def open_store(source: Source, profile: Object) -> Iterator[Folder]:
 
 @contextmanager
 def _server_of(scheme: Scheme, profile: Object) -> Iterator[None]:
-    """Have the environment name the profile's server, as in a job's pod, unless the user has set another."""
+    """Set the profile's server in the environment, unless the user has set another."""
     missing, unnamed = {}, []
     for setting in scheme.settings:
         *parts, name = setting.path

@@ -19,7 +19,10 @@ Monotonic = Callable[[], float]
 
 
 class Patience:
-    """Retries while the cluster cannot be reached, for at most ten minutes. `say` receives one message."""
+    """Retries for at most ten minutes while the cluster cannot be reached.
+
+    `say` receives one message.
+    """
 
     def __init__(self, say: Say, sleep: Sleep, monotonic: Monotonic) -> None:
         self._say = say

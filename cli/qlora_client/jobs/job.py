@@ -89,12 +89,12 @@ class Job:
 
     @property
     def forecast(self) -> Mapping[str, str]:
-        """The gpuHours that the whole job is expected to take, and their cost if there is a price; empty if unknown."""
+        """Expected gpuHours of the whole job, and cost if priced, or empty if unknown."""
         return self.status.get("forecast") or {}
 
     @property
     def budget_hours(self) -> float | None:
-        """GPU hours that it may use, by its budget and its profile's limit; None if there is neither."""
+        """Return the GPU hours that budget and profile allow, None for no limit."""
         limits = ((part or {}).get("gpuHours") for part in (self.spec.get("budget"), self.status.get("resolved")))
         return min((float(hours) for hours in limits if hours is not None), default=None)
 

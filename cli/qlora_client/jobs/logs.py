@@ -117,7 +117,7 @@ def _lines(cluster: Cluster, job: Job, pod: Pod, place: _Place, *, follow: bool)
 
 
 def _waits_for(job: Job, pods: Collection[Pod], places: Collection[str]) -> str:
-    """The reason for waiting, for a user who follows the job; empty while a pod runs that has been read."""
+    """Return why a follower of the job waits, empty while a pod runs that it has read."""
     if any(pod.has_log and not pod.ended and pod.uid in places for pod in pods):
         return ""
     pending = [pod for pod in pods if not pod.has_log]

@@ -60,7 +60,7 @@ class Pod:
 
     @property
     def waits_for(self) -> str:
-        """The reason of the scheduler or the kubelet why it has not started; empty without one."""
+        """Return why it has not started, by scheduler or kubelet, empty if unknown."""
         waiting = self._state.get("waiting") or {}
         unscheduled = [
             entry
@@ -105,7 +105,7 @@ class Event:
 
 
 def events_of(cluster: Cluster, uid: str) -> list[Event]:
-    """The Events about the object with this UID, oldest first. The cluster keeps them for an hour or so."""
+    """Return the Events about this UID, oldest first, of the last hour or so."""
     found = map(_event, cluster.find(EVENTS, fields=f"involvedObject.uid={uid}"))
     return sorted(found, key=lambda event: event.time)
 

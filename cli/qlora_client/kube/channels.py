@@ -22,7 +22,7 @@ class Socket(Protocol):
     """The used part of a connection."""
 
     def recv_data(self, control_frame: bool) -> tuple[int, bytes]:
-        """The kind of the next message, and its content; of control messages too, if that is asked for."""
+        """Return kind and content of the next message, control messages if asked for."""
 
     def settimeout(self, timeout: float) -> None:
         """Give up after so many seconds without a byte."""

@@ -61,12 +61,12 @@ class _NoDiscovery:
 
 
 class Cluster:
-    """One cluster, as one user sees it. Methods raise ClusterError; `namespace` is the one that the user works in."""
+    """One cluster, as one user sees it in `namespace`. Methods raise ClusterError."""
 
     def __init__(
         self, client: DynamicClient, name: str, namespace: str, warn: Callable[[str], None] = lambda _text: None
     ) -> None:
-        """`name` is what messages call the cluster; `warn` is called with the API server's warnings."""
+        """Set the `name` for messages, and `warn` for the API server's warnings."""
         self._client = client
         self._name = name
         self._warn = warn
@@ -81,7 +81,7 @@ class Cluster:
         kubeconfig: str | None = None,
         warn: Callable[[str], None] = lambda _text: None,
     ) -> Self:
-        """Connect as kubectl does: by a kubeconfig, or else as this pod's service account. Sends nothing yet."""
+        """Connect by kubeconfig or as this pod's service account. Sends nothing yet."""
         try:
             contexts, active = config.list_kube_config_contexts(kubeconfig)
         except ConfigException as error:
@@ -118,7 +118,7 @@ class Cluster:
     def find(
         self, resource: Resource, *, everywhere: bool = False, selector: str = "", fields: str = ""
     ) -> list[Object]:
-        """The objects of the namespace, or of all; by labels (`selector`) and `fields`, as kubectl takes them."""
+        """Return objects of one or all namespaces, by `selector` and `fields`."""
         request = Request("list", resource, None if everywhere else self._scope(resource))
         found: list[Object] = []
         more = ""
@@ -148,7 +148,7 @@ class Cluster:
         return self._answer(request, "PATCH", body=change, content_type=_MERGE_PATCH)
 
     def delete(self, resource: Resource, name: str, uid: str) -> None:
-        """Delete this very object: one that has replaced it stays. Raises MissingError and RejectedError."""
+        """Delete this very object. Raises MissingError and RejectedError."""
         options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
         self._answer(self._about("delete", resource, name), "DELETE", body=options)
 
@@ -230,7 +230,7 @@ class Cluster:
             raise errors.unreachable(self._name, self._client.configuration.host, error) from None
 
     def page(self, path: str) -> Object:
-        """A page of the API server that is about no object, such as an OpenAPI document. Raises MissingError."""
+        """Return a page of the API server, as of OpenAPI. Raises MissingError."""
         return self._answer(Request("get", page(path), None), "GET")
 
     def server(self) -> tuple[str, datetime]:
@@ -256,7 +256,7 @@ class Cluster:
         return self.namespace if resource.namespaced else None
 
     def _open_channels(self, request: Request, query: list[tuple[str, str]]) -> Socket:
-        """The client's own reader keeps all output in memory, so only its connection is used."""
+        """Use only the client's connection: its reader keeps all output in memory."""
         from kubernetes.stream.ws_client import create_websocket, get_websocket_url
 
         configuration = self._client.configuration
@@ -282,7 +282,7 @@ class Cluster:
         return self._parsed(content)
 
     def _lines(self, request: Request, query: Mapping[str, str]) -> Iterator[str]:
-        """The lines of an answer as they arrive, without their ends; until it ends, or nothing arrives for a while."""
+        """Yield an answer's lines as they arrive, until it ends or nothing arrives."""
         with self._explained(request):
             response = self._send(request, "GET", query, _SILENT_SECONDS, None, "application/json")
             rest = b""
@@ -342,7 +342,7 @@ class Cluster:
 
 @contextmanager
 def _logged_errors() -> Iterator[list[str]]:
-    """Collect the errors logged by the body: the client reports a failed credential plugin there."""
+    """Collect the errors that the body logs, such as failed credential plugins."""
     logged: list[str] = []
 
     class _Keeper(logging.Handler):
@@ -377,7 +377,7 @@ def rules(rights: Mapping[Resource, Iterable[str]]) -> str:
 
 
 def require(cluster: Cluster, needed: Rights, purpose: str) -> None:
-    """Raise ForbiddenError, which names every rule that is missing, unless the user has all of these rights."""
+    """Raise ForbiddenError that names every missing rule, unless the user has all."""
     denied = lacking(cluster, needed)
     if denied:
         raise ForbiddenError(

@@ -14,7 +14,7 @@ class ClusterError(RuntimeError):
 
 
 class UnreachableError(ClusterError):
-    """No answer, or a temporary error of the API server: the same request may succeed later."""
+    """No answer, or a temporary error of the API server: a retry may succeed."""
 
 
 class MissingError(ClusterError):
@@ -33,7 +33,7 @@ _LATER = frozenset({429, 500, 502, 503, 504})
 
 
 def answered(cluster: str, request: Request, code: int, reason: str, body: bytes | str) -> ClusterError:
-    """The error for an answer with this HTTP status and body. `cluster` is what messages call it."""
+    """Return the error for an HTTP status and body of the API server `cluster`."""
     message, details = _status(body, reason)
     if code == 401:
         return ClusterError(f"{cluster} does not accept your credentials: log in again, or choose another context")
@@ -66,7 +66,7 @@ def deleted(cluster: str, request: Request, name: str) -> MissingError:
 
 
 def _status(body: bytes | str, reason: str) -> tuple[str, Mapping[str, Any]]:
-    """The message and details of the Status in the answer; an answer that is none is quoted."""
+    """Return message and details of the answer's Status, or quote any other answer."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else body
     try:
         answer = json.loads(text)
@@ -76,7 +76,7 @@ def _status(body: bytes | str, reason: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def _cause(error: BaseException) -> str:
-    """The message of the operating system or of TLS, the innermost cause of the HTTP library's error."""
+    """Return the innermost cause of the HTTP library's error, of the system or of TLS."""
     for inner in reversed(tuple(_chain(error))):
         if isinstance(inner, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted: {inner.verify_message}"

@@ -66,7 +66,7 @@ def verdict(memory: Peak, gpu_gib: float) -> Verdict:
 
 
 def room(memory: MemoryEstimate, gpu_gib: float) -> int:
-    """Return the bytes of the budget beyond the expected peak, negative if it does not fit."""
+    """Return the bytes of the budget beyond the expected peak, negative if over it."""
     return budget(gpu_gib) - memory.expected
 
 

@@ -121,7 +121,7 @@ class ActivationBytes:
 
     @classmethod
     def from_pass(cls, kept: int, loss: int, work: int, *, gradient_checkpointing: bool) -> Self:
-        """Count a pass by its bytes kept for backward, and more for the loss and in the layers."""
+        """Count a pass by its bytes kept for backward, and more in loss and layers."""
         return cls(
             checkpoints=kept if gradient_checkpointing else 0,
             kept=0 if gradient_checkpointing else kept,
@@ -148,7 +148,7 @@ class AnswerBytes:
         return cls(per_token=2 * blocks * keys_and_values, per_pair=8 * heads)
 
     def of_longest(self, tokens: tuple[int, int] | None) -> int:
-        """Return the bytes of the longest answer by its tokens: prompt, and both. 0 for None."""
+        """Return bytes of the longest answer by tokens: prompt, and both. 0 for None."""
         if tokens is None:
             return 0
         prompt, both = tokens
@@ -262,7 +262,7 @@ def _trained_bytes(run: CountedRun) -> tuple[int, int, int]:
 
 
 def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, int]:
-    """The bytes of quantized layers that stay on a GPU, and of those gathered for a while."""
+    """Return bytes of quantized layers that stay on a GPU, and of gathered ones."""
     constant_bits = _CONSTANT_BITS_DOUBLE if training.double_quantization else _CONSTANT_BITS_SINGLE
     constants = weights.quantized_parameters * constant_bits / 8
     packed = weights.quantized_parameters * _WEIGHT_BITS / 8
@@ -274,7 +274,7 @@ def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, 
 
 
 def _optimizer_bytes(training: TrainingShape, parameter_bytes: int) -> int:
-    """The bytes of Adam's two moments per parameter. PyTorch's have the parameter's type."""
+    """Return bytes of Adam's two moments per parameter, in PyTorch of its type."""
     if training.optimizer == "adamw":
         return 2 * parameter_bytes
     return 2 if training.optimizer == "paged_adamw_8bit" else 8

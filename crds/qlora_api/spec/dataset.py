@@ -63,7 +63,7 @@ _NO_OWN_SOURCE = "sha256, revision, config and split are for the evaluation's ow
 
 
 class EvalSpec(ApiModel):
-    """Rows held out for evaluation: from another source, or a fraction of the data set."""
+    """Rows held out for evaluation: of another source, or a fraction of the data set."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -131,7 +131,10 @@ class EvalSpec(ApiModel):
 
 
 class SystemPromptSpec(ApiModel):
-    """A system message for every row. Servers must send the same one: the report and the model card have it."""
+    """A system message for every row.
+
+    Servers must send the same one: the report and the model card have it.
+    """
 
     text: str = Field(max_length=16_384, pattern=r"\S", description="The system message.")
     mode: Literal["add", "replace"] = Field(
@@ -207,7 +210,7 @@ _ALL_WEIGHTS_OR_NONE = "set the weight of every source of the mix, or of none"
 
 
 class DatasetSpec(ApiModel):
-    """The training data: JSONL, JSON, CSV (each optionally compressed) or Parquet, as the file name ends."""
+    """The training data: JSONL, JSON, CSV (also compressed) or Parquet, by file name."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -284,7 +287,7 @@ class DatasetSpec(ApiModel):
 
     @property
     def training_sources(self) -> Mapping[str, MixSource]:
-        """The sources of the training rows, by the path of the fields in the job: the mix, or the one source."""
+        """Return the sources of the rows by the path of their fields: mix, or one source."""
         if self.mix is not None:
             return {f"spec.dataset.mix[{number}]": part for number, part in enumerate(self.mix)}
         if self.source is None:
@@ -350,5 +353,5 @@ class DatasetSpec(ApiModel):
 
     @property
     def template_address(self) -> str | None:
-        """Address of the chat template in a ConfigMap; None for one by name, and without any."""
+        """Address of the chat template in a ConfigMap, None for one by name or without."""
         return None if self.chat_template in (None, *TEMPLATE_NAMES) else self.chat_template

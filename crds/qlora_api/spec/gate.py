@@ -15,7 +15,7 @@ _PATTERN_IS_FOR_REGEX = "only check regex needs pattern: set check to regex, or 
 
 
 class ScoreSpec(ApiModel):
-    """How answers to held-out rows are scored: the share of them, from 0 to 1, that passes the check."""
+    """How answers to held-out rows are scored: the share (0 to 1) that passes."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -70,7 +70,10 @@ _NEEDS_SCORE = "minScore needs score, which says how answers are checked: set it
 
 
 class GateSpec(ApiModel):
-    """Conditions for publishing. An adapter that does not pass is not published, and the job fails (GateFailed)."""
+    """Conditions for publishing.
+
+    An adapter that does not pass is not published, and the job fails (GateFailed).
+    """
 
     model_config = ConfigDict(
         json_schema_extra=rules(

@@ -94,7 +94,7 @@ _NOTHING_TO_READ = f"secretRef is for {prefixes(WITH_SECRET, 'and')} adapters: r
 
 
 class InitialAdapterSpec(ApiModel):
-    """An earlier adapter as the start of training. It must be of the same base, rank, alpha and targets."""
+    """An earlier adapter as the start, of the same base, rank, alpha and targets."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(

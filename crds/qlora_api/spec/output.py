@@ -27,7 +27,7 @@ class AnnounceSpec(ApiModel):
 
 
 def entry_key(job: str) -> str:
-    """The key of a job's entry, which is the name of its file where the ConfigMap is mounted."""
+    """Return the key of a job's entry, the file name where the ConfigMap is mounted."""
     return f"{job}.json"
 
 
@@ -84,7 +84,7 @@ def gguf_rules() -> list[dict[str, Any]]:
 
 
 def reject_unconvertible(gguf: GgufSpec | None, lora: LoraSpec) -> None:
-    """Raise ValueError if the job asks for a GGUF file that would not give the adapter's answers."""
+    """Raise ValueError if the job's GGUF file would not give the adapter's answers."""
     if gguf is None:
         return
     for each in _EXCLUDED:
@@ -116,7 +116,7 @@ class TrackingSecretRef(ApiModel):
 
 
 class TrackingSpec(ApiModel):
-    """How publish uploads the history of the run to the servers that the profile names."""
+    """How publish uploads the run's history to the servers that the profile names."""
 
     secret_ref: TrackingSecretRef | None = Field(
         default=None, description="Credentials for these servers. Only publish mounts them, and waits for none."
@@ -138,7 +138,7 @@ class TrackedRun(ObservedModel):
 
 
 class TrackingStatus(ObservedModel):
-    """The run on the servers of the trackers that training.reportTo and the profile name."""
+    """The run on the servers of the trackers of training.reportTo and the profile."""
 
     mlflow: TrackedRun | None = Field(None, description="In MLflow.")
     wandb: TrackedRun | None = Field(None, description="In Weights & Biases.")
@@ -163,7 +163,7 @@ def reject_untracked(tracking: TrackingSpec | None, training: TrainingSpec) -> N
 
 
 class MergedSpec(ApiModel):
-    """The adapter merged into the dequantized base, in bfloat16: a plain model that any server loads."""
+    """The adapter merged into the dequantized base, in bfloat16, for any server."""
 
     destination: FolderAddress | None = Field(
         default=None,
@@ -172,7 +172,7 @@ class MergedSpec(ApiModel):
 
 
 class PublishedBaseSpec(ApiModel):
-    """The base model in 4-bit, with the very bytes that the adapter was trained on, for servers."""
+    """The base model in 4-bit, in the very bytes that the adapter was trained on."""
 
     destination: FolderAddress = Field(
         description="Folder for the base, as output.destination. Jobs that were trained on the same base can name the "

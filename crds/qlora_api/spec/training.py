@@ -14,7 +14,10 @@ ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za
 
 
 class QuantizationSpec(ApiModel):
-    """How the base model is quantized: 4 bits per weight (arXiv 2305.14314). Computation is always in bfloat16."""
+    """How the base model is quantized: 4 bits per weight (arXiv 2305.14314).
+
+    Computation is always in bfloat16.
+    """
 
     type: Literal["nf4", "fp4"] = Field(default="nf4", description="4-bit data type: NormalFloat (nf4) or float (fp4).")
     double_quant: bool = Field(
@@ -99,7 +102,7 @@ _PAIRS_TRAIN_ON_ANSWERS = (
 
 
 class EarlyStoppingSpec(ApiModel):
-    """When training ends before its last optimizer step: once the loss on the held-out rows no longer falls."""
+    """Ends training early, once the loss on the held-out rows no longer falls."""
 
     patience: int = Field(
         ge=1,

@@ -17,7 +17,7 @@ _SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  
 
 
 async def endpoint_of(kubeconfig: Path | None) -> Endpoint:
-    """The API server and the credentials for it, as the Kubernetes client finds and renews them."""
+    """Return the API server and credentials, as the client finds and renews them."""
     configuration = client.Configuration()
 
     async def load() -> ssl.SSLContext:

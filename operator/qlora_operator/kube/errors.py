@@ -16,7 +16,7 @@ class NotFoundError(ClusterError):
 
 
 class ConflictError(ClusterError):
-    """The object, or a quota that counts it, has changed, or the name has another object (UID)."""
+    """The object or its quota has changed, or the name has another object (UID)."""
 
 
 class AlreadyExistsError(ConflictError):

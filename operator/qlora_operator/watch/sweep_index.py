@@ -13,7 +13,7 @@ _PODS: TypeAdapter[tuple[SweepPodStatus, ...]] = TypeAdapter(tuple[SweepPodStatu
 
 @dataclass
 class SweepIndex:
-    """The pods of the sweeps by the key of the sweep: none of one that trains its cells one by one."""
+    """The pods of the sweeps by the sweep's key, none for cells trained one by one."""
 
     _pods: dict[Key, tuple[SweepPodStatus, ...]] = field(default_factory=dict)
 

@@ -254,7 +254,7 @@ class PreparedDataset:
         return range(first, past)
 
     def _stored(self, index: int) -> list[int]:
-        """The stored sequences that make up the sequence at `index`: several rows where epochs are drawn."""
+        """Return the stored sequences of the one at `index`: several if epochs are drawn."""
         if self._drawn is None:
             return [index]
         offsets, rows = self._drawn

@@ -52,7 +52,7 @@ def is_base_published(job: TrainedJob, workspace: WorkspaceLayout, destination: 
 
 
 def _is_there(destination: Destination, manifest: Manifest, publisher: Publisher) -> bool:
-    """Whether any job has published it there, with every file of the manifest but the model card."""
+    """Whether any job has published it there, with all files but the model card."""
     found = destination.read_manifest()
     if found is None or not publisher.owns(found):
         return False

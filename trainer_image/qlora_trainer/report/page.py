@@ -250,7 +250,7 @@ def _lengths(statistics: DataStatistics) -> str:
 
 
 def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> JsonObject:
-    """Values to compare between runs. Sizes in bytes, losses in nats per target token, or per pair."""
+    """Return values for comparisons, in bytes and in nats per target token or pair."""
     spec, prepared, trained = job.spec, job.prepared, job.trained
     mix, source = spec.dataset.mix, spec.dataset.source
     preference: JsonObject = {}

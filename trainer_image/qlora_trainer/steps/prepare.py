@@ -81,7 +81,7 @@ def prepare(
 
 
 def _continue_run(job: PreparedJob, source: Path, name: str, written: PrepareRecord | None) -> PrepareRecord:
-    """Copy the other job's checkpoint, unless an attempt with the record `written` did."""
+    """Copy the other job's checkpoint, unless an attempt with `written` did."""
     step, record = continue_run(source, name, job), job.prepared
     if step is None and written is not None:
         step = written.continued_step

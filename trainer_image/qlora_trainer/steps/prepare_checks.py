@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def planned_work(
     parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: TrainingSpec
 ) -> WorkStatus | None:
-    """The operations of the planned run, or None if `parameters` per token are unknown."""
+    """Return the planned run's operations, None if those per token are unknown."""
     if parameters is None:
         return None
     schedule = Schedule.from_training(len(data), training, data.epoch_offsets)

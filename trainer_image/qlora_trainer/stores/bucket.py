@@ -88,7 +88,7 @@ class Access:
 def open_bucket(
     client: "type[S3Store | GCSStore | AzureStore]", name: str, address: str, access: Access, **settings: object
 ) -> Bucket:
-    """Open the bucket of the store at that address with a client that gets these settings."""
+    """Open the bucket at that address with a client that gets these settings."""
     route = Route(address, access.servers)
     store = client(name, config=access.config, client_options=route.options, retry_config=RETRY, **settings)
     return Bucket(store, address, route, access)

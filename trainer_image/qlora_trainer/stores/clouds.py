@@ -160,7 +160,7 @@ def _has_identity(cloud: str) -> bool:
 
 
 def _require(variable: str) -> str:
-    """The variable that the cloud's webhook sets. Raises StepFailure UNREACHABLE if it has not reached the pod."""
+    """Return the variable of the cloud's webhook. Raises StepFailure UNREACHABLE."""
     if value := os.environ.get(variable):
         return value
     raise unreachable(

@@ -235,7 +235,7 @@ class Hub:
             )
 
     def find(self, repository: str, revision: str | None = None) -> Listing | None:
-        """The files of a model at the revision or on its default branch, or None if the token sees no model."""
+        """Return files at the revision, or None if the token sees no such model."""
         try:
             return self.list("model", repository, revision)
         except StepFailure as failure:

@@ -52,7 +52,7 @@ def version_of(objects: Mapping[str, StoredObject]) -> str:
 
 
 def _open(source: ObjectStoreSource, secret: Secret) -> Bucket:
-    """Open the bucket. Raises StepFailure BAD_CONFIGURATION for credentials that the client cannot use."""
+    """Open the bucket. Raises StepFailure BAD_CONFIGURATION for bad credentials."""
     try:
         return OPEN[source.scheme](source.bucket, secret)
     except BaseError:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_something_to_continue(source: Path, name: str) -> None:
-    """Raise StepFailure unless the other job's folder has a checkpoint: cheap, so early."""
+    """Raise StepFailure unless the other job's folder has a checkpoint: cheap."""
     if not source.is_dir():
         raise unreachable(f"the workspace of {name} (spec.continues) is not mounted at {source}")
     if not numbered_checkpoints(_layout(source).checkpoints):
@@ -33,7 +33,7 @@ def require_something_to_continue(source: Path, name: str) -> None:
 
 
 def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> None:
-    """Raise StepFailure if the other job's run has other settings than these: cheap, so early."""
+    """Raise StepFailure if the other job's run has other settings: cheap, so early."""
     folder = _layout(source).checkpoints
     states = (read_state(confine(path, folder)) for _, path in numbered_checkpoints(folder))
     found = next((state.get("fingerprint") for state in states if state is not None), None)

@@ -68,7 +68,7 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
 
 
 def _leave(member: Member) -> None:
-    """Free what only training needs, once the member is finished, and let the others train, whatever that needed."""
+    """Free what only training needs, and return the model to training mode."""
     member.run.optimizer.zero_grad(set_to_none=True)
     member.run.optimizer.state.clear()
     member.run.model.train()
@@ -127,7 +127,7 @@ class _Share:
 
 
 def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member, Gradient]]:
-    """The gradients of each member's next step. Members that cannot report become failed."""
+    """Return gradients of members' next steps, and add those that fail to `failed`."""
     for number in range(max((len(share.batches) for share in shares.values()), default=0)):
         present = {name: share.batches[number] for name, share in shares.items() if number < len(share.batches)}
         if not present:

@@ -248,7 +248,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
 
 
 def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
-    """The loss, and the objective's measures, or None to stop or to halve micro batches."""
+    """Return the loss and measures, None to stop or to halve micro batches."""
     summed = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.device)
     weight = 0
     size = run.progress.schedule.micro_batch_size

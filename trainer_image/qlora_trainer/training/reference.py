@@ -15,7 +15,7 @@ from qlora_trainer.training.objective import Objective
 
 
 class ReferenceLosses(Objective):
-    """The losses of rows under the base alone, each computed where the row is first seen."""
+    """Losses of rows under the base alone, each computed when first seen."""
 
     def __init__(self, data: Mapping[Split, PreparedDataset], device: torch.device) -> None:
         self._data, self._device = data, device

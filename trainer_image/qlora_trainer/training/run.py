@@ -89,7 +89,7 @@ class Run:
 
     @property
     def model(self) -> AdaptedModel:
-        """The PEFT model, with the run's adapter active. To change the active one takes as long as a short pass."""
+        """The PEFT model with the run's adapter active, slow to change to another."""
         if self.adapted_base.active_adapter != self.adapter:
             activate_adapter(self.adapted_base, self.adapter)
         return self.adapted_base
@@ -137,7 +137,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Gradient:
-    """The results of a step's backward passes, besides the gradients of the parameters."""
+    """Results of a step's backward passes, besides the parameters' gradients."""
 
     means: Tensor
     """float32 [1 + measures] on the device: the loss, and what the objective measures with it."""
@@ -150,7 +150,7 @@ class Gradient:
 
 
 def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:
-    """Write a progress record; the writer drops those that follow too fast, unless `force` is set."""
+    """Write a progress record, unless too soon after another without `force`."""
     progress = run.progress
     pace, total = progress.pace, progress.schedule.total_steps
     steps_left = 0 if run.has_ended(state) else total - state.step

@@ -137,7 +137,7 @@ def step_environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt:
 
 
 def _model_cache(job: QLoRAJob, resolved: Resolved, step: StepName) -> dict[str, str]:
-    """Where the job shares its base; without a cache for all jobs, the cells of a sweep do on their common claim."""
+    """Return where the job shares its base: the cache, or the sweep's common claim."""
     if resolved.profile.model_cache is not None and uses_cache(job.spec, step):
         return {contract.ENV_MODEL_CACHE: str(contract.MODEL_CACHE_MOUNT)}
     if resolved.shared_path is not None and step != "clean":
@@ -146,7 +146,7 @@ def _model_cache(job: QLoRAJob, resolved: Resolved, step: StepName) -> dict[str,
 
 
 def _servers(profile: Profile) -> dict[str, str]:
-    """Servers of the jobs' addresses, set by the administrator: no tenant can send a pod's credentials elsewhere."""
+    """Return the administrator's servers, so that credentials go nowhere else."""
     values: dict[str, str | None] = {
         "HF_ENDPOINT": profile.hub_endpoint,
         "AWS_ENDPOINT_URL": profile.object_store.endpoint,

@@ -62,7 +62,7 @@ def shared_pod(job: QLoRAJob, pods: Sequence[SweepPodStatus] | None) -> SharedPo
 
 
 def is_shared(job: QLoRAJob) -> bool:
-    """Whether the job is a cell that its sweep has created to train it in one pod with others."""
+    """Whether the job is a cell that its sweep trains in one pod with others."""
     return bool(job.sweep) and job.cells_in_pod > 1
 
 

@@ -301,7 +301,7 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
 
 
 def _with_pods(usage: UsageStatus, entries: list[PodUsage], next_to_list: datetime | None, facts: Facts) -> UsageStatus:
-    """List the entries that stay, and note the latest creation and end of dropped ones."""
+    """List the entries that stay, and the latest creation and end of dropped ones."""
     over = sorted((entry for entry in entries if entry.end is not None), key=last_counted)
     surplus = max(0, len(over) - _KEPT_PODS - facts.job.spec.resources.node_count)
     excess = len(entries) - _MOST_LISTED

@@ -61,7 +61,7 @@ def _text(fields: Fields) -> PlainText:
 
 @dataclass(frozen=True)
 class _Definition:
-    """A format: the columns of `Columns` that it has, and the example that they become."""
+    """A format: the columns of `Columns` that it has, and the example from them."""
 
     example: type[Example | Preference]
     read: Callable[[Fields], Example | Preference]

@@ -221,7 +221,7 @@ class Tokenizer:
         return not takes_text and self._writes(content, CONTENT_PROBE, in_parts=True)
 
     def _writes(self, word: str, probe: Conversation, *, in_parts: bool | None = None, key: str | None = None) -> bool:
-        """Whether the text of a probe has the word. True for unusable text, which the first row reports."""
+        """Whether the probe's text has the word, or is unusable (the first row reports)."""
         parts = self._takes_parts if in_parts is None else in_parts
         try:
             text = self._text(

@@ -95,7 +95,7 @@ def _project(module: Any, name: str, rows: Tensor, routing: Routing) -> Tensor:
 
 
 class _Dispatched(torch.autograd.Function):
-    """Tokens [tokens, features] as rows, whose gradients are added in the order of choices."""
+    """Tokens [tokens, features] as rows, with gradients added in order of choices."""
 
     @staticmethod
     def forward(context: Any, tokens: Tensor, routing: Routing) -> Tensor:
@@ -141,7 +141,7 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(rows: Tensor, weights: ExpertWeights, counts: Sequence[int], *, transposed: bool) -> Tensor:
-    """Rows [rows, in], sorted by expert, times weights [out, in], or transposed [in, out]."""
+    """Multiply rows [rows, in], sorted by expert, by weights [out, in] or [in, out]."""
     _, *shape = weights.shape
     output, dtype = rows.new_empty(len(rows), shape[1] if transposed else shape[0]), rows.dtype
     parts, outputs = rows.split(counts), output.split(counts)

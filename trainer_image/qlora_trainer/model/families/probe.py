@@ -151,7 +151,7 @@ def _random_model(config: PretrainedConfig, attention: str, experts: str = EXPER
 def _exact_model(
     config: PretrainedConfig, row: Tensor, expected: Tensor
 ) -> tuple[PreTrainedModel, str] | tuple[None, None]:
-    """The model and first implementation with the expected logits. Raises what ours raises."""
+    """Return model and implementation with the expected logits. Raises as ours does."""
     refusal: Exception | None = None
     for attention in (ATTENTION, "sdpa", "eager"):
         try:
@@ -212,7 +212,7 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, lengths: tuple[int, ...])
 
 
 def _without_gradient(model: PreTrainedModel, row: Tensor) -> tuple[list[tuple[int, str]], tuple[str, ...]]:
-    """Places of linear layers without part in the loss, and names of those whose weights have one."""
+    """Return linear layers without part in the loss, and names of weights in it."""
     linears = block_linears(model)
     compute_as_in_use(model)
     model.train()

@@ -245,7 +245,7 @@ def _kinds_of_blocks(config: PretrainedConfig, settings: Settings, overrides: Ma
 
 
 def _blocks_of_each_kind(kinds: list[str]) -> list[int]:
-    """Numbers of two to eight blocks that include each kind. The last is of the last kind."""
+    """Return two to eight block numbers with each kind, the last of the last kind."""
     found = [block for block, kind in enumerate(kinds) if kind not in kinds[:block]][:_MOST_BLOCKS]
     if kinds[found[-1]] != kinds[-1]:
         found = [*found[: _MOST_BLOCKS - 1], len(kinds) - 1]

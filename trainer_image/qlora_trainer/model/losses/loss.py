@@ -161,7 +161,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
 def _chunk_losses(
     hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, chunk: slice, gradient: Tensor | None
 ) -> Tensor:
-    """float32 [chunk, 1]: the loss of each target in the chunk. Sets its part of `gradient`, unless None."""
+    """Return each target's loss, float32 [chunk, 1], and set its part of `gradient`."""
     needed = gradient is not None
     with torch.set_grad_enabled(needed):
         part = hidden[chunk].detach().requires_grad_(needed)

@@ -94,7 +94,7 @@ def _bytes(
 
 
 def _loss(base: Decoder, batch: Batch) -> Tensor:
-    """The loss of a batch, for pairs that of DPO. The pass for its reference takes less."""
+    """Return a batch's loss, for pairs that of DPO, without the reference's pass."""
     if batch.pairs is None:
         return batch_loss(base, batch)
     losses = row_losses(base, batch)

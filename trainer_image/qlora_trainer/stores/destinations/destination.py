@@ -71,7 +71,7 @@ class StoredFile:
 
 
 class StoreFolder(Destination):
-    """A folder of a hub, a bucket or a registry: a destination, and the source of a user's download."""
+    """A folder of a hub, bucket or registry: destination, and source of downloads."""
 
     @abstractmethod
     def files(self) -> Mapping[str, StoredFile]:
@@ -79,14 +79,14 @@ class StoreFolder(Destination):
 
     @abstractmethod
     def read(self, name: str, *, most: int) -> bytes | None:
-        """The content of a file, or None if it does not exist or has more than `most` bytes."""
+        """Return a file's content, None if missing or larger than `most` bytes."""
 
     def read_manifest(self) -> Manifest | None:
         """See Destination."""
         return parse_manifest(self.read(PUBLISHED_MANIFEST, most=MAX_MANIFEST_BYTES))
 
     def find_damage(self, manifest: Manifest) -> str | None:
-        """See Destination. Reads every file, as a store may send other bytes than it lists."""
+        """See Destination. Reads every file, as a store may list other bytes."""
         stored = self.files()
         for name, described in manifest.files.items():
             file = stored.get(name)

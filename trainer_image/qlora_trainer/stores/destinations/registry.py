@@ -98,7 +98,7 @@ class RegistryDestination(StoreFolder):
             return {}
 
     def _digest(self, blob: Blob) -> str:
-        """The digest of the content that the registry sends, or an empty string if it has no such blob."""
+        """Return the registry's digest of the content, empty if it has no such blob."""
         return self._registry.digest(blob).removeprefix("sha256:") if self._registry.has_blob(blob) else ""
 
 

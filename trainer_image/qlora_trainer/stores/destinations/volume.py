@@ -12,7 +12,7 @@ from qlora_trainer.stores.destinations.destination import Destination, reject_oc
 
 
 class VolumeFolder(Destination):
-    """A folder of a volume. Unfinished files are next to it, not in it. See Destination."""
+    """A volume's folder, with unfinished files next to it. See Destination."""
 
     def __init__(self, folder: Path, uri: str, *, owner: str) -> None:
         """Create. `owner` separates this process from another one that may write there."""

@@ -96,7 +96,7 @@ def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable
 
 @contextmanager
 def reopened_attempt(records: Path, pod_uid: str, now: Callable[[], datetime]) -> Iterator[None]:
-    """Extend this pod's ended attempt over the body, unless it is no longer the latest."""
+    """Extend this pod's ended attempt over the body, if it is still the latest."""
     attempts = read_attempts(records)
     if not attempts or attempts[-1].pod_uid != pod_uid:
         yield

@@ -33,7 +33,7 @@ def _seconds(attempt: Attempt, latest: datetime) -> float:
 
 
 def goodput(kept_seconds: float, spent: float) -> float | None:
-    """Share from 0 to 1 of `spent` seconds, or None before a second of them has passed."""
+    """Return the share, 0 to 1, of `spent` seconds, None before the first second."""
     # The clocks of two machines may differ, so that the quotient would exceed 1.
     return None if spent < 1 else round(min(1.0, kept_seconds / spent), 4)
 
@@ -75,7 +75,7 @@ _LISTED = 50
 
 
 def run_usage(attempts: Sequence[Attempt], gpus: int, now: datetime) -> RunUsage:
-    """The time of all attempts, of `gpus` processes each. The last has trained to its end."""
+    """Return the time of all attempts, `gpus` processes each, the last to its end."""
     listed = [
         _usage(attempt, latest, is_last=number == len(attempts))
         for number, (attempt, latest) in enumerate(zip(attempts, _latest_ends(attempts, now), strict=True), 1)

@@ -126,7 +126,7 @@ class ChildRanks:
         self._processes = processes
 
     def require_alive(self) -> None:
-        """Raise StepFailure: UNREACHABLE if a child rank has ended, PEER_LOST if that lost a node."""
+        """Raise StepFailure UNREACHABLE for an ended rank, PEER_LOST for a lost node."""
         for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             status = process.poll()
             if status:

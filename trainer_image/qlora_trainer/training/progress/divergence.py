@@ -64,5 +64,5 @@ class Stability:
 
 
 def has_diverged(loss: float, loss_at_start: float) -> bool:
-    """Whether training, or a step, raised the loss, in nats per target, of the same rows."""
+    """Whether training, or a step, raised the rows' loss, in nats per target."""
     return not (math.isfinite(loss_at_start) and loss <= loss_at_start + WORSE_THAN_START_NATS)

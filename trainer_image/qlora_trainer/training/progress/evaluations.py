@@ -25,7 +25,7 @@ class Evaluations:
     """The latest evaluations in a row without an improvement by minDelta."""
 
     def after(self, step: int, loss: float, early_stopping: EarlyStoppingSpec | None = None) -> "Evaluations":
-        """Add the evaluation after `step` optimizer steps. That of step 0 is never the best."""
+        """Add the evaluation after `step` optimizer steps. Step 0 is never the best."""
         min_delta = 0.0 if early_stopping is None else early_stopping.min_delta
         improved = self.lowest_loss is None or self.lowest_loss - loss > min_delta
         best = step > 0 and (self.best_loss is None or loss < self.best_loss)
