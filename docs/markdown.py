@@ -1,4 +1,4 @@
-"""Writes blocks of Markdown, and what a table says of a field by its schema."""
+"""Writes blocks of Markdown, and the cells of a table about a field from its schema."""
 
 from collections.abc import Mapping
 from typing import Any

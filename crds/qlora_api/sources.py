@@ -114,7 +114,7 @@ class ProfileSetting:
     names_server: bool = True
     """Whether it decides the server that receives the credentials."""
     default: str = ""
-    """The value that clients use without it, and to which credentials of a user belong."""
+    """The value that clients use without it. A user's credentials belong to that server."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Scheme:
     """Patterns of its credentials, which no record shows."""
     settings: tuple[ProfileSetting, ...] = ()
     own_credentials: tuple[str, ...] = ()
-    """Environment variables that hold credentials of a user, one of which is enough."""
+    """Environment variables that hold credentials of a user; any of them is enough."""
     login: str = ""
     """What a user does to get access. `{server}` stands for the address's first part."""
 

@@ -100,7 +100,7 @@ class _Stored:
         return content
 
     def fetch(self, files: Mapping[str, PublishedFile], into: Path, on_bytes: OnBytes) -> None:
-        stored, done = self.folder.files(), 0
+        stored, done = self.folder.find(files), 0
         for name, file in files.items():
             if name not in stored:
                 raise MissingError(f"{self.folder.uri}/{name} does not exist, though the manifest lists it")

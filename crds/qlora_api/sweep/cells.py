@@ -75,7 +75,7 @@ def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
             later, earlier = (_place(spec, cells, each) for each in (number, first))
             return (
                 f"{later} is the same as {earlier}: both would train the same adapter (a value that the template has, "
-                "and the order of targetModules, change nothing): remove one of them"
+                "the order of targetModules, and the output change nothing): remove one of them"
             )
     return None
 

@@ -39,7 +39,7 @@ _WITH_FOLDERS = ("pvc", *OBJECT_STORES)
 _ONE_ADAPTER = (
     "each cell publishes to a folder of its own below output.destination, which must be on a volume or in a bucket "
     f"for that ({prefixes(_WITH_FOLDERS)}): set publish: best to publish only the best adapter, to any destination, or "
-    "select: all and the output of each cell"
+    "select: all with an output in each cell, and remove the template's"
 )
 _MERGED = (
     "output.merged would merge the adapter of every cell: set publish: best to merge only the best, or remove merged"

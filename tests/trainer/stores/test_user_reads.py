@@ -27,7 +27,7 @@ from tests.support.fake_clouds import BUCKET as CLOUD_BUCKET
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.runs.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, LOGIN, SECRET_KEY, s3_bucket
-from tests.support.services.fault_proxy import FaultProxy
+from tests.support.services.fault_proxy import Fault, FaultProxy, serve_proxy
 
 TOKEN = "hf_canary"
 
@@ -126,8 +126,11 @@ def test_a_bucket(
         ClusterError, match=f"may be for another server: set AWS_ENDPOINT_URL={address} to use them there"
     ):
         download(uri, profile, tmp_path / "adapter", contents)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-    download(uri, profile, tmp_path / "adapter", contents)
+    # With a right to read objects, and none to list them.
+    unlisted = FaultProxy(s3, rule=lambda request: Fault(403) if "list-type" in request.path else None)
+    with serve_proxy(unlisted):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{unlisted.address}")
+        download(uri, profile, tmp_path / "adapter", contents)
     require_same(tmp_path / "adapter", contents)
 
 

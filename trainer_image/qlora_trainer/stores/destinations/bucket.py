@@ -4,7 +4,7 @@ A half-written folder of an earlier attempt looks like files of another run, so 
 only if there is none. An ETag is no digest: each file is read back, and a publication costs a download of its bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from qlora_api.sources import ObjectStoreSource
@@ -13,7 +13,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, unreacha
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.stores.contents import MAX_MANIFEST_BYTES, STATEMENTS, Contents, Manifest, parse_manifest
 from qlora_trainer.stores.destinations.destination import StoredFile, StoreFolder, reject_occupied
-from qlora_trainer.stores.objects import ObjectFolder
+from qlora_trainer.stores.objects import ObjectFolder, StoredObject
 from qlora_trainer.stores.retry import read_back
 
 # Present while files are being written, so that the next attempt recognizes them as the same run's. The manifest
@@ -34,10 +34,14 @@ class ObjectDestination(StoreFolder):
 
     def files(self) -> Mapping[str, StoredFile]:
         """See StoreFolder."""
-        return {
-            name: StoredFile(found.size, partial(self._folder.digest, name), partial(self._folder.download, found))
-            for name, found in self._folder.list().items()
-        }
+        return {name: self._file(found) for name, found in self._folder.list().items()}
+
+    def find(self, names: Iterable[str]) -> Mapping[str, StoredFile]:
+        """See StoreFolder. A user may have the right to read objects, and not to list them."""
+        return {name: self._file(self._folder.stat(name)) for name in names}
+
+    def _file(self, found: StoredObject) -> StoredFile:
+        return StoredFile(found.size, partial(self._folder.digest, found.name), partial(self._folder.download, found))
 
     def read(self, name: str, *, most: int) -> bytes | None:
         """See StoreFolder."""

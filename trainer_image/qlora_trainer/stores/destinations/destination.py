@@ -1,7 +1,7 @@
 """Publishes a folder to any destination, if the run may write there."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,11 @@ class StoreFolder(Destination):
     @abstractmethod
     def files(self) -> Mapping[str, StoredFile]:
         """Its files by name; empty without a folder."""
+
+    def find(self, names: Iterable[str]) -> Mapping[str, StoredFile]:
+        """Those of the files that exist. Raises StepFailure."""
+        stored = self.files()
+        return {name: stored[name] for name in names if name in stored}
 
     @abstractmethod
     def read(self, name: str, *, most: int) -> bytes | None:
