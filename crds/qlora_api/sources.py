@@ -134,6 +134,8 @@ class Scheme:
     secret_keys: tuple[str, ...] = ()
     """Keys of the Secret that must exist."""
     optional_secret_keys: tuple[str, ...] = ()
+    only_the_store_checks: str = ""
+    """The part of a key's value that no other check covers, for people, if that is not all of it."""
     described_keys: str = ""
     """All keys, for people, if that is more than a choice of them."""
     is_object_store: bool = False
@@ -144,6 +146,12 @@ class Scheme:
     """Environment variables that hold credentials of a user; any of them is enough."""
     login: str = ""
     """What a user does to get access. `{server}` stands for the address's first part."""
+
+    @property
+    def credential(self) -> str:
+        """Its credentials as a store checks them, for people."""
+        keys = " and ".join(self.secret_keys) or " or ".join(self.optional_secret_keys)
+        return self.only_the_store_checks or f"the value of {keys}"
 
     @property
     def keys(self) -> str:
@@ -199,6 +207,7 @@ SCHEMES: Mapping[str, Scheme] = {
             partial(ObjectStoreSource, scheme="gs"),
             is_object_store=True,
             secret_keys=("GOOGLE_SERVICE_ACCOUNT_KEY",),
+            only_the_store_checks="private_key in GOOGLE_SERVICE_ACCOUNT_KEY",
             described_keys="GOOGLE_SERVICE_ACCOUNT_KEY (JSON)",
             redacted=(r"(?<=[?&])(?i:x-goog-(?:credential|signature|security-token))=[^\s&\"']+",),
             settings=(ProfileSetting("GOOGLE_BASE_URL", ("googleStorage", "endpoint")),),

@@ -232,6 +232,7 @@ WRONG_ROWS: Mapping[RowFormat, tuple[tuple[Mapping[str, Any], str], ...]] = {
         ),
         ({"chosen": [ANSWER], "rejected": [OTHER]}, ": 'chosen[0].role' is 'assistant' where 'user' is"),
         ({"prompt": "p", "chosen": "a"}, " has no column 'rejected', which format preference needs"),
+        ({"prompt": "p", "chosen": 1}, " has no column 'rejected', which format preference needs"),
     ),
 }
 """By format, each with the beginning of its message, after the row's location."""

@@ -184,7 +184,8 @@ def _page(cells: Sequence[_CellCurves]) -> bytes:
     losses = {cell.name: cell.loss.curve() for cell in cells}
     differing = _differing([cell.settings for cell in cells])
     # Neither losses nor scores on different rows can be compared.
-    comparable = compared if "dataset" not in differing else []
+    data = {json.dumps(cell.settings["dataset"]) for cell in compared if "dataset" in cell.settings}
+    comparable = compared if len(data) <= 1 else []
     scored = [cell for cell in comparable if cell.score is not None]
     try:
         page = environment.get_template("sweep.html.jinja").render(

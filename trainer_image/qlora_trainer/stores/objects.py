@@ -57,7 +57,7 @@ def _open(source: ObjectStoreSource, secret: Secret) -> Bucket:
         return OPEN[source.scheme](source.bucket, secret)
     except BaseError:
         raise bad_configuration(
-            f"{source} cannot be opened with {secret}: the value of {SCHEMES[source.scheme].keys} must be as the "
+            f"{source} cannot be opened with {secret}: {SCHEMES[source.scheme].credential} must be as the "
             "store issues it; store it again, whole and once encoded in base64"
         ) from None
 

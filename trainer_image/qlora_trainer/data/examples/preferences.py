@@ -12,7 +12,8 @@ _ANSWERS = ("chosen", "rejected")
 def read_preference(fields: Fields) -> Preference:
     """The row's example. Raises StepFailure BAD_DATASET naming location and column."""
     tools, prompt = fields.tools(), fields.optional_value("prompt")
-    if all(isinstance(fields.value(answer), str) for answer in _ANSWERS):
+    # Both are read first: a missing column is reported before the form of the other.
+    if all(isinstance(value, str) for value in [fields.value(answer) for answer in _ANSWERS]):
         return _of_texts(fields, prompt)
     chosen, rejected = (_turns(fields, answer) for answer in _ANSWERS)
     if first := _prompt_turns(fields, prompt, chosen):

@@ -158,13 +158,15 @@ class _CachedBase:
         try:
             base = self._through_cache(on_bytes)
         except UnusableCacheError as error:
-            unusable = f"the model cache cannot be used ({error})"
-            self.activity = f"{unusable}: {self._source.making}"
-            self.remark = _remark(f"{unusable}: the base was made in the workspace")
-            self._validate_workspace_room(error)
+            reason = error
         else:
             self._own.discard()
             return base
+        # Not in the handler: an error of the workspace would have that of the cache as its context.
+        unusable = f"the model cache cannot be used ({reason})"
+        self.activity = f"{unusable}: {self._source.making}"
+        self.remark = _remark(f"{unusable}: the base was made in the workspace")
+        self._validate_workspace_room(reason)
         return self._own.base(on_bytes)
 
     def _validate_workspace_room(self, reason: UnusableCacheError) -> None:

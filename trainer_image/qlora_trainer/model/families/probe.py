@@ -140,8 +140,8 @@ def _random_model(config: PretrainedConfig, attention: str, experts: str = EXPER
     torch.manual_seed(1)
     model = random_text_part(config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts)
     for parameter in model.eval().parameters():
-        is_constant = bool((parameter == parameter.flatten()[:1]).all())
-        if parameter.requires_grad and (parameter.ndim == 1 or is_constant):
+        # Those of towers are frozen, of full size and without memory: comparing them would take it.
+        if parameter.requires_grad and (parameter.ndim == 1 or bool((parameter == parameter.flatten()[:1]).all())):
             # Biases, and some routers, are initialized with 0 and norms with 1: leaving one out, or drawing experts at
             # random, would not change the logits.
             parameter.data.add_(WEIGHT_DEVIATION * torch.randn_like(parameter))

@@ -7,11 +7,18 @@ from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
-from qlora_trainer.stores.contents import Contents, Manifest, PublishedFile, describe_files
+from qlora_trainer.stores.contents import (
+    MAX_MANIFEST_BYTES,
+    Contents,
+    Manifest,
+    PublishedFile,
+    describe_files,
+    parse_manifest,
+)
 from qlora_trainer.stores.destinations.destination import StoredFile, StoreFolder, reject_occupied
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.referrers import attach
-from qlora_trainer.stores.registry import Blob, Registry, digest_of
+from qlora_trainer.stores.registry import Artifact, Blob, Registry, digest_of
 
 
 class RegistryDestination(StoreFolder):
@@ -34,17 +41,18 @@ class RegistryDestination(StoreFolder):
         """See StoreFolder. None of an artifact that is packed in another way."""
         return {
             name: StoredFile(blob.size, partial(self._digest, blob), partial(self._registry.download, blob))
-            for name, blob in self._blobs().items()
+            for name, blob in _blobs(self._artifact()).items()
         }
 
     def read(self, name: str, *, most: int) -> bytes | None:
         """See StoreFolder."""
-        blob = self._blobs().get(name)
-        return None if blob is None or blob.size > most else self._registry.read(blob)
+        return self._read(self._artifact(), name, most)
 
     def read_manifest(self) -> Manifest | None:
         """See Destination. Other layers or packing make it another folder."""
-        manifest, found = super().read_manifest(), self._registry.manifest(self._source.reference)
+        # Once: the tag may move to another artifact.
+        found = self._artifact()
+        manifest = parse_manifest(self._read(found, PUBLISHED_MANIFEST, MAX_MANIFEST_BYTES))
         is_same = manifest is not None and found is not None and found.digest == artifact_digest(manifest)
         return manifest if is_same else None
 
@@ -90,16 +98,23 @@ class RegistryDestination(StoreFolder):
             raise unreachable(f"{self.uri} no longer has {wanted}: the next attempt publishes it again")
         attach(self._registry, found, document, media_type, annotations)
 
-    def _blobs(self) -> dict[str, Blob]:
-        artifact = self._registry.manifest(self._source.reference)
-        try:
-            return {} if artifact is None else unpack(artifact.manifest)
-        except ValueError:
-            return {}
+    def _artifact(self) -> Artifact | None:
+        return self._registry.manifest(self._source.reference)
+
+    def _read(self, artifact: Artifact | None, name: str, most: int) -> bytes | None:
+        blob = _blobs(artifact).get(name)
+        return None if blob is None or blob.size > most else self._registry.read(blob)
 
     def _digest(self, blob: Blob) -> str:
         """Return the registry's digest of the content, empty if it has no such blob."""
         return self._registry.digest(blob).removeprefix("sha256:") if self._registry.has_blob(blob) else ""
+
+
+def _blobs(artifact: Artifact | None) -> dict[str, Blob]:
+    try:
+        return {} if artifact is None else unpack(artifact.manifest)
+    except ValueError:
+        return {}
 
 
 def artifact_digest(manifest: Manifest) -> str:

@@ -34,13 +34,13 @@ def end_with_the_others(
     """
     over = threading.Event()
     threading.Thread(target=_watch, name=WATCH, args=(over, require_none), daemon=True).start()
-    # The watchdog calls hooks before it aborts the process, in a separate thread. PyTorch's older implementation
-    # (TORCH_DIST_USE_NCCL2=0) has none.
-    nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
-    given_up = torch.distributed.DistBackendError("NCCL has given up an exchange")
-    if nccl.supports_abort_hooks:
-        nccl.register_abort_hook(_ABORT_HOOK, lambda: _end_now(failure_of(given_up)))
     try:
+        # The watchdog calls hooks before it aborts the process, in a separate thread. PyTorch's older implementation
+        # (TORCH_DIST_USE_NCCL2=0) has none.
+        nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
+        given_up = torch.distributed.DistBackendError("NCCL has given up an exchange")
+        if nccl.supports_abort_hooks:
+            nccl.register_abort_hook(_ABORT_HOOK, lambda: _end_now(failure_of(given_up)))
         yield
         # NCCL's reports while it is taken down do not change the end of a finished run. One that fails keeps it.
         if nccl.supports_abort_hooks:
