@@ -136,7 +136,7 @@ class SweepReconciler:
         if fault := fault_of_cells(sweep, cells, jobs):
             await self._write(sweep, invalid(sweep, fault, self.clock()))
             return None
-        objection = objection_to_sweep(sweep, self.profiles, self.clock())
+        objection = objection_to_sweep(sweep, cells, self.profiles)
         if judges_anew(sweep, lines := table(sweep, cells, jobs)):
             best = published(sweep, lines, jobs)
             await self._write(sweep, next_status(sweep, lines, objection, None, self.clock(), best, sweep.status.pods))
