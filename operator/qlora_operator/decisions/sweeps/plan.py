@@ -87,6 +87,7 @@ def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob])
 def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellStatus:
     overrides = truncate(cell.overrides.text(), MAX_SHORT_TEXT_LENGTH)
     if job is not None:
+        waits = job.waits or Reason(job.reason, "")
         return CellStatus(
             name=cell.name,
             overrides=overrides,
@@ -101,13 +102,14 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
             cost=job.cost,
             adapter=job.adapter,
             sha256=job.sha256,
-            reason=job.reason,
+            reason=waits.word,
+            message=truncate(waits.sentence, MAX_SHORT_TEXT_LENGTH),
             rungs=before.rungs if before is not None else None,
         )
     if before is None or not before.uid:
         return CellStatus(name=cell.name, overrides=overrides)
     # An ended cell keeps its line: its adapter still exists.
-    return before if before.phase in ENDED else replace(before, phase="Deleted", progress="")
+    return before if before.phase in ENDED else replace(before, phase="Deleted", progress="", reason="", message="")
 
 
 def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | None) -> CellStatus:

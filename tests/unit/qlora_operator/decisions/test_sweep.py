@@ -272,6 +272,14 @@ def test_what_keeps_one_cell_from_starting_keeps_its_sweep_from_creating_it() ->
     assert objection_to(make(status_of(sweep, cell(0), cell(1)), **spec), proxied) is None
 
 
+def test_the_line_of_a_cell_that_has_not_started_has_the_reason() -> None:
+    limit = Reason("JobLimitReached", "4 jobs have started")
+    before = status_of(make(), cell(0, "Pending", waits=limit))
+    assert (before.cells[0].reason, before.cells[0].message) == ("JobLimitReached", "4 jobs have started")
+    deleted = status_of(make(before)).cells[0]
+    assert (deleted.phase, deleted.reason, deleted.message) == ("Deleted", "", "")
+
+
 @pytest.mark.parametrize(
     ("profile", "workspace", "spec", "waits"),
     [
