@@ -176,7 +176,25 @@ def test_a_sweep_without_a_choice_has_all_adapters_and_succeeds_if_every_cell_do
     assert of(status, "Succeeded")[2] == "2 of 2 cells have succeeded: status.cells has their adapters"
     failed = status_of(sweep, done(0, 1.5), cell(1, "Failed", reason="Diverged"))
     assert (failed.phase, of(failed, "Succeeded")[1]) == ("Failed", "CellsFailed")
-    assert of(failed, "Succeeded")[2].endswith("retries it: rates-01")
+    assert of(failed, "Succeeded")[2] == (
+        "1 of 2 cells have failed (Diverged); status.cells has the adapters of the others; "
+        "spec.retry.request of a failed cell's QLoRAJob retries it: rates-01"
+    )
+
+
+def test_a_sweep_without_a_choice_separates_cells_that_failed_from_deleted_ones() -> None:
+    spec: dict[str, Any] = {"select": "all"} | TWO_TASKS
+    before = status_of(make(**spec), cell(0), cell(1))
+    found = status_of(make(before, **spec), cell(0, "Failed", reason="BadDataset"))
+    assert of(found, "Succeeded")[1] == "CellsFailed"
+    assert of(found, "Succeeded")[2] == (
+        "1 of 2 cells have failed (BadDataset) and 1 of 2 cells were deleted before their end; "
+        "spec.retry.request of a failed cell's QLoRAJob retries it: rates-00; deleted: rates-01"
+    )
+    deleted = status_of(make(before, **spec), done(0, 1.5))
+    assert of(deleted, "Succeeded")[2] == (
+        "1 of 2 cells were deleted before their end; status.cells has the adapters of the others; deleted: rates-01"
+    )
 
 
 @pytest.mark.parametrize("fields", [{"reason": "GateFailed"}, {"reason": "Diverged"}])
