@@ -151,7 +151,7 @@ def _judged(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobSta
 def _exceeded(status: QLoRAJobStatus, job: QLoRAJob, allowed: float) -> str:
     return (
         f"the train pods have used {hours_text(used_seconds(status))} GPU hours, and {hours_text(allowed)} are "
-        f"allowed: {_remedy(job, status)}, and spec.retry.request to go on from the checkpoint"
+        f"allowed: {_remedy(job, status)}, and spec.retry.request to continue from the checkpoint"
     )
 
 
