@@ -73,8 +73,10 @@ class CellStatus(ObservedModel):
     )
     adapter: Uri = Field("", description="Folder of its adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
-    reason: str = Field("", max_length=128, description="Why it has failed, or was stopped, in one word.")
-    message: ShortText = Field("", description="Why it was stopped, for people.")
+    reason: str = Field(
+        "", max_length=128, description="Why it has failed, was stopped, or has not started, in one word."
+    )
+    message: ShortText = Field("", description="Why it was stopped, or has not started, for people.")
     rungs: tuple[RungStatus, ...] | None = Field(
         None,
         max_length=MAX_RUNGS,

@@ -21,6 +21,7 @@ from qlora_operator.decisions.manifests.objects import build_claim, build_job, b
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 from qlora_operator.decisions.observed.parsing import controller_uid
+from qlora_operator.decisions.observed.shared_pod import with_size_of_pod
 from qlora_operator.decisions.plan import (
     Action,
     Announce,
@@ -89,7 +90,8 @@ class Actions:
                         status, written = await self._announce(facts, status)
                         changed, again = changed | written, self.announcements.due(key)
                     case CreateJob() if resolved is not None:
-                        job_uid, is_new = await self._create_job(job, resolved, action)
+                        sized = with_size_of_pod(job, facts.shared)
+                        job_uid, is_new = await self._create_job(sized, resolved, action)
                         changed |= is_new
                         # The next pass derives the status with the first Job from what it observes.
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)

@@ -16,7 +16,7 @@ from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.events import sweep_event, unreadable_event
 from qlora_operator.decisions.observed.objects import Object, Reason
 from qlora_operator.decisions.sweeps.best_cell import ENDED, cells_to_publish, published
-from qlora_operator.decisions.sweeps.halving import judges_anew
+from qlora_operator.decisions.sweeps.halving import has_new_verdict
 from qlora_operator.decisions.sweeps.objection import fault_of_cells, objection_to_sweep
 from qlora_operator.decisions.sweeps.plan import (
     Action,
@@ -136,8 +136,8 @@ class SweepReconciler:
         if fault := fault_of_cells(sweep, cells, jobs):
             await self._write(sweep, invalid(sweep, fault, self.clock()))
             return None
-        objection = objection_to_sweep(sweep, self.profiles, self.clock())
-        if judges_anew(sweep, lines := table(sweep, cells, jobs)):
+        objection = objection_to_sweep(sweep, cells, self.profiles)
+        if has_new_verdict(sweep, lines := table(sweep, cells, jobs)):
             best = published(sweep, lines, jobs)
             await self._write(sweep, next_status(sweep, lines, objection, None, self.clock(), best, sweep.status.pods))
             return 0.0

@@ -8,7 +8,6 @@ from qlora_api.profile import Profile, TrackingServers
 from qlora_api.status import Resolved, StepName
 from qlora_operator.decisions.manifests.volumes import uses_cache
 from qlora_operator.decisions.observed.objects import QLoRAJob
-from qlora_operator.decisions.observed.shared_pod import is_shared
 
 Manifest = dict[str, Any]
 _SECRET_MODE = 0o440
@@ -111,7 +110,7 @@ def step_environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt:
     writes_report = step in ("train", "publish") and job.spec.continues is None
     if (step == "prepare" or writes_report) and resolved.shared_path is not None:
         values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
-    if step == "prepare" and is_shared(job):
+    if step == "prepare" and job.cells_in_pod > 1:
         values[contract.ENV_GROUP_SIZE] = str(job.cells_in_pod)
     if step == "publish" and resolved.profile.gpu_resource and resolved.profile.gpu_hour_price:
         values[contract.ENV_GPU_HOUR_PRICE] = f"{resolved.profile.gpu_hour_price} {resolved.profile.currency}"

@@ -51,7 +51,7 @@ class QLoRAJob:
     sweep: str = ""
     """The QLoRASweep that controls it; empty if none does."""
     cells_in_pod: int = 1
-    """How many cells of that sweep one pod trains, the job among them."""
+    """How many cells of that sweep one pod trains, the job among them, by the annotation of its creation."""
     rungs: str = ""
     """Optimizer steps after which its sweep compares its cells, separated by commas; empty if there are none."""
     problem: str = ""

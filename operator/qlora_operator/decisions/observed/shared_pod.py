@@ -1,7 +1,7 @@
 """Views, from the sweep's status, of the pod that trains a cell with other cells."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.sweep.status import SweepPodStatus
@@ -28,6 +28,8 @@ class SharedPod:
     """Why it does not train the cell now."""
     alone: bool = False
     """Whether the cell has a separate train step now."""
+    size: int = 1
+    """How many cells the pod is to train, this one among them; 1 if it trains alone."""
     child: str = ""
     """The train Job, if it trains the cell or may do so."""
     pod: PodName | None = None
@@ -42,28 +44,29 @@ def shared_pod(job: QLoRAJob, pods: Sequence[SweepPodStatus] | None) -> SharedPo
     Returns None for a job that trains alone from the beginning. `pods`: those of its sweep, None if there is no such
     sweep. They decide: a user may have removed the annotation of the cell.
     """
-    named = (name for pod in pods or () for name in (*pod.cells, *pod.waiting, *pod.alone))
-    if not is_shared(job) and job.name not in named:
+    own = next((pod for pod in pods or () if job.name in _names(pod)), None)
+    if own is None and not (job.sweep and job.cells_in_pod > 1):
         return None
     if pods is None:
         return SharedPod(job.sweep, Reason(WAITING, f"QLoRASweep {job.sweep}, which trains this cell, does not exist"))
     counted = tuple(entry for pod in pods for entry in (pod.usage.pods if pod.usage else ()) if _trains(entry, job))
     if any(job.name in pod.alone for pod in pods):
         return SharedPod(job.sweep, Reason("", ""), alone=True, counted=counted)
-    found = next((pod for pod in pods if job.name in pod.cells), None)
-    if found is None:
-        own = next((pod for pod in pods if job.name in pod.waiting), None)
+    # Its sweep reports its pods right after it has created the cells.
+    size = job.cells_in_pod if own is None else len((*own.cells, *own.waiting))
+    if own is None or job.name not in own.cells:
         waits = own.message if own is not None and not own.cells else "the next train Job of its pod trains this cell"
-        return SharedPod(job.sweep, Reason(WAITING, waits), counted=counted)
-    waits = f"Job {found.step.job_name} of QLoRASweep {job.sweep}, which trains this cell, does not run"
-    why = f": {found.reason}: {found.message}" if found.message else ""
-    pod = PodName(found.pod, found.pod_uid) if found.pod else None
-    return SharedPod(job.sweep, Reason(WAITING, waits + why), child=found.step.job_name, pod=pod, counted=counted)
+        return SharedPod(job.sweep, Reason(WAITING, waits), size=size, counted=counted)
+    child = own.step.job_name
+    waits = f"Job {child} of QLoRASweep {job.sweep}, which trains this cell, does not run"
+    why = f": {own.reason}: {own.message}" if own.message else ""
+    pod = PodName(own.pod, own.pod_uid) if own.pod else None
+    return SharedPod(job.sweep, Reason(WAITING, waits + why), size=size, child=child, pod=pod, counted=counted)
 
 
-def is_shared(job: QLoRAJob) -> bool:
-    """Whether the job is a cell that its sweep trains in one pod with others."""
-    return bool(job.sweep) and job.cells_in_pod > 1
+def with_size_of_pod(job: QLoRAJob, shared: SharedPod | None) -> QLoRAJob:
+    """Return the job with its sweep's number of cells in its pod, not the annotation's."""
+    return replace(job, cells_in_pod=1 if shared is None else shared.size)
 
 
 def waits_for_sweep(status: QLoRAJobStatus, shared: SharedPod | None) -> Reason | None:
@@ -83,6 +86,10 @@ def trained_by(status: QLoRAJobStatus, shared: SharedPod | None) -> str:
     """Return the sweep whose pod trains the cell now, empty if none does."""
     found = waits_for_sweep(status, shared)
     return shared.sweep if shared is not None and found is not None and shared.pod is not None else ""
+
+
+def _names(pod: SweepPodStatus) -> tuple[str, ...]:
+    return (*pod.cells, *pod.waiting, *pod.alone)
 
 
 def _trains(entry: PodUsage, job: QLoRAJob) -> bool:

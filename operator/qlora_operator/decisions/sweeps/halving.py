@@ -32,7 +32,7 @@ def judged(
     return tuple(lines)
 
 
-def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
+def has_new_verdict(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
     """Whether a cell has a new verdict, which is stored before any action.
 
     Other losses may be known by the next pass, which must not decide otherwise.

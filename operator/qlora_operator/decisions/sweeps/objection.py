@@ -1,12 +1,12 @@
 """Decides whether the sweep or the administrator's settings block its cells."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import replace
 
 from qlora_api.profile import Profile
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.spec import Cell, pods
-from qlora_operator.decisions.observed.objects import Reason
+from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
 from qlora_operator.decisions.resolution import objection_to_job
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep
 
@@ -22,16 +22,28 @@ def fault_of_cells(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, 
     return Reason("InvalidCells", why) if why is not None else None
 
 
-def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
-    """Return why the sweep or the settings block its cells, or None if they do not."""
+def objection_to_sweep(sweep: QLoRASweep, cells: Sequence[Cell], profiles: Mapping[str, Profile]) -> Reason | None:
+    """Return why the sweep or the settings block its cells, or None if they do not.
+
+    A cell that could not start would hold its place among those that run at the same time.
+    """
     job = sweep.as_job()
     if why := objection_to_job(job, profiles):
         return why
-    if sweep.status.cells and all(line.uid for line in sweep.status.cells):
+    created = {line.name for line in sweep.status.cells if line.uid}
+    missing = [cell for cell in cells if cell.name not in created]
+    if not missing:
         # At most the one job that publishes is left to create.
         return None
     profile = profiles[job.spec.scheduling.profile]
-    return _too_few_jobs(sweep, profile) or _not_shared(sweep, profile)
+    return _too_few_jobs(sweep, profile) or _not_shared(sweep, profile) or _of_cells(job, missing, profiles)
+
+
+def _of_cells(template: QLoRAJob, cells: Sequence[Cell], profiles: Mapping[str, Profile]) -> Reason | None:
+    for cell in cells:
+        if why := objection_to_job(replace(template, name=cell.name, spec=cell.spec), profiles):
+            return Reason(why.word, f"cell {cell.name} ({cell.overrides.text()}) could not start: {why.sentence}")
+    return None
 
 
 def _largest_pod(sweep: QLoRASweep) -> int:

@@ -87,6 +87,7 @@ def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob])
 def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellStatus:
     overrides = truncate(cell.overrides.text(), MAX_SHORT_TEXT_LENGTH)
     if job is not None:
+        waits = job.waits or Reason(job.reason, "")
         return CellStatus(
             name=cell.name,
             overrides=overrides,
@@ -101,13 +102,14 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
             cost=job.cost,
             adapter=job.adapter,
             sha256=job.sha256,
-            reason=job.reason,
+            reason=waits.word,
+            message=truncate(waits.sentence, MAX_SHORT_TEXT_LENGTH),
             rungs=before.rungs if before is not None else None,
         )
     if before is None or not before.uid:
         return CellStatus(name=cell.name, overrides=overrides)
     # An ended cell keeps its line: its adapter still exists.
-    return before if before.phase in ENDED else replace(before, phase="Deleted", progress="")
+    return before if before.phase in ENDED else replace(before, phase="Deleted", progress="", reason="", message="")
 
 
 def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | None) -> CellStatus:
@@ -302,23 +304,33 @@ def _best(line: CellStatus | None) -> BestCell | None:
 
 def _reason_of_all(status: QLoRASweepStatus) -> Reason:
     """The end of a sweep whose result is the adapter of each cell."""
-    missing, cells = [line.name for line in status.cells if line.phase != "Succeeded"], len(status.cells)
-    if not missing:
+    cells = len(status.cells)
+    if status.succeeded == cells:
         return Reason("Succeeded", f"{cells} of {cells} cells have succeeded: status.cells has their adapters")
-    sentence = (
-        f"{len(missing)} of {cells} cells have failed or were deleted, and status.cells has the adapters of the "
-        f"others; spec.retry.request of a QLoRAJob retries it: {', '.join(missing)}"
-    )
-    return Reason("CellsFailed", sentence)
+    deleted = [line.name for line in status.cells if line.phase == "Deleted"]
+    failed = [line.name for line in status.cells if line.phase not in ("Succeeded", "Deleted")]
+    counts = [f"{len(failed)} of {cells} cells have failed{_reasons(status)}"] if failed else []
+    counts += [f"{len(deleted)} of {cells} cells were deleted before their end"] if deleted else []
+    parts = [" and ".join(counts)]
+    parts += ["status.cells has the adapters of the others"] if status.succeeded else []
+    # The names are last: a long message loses its end.
+    parts += [f"spec.retry.request of a failed cell's QLoRAJob retries it: {', '.join(failed)}"] if failed else []
+    parts += [f"deleted: {', '.join(deleted)}"] if deleted else []
+    return Reason("CellsFailed", "; ".join(parts))
+
+
+def _reasons(status: QLoRASweepStatus) -> str:
+    """List the reasons of failed cells in parentheses, empty if none has one."""
+    words = sorted({line.reason for line in status.cells if line.reason and line.phase == "Failed"})
+    return f" ({', '.join(words)[:MAX_SHORT_TEXT_LENGTH]})" if words else ""
 
 
 def _reason_of_the_best(status: QLoRASweepStatus) -> Reason:
     failed = f"; {status.failed} of {len(status.cells)} cells have failed" if status.failed else ""
     failed += f"; {status.stopped} were stopped" if status.stopped else ""
     if not status.succeeded:
-        words = sorted({line.reason for line in status.cells if line.reason and line.phase != "Stopped"})
-        why = f" ({', '.join(words)[:MAX_SHORT_TEXT_LENGTH]})" if words else ""
-        sentence = f"none of the {len(status.cells)} cells has succeeded{why}: the condition Failed of each reports why"
+        found = f"none of the {len(status.cells)} cells has succeeded{_reasons(status)}"
+        sentence = f"{found}: the condition Failed of each reports why"
         if status.stopped:
             sentence += (
                 f"; {status.stopped} were stopped, and can be resumed from their checkpoints by spec.suspend: false of "

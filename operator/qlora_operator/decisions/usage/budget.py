@@ -12,6 +12,7 @@ from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.endings import fail, failure_of
 from qlora_operator.decisions.observed.facts import Facts, set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
+from qlora_operator.decisions.observed.shared_pod import trained_by
 from qlora_operator.decisions.usage.usage import (
     count_usage,
     gpus_at_a_time,
@@ -45,14 +46,14 @@ def limit_of_hours(profile: Profile) -> float | None:
 def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """Fail a job that has used its GPU hours, its parts of the pods of its sweep among them.
 
-    Its pod saves a checkpoint, and a retry resumes from it. A pod of the sweep continues for its other cells.
+    Its pod saves a checkpoint, and a retry resumes from it.
     """
     job, now = facts.job, facts.now
     allowed, step = allowed_seconds(job, status), status.step
     if is_finished(status) or allowed is None or step is None or step.name not in _STOPPED_STEPS:
         return status
-    if not gpus_of_a_pod(job, status) or (facts.shared is not None and _is_at_its_last_step(status)):
-        # Such a cell waits for the end of the pod that has trained it to publish its adapter.
+    if not gpus_of_a_pod(job, status) or trained_by(status, facts.shared):
+        # The pod of the sweep continues for its other cells: its end alone shows which cells it has trained.
         return status
     pods = facts.observed.pods_of(step.job_uid)
     if any(pod.exited_well for pod in pods) and not any(has_gpus(pod) for pod in pods):
@@ -68,19 +69,13 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> datetime | None:
     """Return when the running pods will have used up the budget.
 
-    Returns None if nothing runs or there is none.
+    Returns None if none of the job's own runs, or there is no budget.
     """
-    allowed, step, own = allowed_seconds(job, status), status.step, gpus_at_a_time(job, status, observed.pods)
-    gpus = own or _part_of_shared_pod(job, status)
+    allowed, gpus, step = allowed_seconds(job, status), gpus_at_a_time(job, status, observed.pods), status.step
     if allowed is None or not gpus or step is None or step.name not in _STOPPED_STEPS:
         return None
     left = allowed - used_seconds(status) - uncounted_seconds(job, status, observed.pods, now)
-    # The sweep counts the time of its pod every few minutes only.
-    return now + timedelta(seconds=max(1.0 if own else 60.0, left / gpus))
-
-
-def _is_at_its_last_step(status: QLoRAJobStatus) -> bool:
-    return status.progress is not None and status.progress.step >= status.progress.total_steps > 0
+    return now + timedelta(seconds=max(1.0, left / gpus))
 
 
 def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus:
@@ -156,7 +151,7 @@ def _judged(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobSta
 def _exceeded(status: QLoRAJobStatus, job: QLoRAJob, allowed: float) -> str:
     return (
         f"the train pods have used {hours_text(used_seconds(status))} GPU hours, and {hours_text(allowed)} are "
-        f"allowed: {_remedy(job, status)}, and spec.retry.request to go on from the checkpoint"
+        f"allowed: {_remedy(job, status)}, and spec.retry.request to continue from the checkpoint"
     )
 
 

@@ -11,7 +11,7 @@ from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.stored_job import parse_job
-from qlora_operator.decisions.sweeps.halving import judges_anew
+from qlora_operator.decisions.sweeps.halving import has_new_verdict
 from qlora_operator.decisions.sweeps.plan import CreateCell, SetSuspend, StopCell, next_status, plan, table
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, build_cell, parse_cell, parse_sweep, stop
 from qlora_operator.kube.listing import compact
@@ -74,13 +74,13 @@ def test_rungs_are_a_factor_apart_and_end_before_the_run_does() -> None:
 
 def test_cells_that_reach_a_rung_together_are_compared_and_the_better_continue() -> None:
     jobs = (cell(0, 1.4), cell(1, 1.1), cell(2, 1.3), cell(3, 1.2))
-    assert judges_anew(sweep(), table(sweep(), sweep().cells(), by_name(*jobs)))
+    assert has_new_verdict(sweep(), table(sweep(), sweep().cells(), by_name(*jobs)))
     stored = after_pass(sweep(), *jobs)
     assert verdicts(stored) == [[(20, 4, 4, False)], [(20, 1, 4, True)], [(20, 3, 4, False)], [(20, 2, 4, True)]]
     assert [action.cell.name for action in actions(stored, *jobs)] == ["rates-00", "rates-02"]
     assert all(isinstance(action, StopCell) for action in actions(stored, *jobs))
     assert actions(stored, *jobs)[1].why == WHY
-    assert not judges_anew(stored, table(stored, stored.cells(), by_name(*jobs)))
+    assert not has_new_verdict(stored, table(stored, stored.cells(), by_name(*jobs)))
 
 
 def test_one_after_the_other_each_cell_is_compared_with_those_before_it() -> None:

@@ -1,5 +1,6 @@
 """What a sweep does next, and what its table, its choice and its conditions say."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -59,6 +60,10 @@ def status_of(sweep: QLoRASweep, *jobs: CellJob, **why: Reason | None) -> QLoRAS
 def of(status: QLoRASweepStatus, kind: str) -> tuple[str, str, str]:
     (found,) = [entry for entry in status.conditions if entry.type == kind]
     return found.status, found.reason, found.message
+
+
+def objection_to(sweep: QLoRASweep, profiles: Mapping[str, Profile]) -> Reason | None:
+    return objection_to_sweep(sweep, sweep.cells(), profiles)
 
 
 def test_cells_are_created_in_order_and_no_more_at_a_time_than_asked_for() -> None:
@@ -171,7 +176,25 @@ def test_a_sweep_without_a_choice_has_all_adapters_and_succeeds_if_every_cell_do
     assert of(status, "Succeeded")[2] == "2 of 2 cells have succeeded: status.cells has their adapters"
     failed = status_of(sweep, done(0, 1.5), cell(1, "Failed", reason="Diverged"))
     assert (failed.phase, of(failed, "Succeeded")[1]) == ("Failed", "CellsFailed")
-    assert of(failed, "Succeeded")[2].endswith("retries it: rates-01")
+    assert of(failed, "Succeeded")[2] == (
+        "1 of 2 cells have failed (Diverged); status.cells has the adapters of the others; "
+        "spec.retry.request of a failed cell's QLoRAJob retries it: rates-01"
+    )
+
+
+def test_a_sweep_without_a_choice_separates_cells_that_failed_from_deleted_ones() -> None:
+    spec: dict[str, Any] = {"select": "all"} | TWO_TASKS
+    before = status_of(make(**spec), cell(0), cell(1))
+    found = status_of(make(before, **spec), cell(0, "Failed", reason="BadDataset"))
+    assert of(found, "Succeeded")[1] == "CellsFailed"
+    assert of(found, "Succeeded")[2] == (
+        "1 of 2 cells have failed (BadDataset) and 1 of 2 cells were deleted before their end; "
+        "spec.retry.request of a failed cell's QLoRAJob retries it: rates-00; deleted: rates-01"
+    )
+    deleted = status_of(make(before, **spec), done(0, 1.5))
+    assert of(deleted, "Succeeded")[2] == (
+        "1 of 2 cells were deleted before their end; status.cells has the adapters of the others; deleted: rates-01"
+    )
 
 
 @pytest.mark.parametrize("fields", [{"reason": "GateFailed"}, {"reason": "Diverged"}])
@@ -231,26 +254,48 @@ def test_the_reason_of_a_waiting_cell_is_reported_and_time_changes_nothing() -> 
 
 
 def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
-    assert objection_to_sweep(make(), PROFILES, NOW) is None
-    unknown = objection_to_sweep(make(template={"scheduling": {"profile": "other"}}), PROFILES, NOW)
+    assert objection_to(make(), PROFILES) is None
+    unknown = objection_to(make(template={"scheduling": {"profile": "other"}}), PROFILES)
     assert unknown is not None
     assert unknown.word == "ProfileNotFound"
     limited = Profile.model_validate(PROFILE.dump() | {"limits": {"workspaceSize": "1Gi"}})
-    too_large = objection_to_sweep(make(template={"workspace": {"size": "2Gi"}}), {"default": limited}, NOW)
+    too_large = objection_to(make(template={"workspace": {"size": "2Gi"}}), {"default": limited})
     assert too_large is not None
     assert too_large.word == "LimitExceeded"
     few = {"default": Profile.model_validate(SHARED.dump() | {"limits": {"jobs": 2}})}
-    too_many = objection_to_sweep(make(cellsPerPod=4), few, NOW)
+    too_many = objection_to(make(cellsPerPod=4), few)
     assert too_many is not None
     assert "spec.cellsPerPod is 4, and profile 'default' allows 2 jobs at a time" in too_many.sentence
-    assert objection_to_sweep(make(cellsPerPod=2), few, NOW) is None
+    assert objection_to(make(cellsPerPod=2), few) is None
     # What keeps each cell from starting keeps the sweep from creating them.
     prompt = {"systemPrompt": {"text": "a" + "\x01" * 16_000}}
     score = {"check": "jsonSchema", "schema": "\x01" * 8192}
     texts = {"dataset": TEMPLATE["dataset"] | prompt, "gate": {"minScore": 0.5, "score": score}}
-    too_long = objection_to_sweep(make(template=texts), PROFILES, NOW)
+    too_long = objection_to(make(template=texts), PROFILES)
     assert too_long is not None
     assert too_long.word == "SpecTooLarge"
+
+
+def test_what_keeps_one_cell_from_starting_keeps_its_sweep_from_creating_it() -> None:
+    proxy = {"httpsProxy": "http://proxy:3128", "proxySecretName": "proxy"}
+    proxied = {"default": Profile.model_validate(PROFILE.dump() | proxy)}
+    other = {"source": "s3://data/other.jsonl", "secretRef": {"name": "proxy"}}
+    spec: dict[str, Any] = {"select": "all", "grid": None, "cells": [{}, {"dataset": other}]}
+    sweep = make(**spec)
+    found = objection_to(sweep, proxied)
+    assert found is not None
+    assert found.word == "SecretNotAllowed"
+    assert found.sentence.startswith("cell rates-01 (dataset")
+    assert "could not start: spec.dataset.secretRef names" in found.sentence
+    assert objection_to(make(status_of(sweep, cell(0), cell(1)), **spec), proxied) is None
+
+
+def test_the_line_of_a_cell_that_has_not_started_has_the_reason() -> None:
+    limit = Reason("JobLimitReached", "4 jobs have started")
+    before = status_of(make(), cell(0, "Pending", waits=limit))
+    assert (before.cells[0].reason, before.cells[0].message) == ("JobLimitReached", "4 jobs have started")
+    deleted = status_of(make(before)).cells[0]
+    assert (deleted.phase, deleted.reason, deleted.message) == ("Deleted", "", "")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +318,7 @@ def test_cells_that_could_not_mount_their_workspace_together_wait(
     profile: Profile, workspace: dict[str, Any], spec: dict[str, Any], waits: str
 ) -> None:
     sweep = make(template={"workspace": workspace}, **spec)
-    found = objection_to_sweep(sweep, {"default": profile}, NOW)
+    found = objection_to(sweep, {"default": profile})
     assert (found is not None and found.word == "WorkspaceNotShared") == bool(waits)
     assert found is None or waits in found.sentence
 

@@ -185,6 +185,22 @@ def test_a_cell_whose_annotation_was_removed_is_trained_by_the_pod_and_nowhere_e
     assert [job["metadata"]["annotations"]["qlora.dev/cells"] for job in api.jobs] == [",".join(NAMES)]
 
 
+@pytest.mark.parametrize("annotations", [{}, {"qlora.dev/cells-in-pod": "16"}], ids=["removed", "raised"])
+def test_prepare_gets_the_number_of_cells_in_the_pod_from_the_sweep(annotations: dict[str, str]) -> None:
+    api = Api()
+    passes = Passes(api)
+    api.cells[FIRST] = cell_body("new", FIRST)
+    passes.sweep()
+    api.cells[FIRST]["metadata"]["annotations"] = annotations
+    for _ in range(2):
+        passes.store.job_changed(api.cells[FIRST])
+        passes.cell(FIRST)
+    (job,) = api.jobs
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"][0] == "prepare"
+    assert {"name": "QLORA_GROUP_SIZE", "value": "3"} in container["env"]
+
+
 def test_a_cell_that_waits_reads_no_sweep_that_a_watch_has_shown() -> None:
     api = Api()
     passes = Passes(api)

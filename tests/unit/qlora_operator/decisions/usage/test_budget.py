@@ -152,7 +152,7 @@ def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
     assert (status.phase, reason_of(status)) == ("Failed", "BudgetExceeded")
     assert message_of(status) == (
         "the train pods have used 1.50 GPU hours, and 1.50 are allowed: raise spec.budget.gpuHours, and "
-        "spec.retry.request to go on from the checkpoint"
+        "spec.retry.request to continue from the checkpoint"
     )
     assert status.usage is not None
     assert (status.usage.gpu_seconds, status.usage.cost) == (5400, "3.75 EUR")
