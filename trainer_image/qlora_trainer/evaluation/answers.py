@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
@@ -106,8 +106,9 @@ class AnswerTexts:
 
     def __init__(self, tokenizer_folder: Path, end: EndOfTurn | None) -> None:
         """Create. `end`: the mark that ends answers, if the configuration lacks it."""
-        self.tokenizer: FastTokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder, local_files_only=True, trust_remote_code=False
+        self.tokenizer = cast(
+            "FastTokenizer",
+            AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False),
         )
         self._end = end
 

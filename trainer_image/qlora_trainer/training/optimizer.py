@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
@@ -99,7 +100,8 @@ def restore_optimizer(
                 for entry, value in saved.items()
             }
             continue
-        optimizer.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
+        paged = cast("PagedAdamW32bit | PagedAdamW8bit", optimizer)
+        paged.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
         state = optimizer.state[parameter]
         state[_STEP] = int(saved.pop(_STEP))
         for entry, value in saved.items():

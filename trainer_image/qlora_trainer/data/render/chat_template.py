@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy
 
@@ -85,8 +86,9 @@ class Tokenizer:
 
         self.folder, self.template = folder, template
         try:
-            self._tokenizer: FastTokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+            self._tokenizer = cast(
+                "FastTokenizer",
+                AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
             raise bad_configuration(f"the model's tokenizer cannot be loaded: {first_line(error)}") from error

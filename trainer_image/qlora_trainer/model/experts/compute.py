@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_trainer.model.experts.stack import Stack
+from qlora_trainer.model.protocols import Network
 
 EXPERTS = "qlora_experts"
 """Name of the implementation in transformers."""
@@ -167,7 +168,7 @@ def _runs(counts: Sequence[int], expert_bytes: int) -> Iterator[tuple[int, int]]
         first = max(end, first + 1)
 
 
-def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def expert_modules(model: Network) -> Iterator[tuple[str, Any]]:
     """Name and module of each collection of experts with transformers' interface."""
     for name, module in model.named_modules():
         if all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):

@@ -25,6 +25,7 @@ from qlora_trainer.core.protocols import TensorFile
 from qlora_trainer.model.experts.compute import expert_modules
 from qlora_trainer.model.experts.stack import BLOCKS, GROUP, SCALES, ExpertStack, Mxfp4Stack, Stack
 from qlora_trainer.model.nf4.quantization import BLOCK
+from qlora_trainer.model.protocols import Network
 from qlora_trainer.model.source.quantization import experts_in_mxfp4
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -201,7 +202,7 @@ def reason_against_experts(model: PreTrainedModel) -> str | None:
     return None
 
 
-def routing_linears(model: nn.Module) -> tuple[str, ...]:
+def routing_linears(model: Network) -> tuple[str, ...]:
     """Sorted names of linear layers that only decide about experts: they stay in 16 bit, and get no adapter.
 
     Those are all that are inside a router, which is a neighbor of the routed experts: it is called so, or its last

@@ -43,7 +43,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
     layout: ExpertLayout
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **settings: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, *settings: Any, **more: Any) -> None:
         self.layout = ExpertLayout.from_model(model)
         given = self.quantization_config
         stack_experts(
@@ -55,7 +55,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         # transformers does not load their tensors, and would warn.
         ignored = {escape(name) for name in self.layout.stacks}
         model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
-        super()._process_model_before_weight_loading(model, **settings)
+        super()._process_model_before_weight_loading(model, *settings, **more)
 
     @staticmethod
     def get_modules_to_not_convert(model: PreTrainedModel, *settings: Any, **more: Any) -> list[str]:

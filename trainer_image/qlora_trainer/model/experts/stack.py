@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.nf4.quantization import BLOCK, OUTER_BLOCK, dynamic_map, layer_bytes
+from qlora_trainer.model.protocols import Network
 
 GROUP = 32
 """Weights that share a scale in MXFP4."""
@@ -242,6 +243,6 @@ def _powers() -> Tensor:
 Stack: TypeAlias = ExpertStack | Mxfp4Stack
 
 
-def expert_stacks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
+def expert_stacks(model: Network) -> Iterator[tuple[str, Stack]]:
     """Name and stack of each weight of routed experts that is in 4-bit."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Stack))

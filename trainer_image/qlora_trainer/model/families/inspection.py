@@ -313,7 +313,7 @@ def same_rotation_up_to(config: PretrainedConfig) -> int | None:
     one row in it is longer than the original length.
     """
     lengths = [
-        int(rotation["original_max_position_embeddings"])
+        int(cast("int", rotation["original_max_position_embeddings"]))
         for rotation in _rotations(config)
         if rotation["rope_type"] == "longrope"
     ]
@@ -325,4 +325,4 @@ def _rotations(config: PretrainedConfig) -> Iterator[RopeParameters]:
     parameters = getattr(config, "rope_parameters", None) or {}
     for rotation in (parameters, *parameters.values()):
         if isinstance(rotation, dict) and "rope_type" in rotation:
-            yield rotation
+            yield cast("RopeParameters", rotation)

@@ -11,6 +11,12 @@ from qlora_trainer.core.failures import bad_configuration
 ALL_LINEAR = "all-linear"
 
 
+class _StandIn(nn.Module):
+    """A model of a single layer, for PEFT."""
+
+    config: PretrainedConfig
+
+
 def refused_by_peft(config: PretrainedConfig, names: Iterable[str]) -> set[str]:
     """The names of linear layers that PEFT attaches no LoRA to in a model of this configuration.
 
@@ -19,7 +25,7 @@ def refused_by_peft(config: PretrainedConfig, names: Iterable[str]) -> set[str]:
     refused: set[str] = set()
     names = tuple(names)
     for last_part in set(map(_last_part, names)):
-        stand_in = nn.Module()
+        stand_in = _StandIn()
         stand_in.config = config
         stand_in.add_module(last_part, nn.Linear(1, 1, device="meta"))
         try:

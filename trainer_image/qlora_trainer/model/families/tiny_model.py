@@ -205,8 +205,10 @@ def _segment(settings: Settings, block: int) -> str | None:
     return None
 
 
-def _small_overrides(overrides: Mapping[int, Settings], blocks: list[int]) -> dict[int, dict[str, object]]:
-    small = {number: dict(overrides[block]) for number, block in enumerate(blocks) if block in overrides}
+def _small_overrides(overrides: Mapping[int, Settings], blocks: list[int]) -> dict[int | str, dict[str, object]]:
+    small: dict[int | str, dict[str, object]] = {
+        number: dict(overrides[block]) for number, block in enumerate(blocks) if block in overrides
+    }
     for values in small.values():
         if "num_key_value_heads" in values:
             values["num_key_value_heads"] = 1

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from qlora_trainer.core import cpu
@@ -47,7 +48,7 @@ def joint_losses(model: AdaptedModel, batches: Mapping[str, Batch]) -> dict[str,
     batch = _join(tuple(batches.values()))
     states = decoder_states(base, batch.input_ids, batch.position_ids, batch.rows)[0]
     positions = batch.predicting.split([part.target_count for part in batches.values()])
-    head, transform = base.get_output_embeddings(), LogitTransform.from_config(base.config)
+    head, transform = cast("nn.Module", base.get_output_embeddings()), LogitTransform.from_config(base.config)
     chunk_tokens = cpu.loss_chunk_tokens(states.device.type)
     return {
         name: summed_loss(states[predicting], part.targets, head, transform, chunk_tokens)

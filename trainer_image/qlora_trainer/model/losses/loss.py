@@ -1,7 +1,7 @@
 """The training loss: cross-entropy of labeled tokens, without full logits."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,10 @@ def row_losses(model: Decoder, batch: Batch) -> Tensor:
     return torch.stack([row.sum() for row in losses.split(batch.pairs.target_counts)])
 
 
-def _of_targets(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, nn.Module | None, LogitTransform, int]:
+def _of_targets(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, nn.Module, LogitTransform, int]:
     """The arguments of `summed_loss` and `target_losses`."""
     states = decoder_states(model, batch.input_ids, batch.position_ids, batch.rows)[0]
-    head, transform = model.get_output_embeddings(), LogitTransform.from_config(model.config)
+    head, transform = cast("nn.Module", model.get_output_embeddings()), LogitTransform.from_config(model.config)
     return states[batch.predicting], batch.targets, head, transform, cpu.loss_chunk_tokens(states.device.type)
 
 

@@ -19,6 +19,7 @@ from qlora_trainer.model.kernels import attention
 from qlora_trainer.model.kernels.attention import RowBoundaries
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.memory.backward import gradients
+from qlora_trainer.model.protocols import Network
 
 AMPERE, HOPPER = (8, 0), (9, 0)
 """Compute capabilities."""
@@ -100,7 +101,7 @@ def _clear_capability() -> None:
     varlen._should_use_cudnn.cache_clear()
 
 
-def on_fake_cuda(model: nn.Module) -> None:
+def on_fake_cuda(model: Network) -> None:
     """Replace a model's tensors, also of 4-bit layers, by CUDA ones without data."""
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -7,6 +7,7 @@ more than one, because the MLP takes more than attention; 820 rows take 0.6 GB m
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def _workspace_bytes(func: OpOverload, args: Sequence[object], kwargs: Mapping[s
     # An argument that has its default is not passed.
     if given.get(_BACKEND, varlen._FLASH_ATTENTION_BACKEND) != varlen._FLASH_ATTENTION_BACKEND:
         return 0
-    return _flash_backward(given["query"], given["key"], len(given["cu_seq_q"]) - 1)
+    query, key, boundaries = (cast("Tensor", given[name]) for name in ("query", "key", "cu_seq_q"))
+    return _flash_backward(query, key, len(boundaries) - 1)
 
 
 def _flash_backward(query: Tensor, key: Tensor, rows: int) -> int:

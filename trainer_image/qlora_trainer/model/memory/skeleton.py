@@ -1,5 +1,7 @@
 """Builds a job's model, with adapter and 4-bit layers, on tensors without data."""
 
+from typing import Any
+
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -21,6 +23,8 @@ from qlora_trainer.model.kernels.norms import fuse_norms
 from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK
 from qlora_trainer.model.protocols import AdaptedModel
 
+_IN_4_BIT = "is_loaded_in_4bit"
+
 
 def adapted_skeleton(
     config: PretrainedConfig, family: Family, lora: LoraSpec, training: TrainingSpec, quantization: QuantizationSpec
@@ -37,7 +41,7 @@ def adapted_skeleton(
     with torch.device("meta"):
         _quantize(model, kept, quantization)
     # PEFT asks for this before it makes a layer for 4-bit weights.
-    model.is_loaded_in_4bit = True
+    setattr(model, _IN_4_BIT, True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     fuse_norms(model)
@@ -66,7 +70,7 @@ class Linear4bitWithoutData(Linear4bit):
         self.compute_dtype, self.compute_type_is_set = COMPUTE_DTYPE, True
         self.support_avx512bf16_for_cpu = False
         size = linear.weight.numel()
-        weight = nn.Parameter(torch.empty(-(-size // 2), 1, dtype=torch.uint8), requires_grad=False)
+        weight: Any = nn.Parameter(torch.empty(-(-size // 2), 1, dtype=torch.uint8), requires_grad=False)
         weight.quant_state = self.quant_state = _quant_state(linear, size, quantization)
         weight.compress_statistics = quantization.double_quant
         weight.quant_type = quantization.type

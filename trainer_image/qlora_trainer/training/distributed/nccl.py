@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed
@@ -37,7 +38,8 @@ def end_with_the_others(
     try:
         # The watchdog calls hooks before it aborts the process, in a separate thread. PyTorch's older implementation
         # (TORCH_DIST_USE_NCCL2=0) has none.
-        nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
+        world = cast("torch.distributed.ProcessGroup", torch.distributed.group.WORLD)
+        nccl = world._get_backend(torch.device("cuda"))
         given_up = torch.distributed.DistBackendError("NCCL has given up an exchange")
         if nccl.supports_abort_hooks:
             nccl.register_abort_hook(_ABORT_HOOK, lambda: _end_now(failure_of(given_up)))

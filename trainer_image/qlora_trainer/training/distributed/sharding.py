@@ -67,8 +67,9 @@ def _shard_block(block: nn.Module, mesh: DeviceMesh, device: torch.device) -> No
         # The rows that FSDP gives to the rank: as many to each, until there are no more.
         parts, rank = weight.chunk(mesh.size()), mesh.get_local_rank()
         part = (parts[rank] if rank < len(parts) else weight[:0]).to(device, copy=True)
-        shape = {"shape": weight.shape, "stride": weight.stride()}
-        _set_frozen(block, name, DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **shape))
+        shape, stride = weight.shape, weight.stride()
+        sharded = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        _set_frozen(block, name, sharded)
     for module in block.modules():
         if isinstance(module, Linear4bit):
             module.quant_state.to(device)
