@@ -65,7 +65,7 @@ def shared_pod(job: QLoRAJob, pods: Sequence[SweepPodStatus] | None) -> SharedPo
 
 
 def with_size_of_pod(job: QLoRAJob, shared: SharedPod | None) -> QLoRAJob:
-    """Return the job with its sweep's number of cells in its pod, not the annotation's."""
+    """Return the job with its pod's number of cells by its sweep's status."""
     return replace(job, cells_in_pod=1 if shared is None else shared.size)
 
 

@@ -32,6 +32,7 @@ from qlora_operator.decisions.sweeps.best_cell import (
     waits_for_publication,
 )
 from qlora_operator.decisions.sweeps.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
+from qlora_operator.decisions.sweeps.results import reason_of_all, reason_of_the_best
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, StoredSweep
 
 _FAILED_WITH_CURVES = (ExitCode.GATE_FAILED.reason, ExitCode.DIVERGED.reason)
@@ -228,7 +229,7 @@ def next_status(
     status = replace(status, completion_time=completed)
     if finished:
         missing = not_published(status) if succeeded else None
-        reason = missing or (_reason_of_all if sweep.spec.select == "all" else _reason_of_the_best)(status)
+        reason = missing or (reason_of_all if sweep.spec.select == "all" else reason_of_the_best)(status)
         phase: SweepPhase = "Succeeded" if reason.word == "Succeeded" else "Failed"
         return _with_conditions(sweep, status, phase, reason, now)
     cells_rest = all(line.phase == "Suspended" or not line.uid or line.phase in ENDED for line in lines)
@@ -300,57 +301,6 @@ def _best(line: CellStatus | None) -> BestCell | None:
         adapter=line.adapter,
         sha256=line.sha256,
     )
-
-
-def _reason_of_all(status: QLoRASweepStatus) -> Reason:
-    """The end of a sweep whose result is the adapter of each cell."""
-    cells = len(status.cells)
-    if status.succeeded == cells:
-        return Reason("Succeeded", f"{cells} of {cells} cells have succeeded: status.cells has their adapters")
-    deleted = [line.name for line in status.cells if line.phase == "Deleted"]
-    failed = [line.name for line in status.cells if line.phase not in ("Succeeded", "Deleted")]
-    counts = [f"{len(failed)} of {cells} cells have failed{_reasons(status)}"] if failed else []
-    counts += [f"{len(deleted)} of {cells} cells were deleted before their end"] if deleted else []
-    parts = [" and ".join(counts)]
-    parts += ["status.cells has the adapters of the others"] if status.succeeded else []
-    # The names are last: a long message loses its end.
-    parts += [f"spec.retry.request of a failed cell's QLoRAJob retries it: {', '.join(failed)}"] if failed else []
-    parts += [f"deleted: {', '.join(deleted)}"] if deleted else []
-    return Reason("CellsFailed", "; ".join(parts))
-
-
-def _reasons(status: QLoRASweepStatus) -> str:
-    """List the reasons of failed cells in parentheses, empty if none has one."""
-    words = sorted({line.reason for line in status.cells if line.reason and line.phase == "Failed"})
-    return f" ({', '.join(words)[:MAX_SHORT_TEXT_LENGTH]})" if words else ""
-
-
-def _reason_of_the_best(status: QLoRASweepStatus) -> Reason:
-    failed = f"; {status.failed} of {len(status.cells)} cells have failed" if status.failed else ""
-    failed += f"; {status.stopped} were stopped" if status.stopped else ""
-    if not status.succeeded:
-        found = f"none of the {len(status.cells)} cells has succeeded{_reasons(status)}"
-        sentence = f"{found}: the condition Failed of each reports why"
-        if status.stopped:
-            sentence += (
-                f"; {status.stopped} were stopped, and can be resumed from their checkpoints by spec.suspend: false of "
-                "their QLoRAJobs"
-            )
-        return Reason("AllCellsFailed", sentence)
-    best = status.best
-    if best is None:
-        return Reason("Succeeded", f"no cell has a loss or score to compare (spec.best){failed}")
-    score = "" if best.score is None else f", score {best.score}"
-    return Reason(
-        "Succeeded",
-        f"the best is {best.cell} ({best.overrides}) with loss {best.eval_loss} on the held-out rows{score}, its "
-        f"adapter is at {_place(status, best)}{failed}",
-    )
-
-
-def _place(status: QLoRASweepStatus, best: BestCell) -> str:
-    found = status.published
-    return found.adapter if found is not None and found.cell == best.cell and found.adapter else best.adapter
 
 
 def _reason_to_go_on(

@@ -189,7 +189,7 @@ def test_a_pod_of_which_no_cell_is_left_is_stopped() -> None:
     assert found.then(child("train"), running(pod("train"))).actions == (DeleteJob(CHILD, f"uid-{CHILD}"),)
 
 
-def test_a_cell_that_has_used_its_gpu_hours_fails_when_the_pod_that_trains_it_has_ended() -> None:
+def test_a_cell_that_has_used_its_gpu_hours_fails_when_its_pod_has_ended() -> None:
     found, status = Pod(), cell_status("prepared") or pytest.fail("it has one")
     fixed = status.resolved or pytest.fail("it has started")
     limited = fixed.model_copy(update={"gpu_hours": 0.5}).dump()

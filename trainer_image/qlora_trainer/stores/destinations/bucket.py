@@ -37,7 +37,7 @@ class ObjectDestination(StoreFolder):
         return {name: self._file(found) for name, found in self._folder.list().items()}
 
     def find(self, names: Iterable[str]) -> Mapping[str, StoredFile]:
-        """See StoreFolder. A user may have the right to read objects, and not to list them."""
+        """See StoreFolder. Lists nothing: a user may read and not list."""
         return {name: self._file(self._folder.stat(name)) for name in names}
 
     def _file(self, found: StoredObject) -> StoredFile:
