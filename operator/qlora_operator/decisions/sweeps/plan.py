@@ -32,7 +32,7 @@ from qlora_operator.decisions.sweeps.best_cell import (
     waits_for_publication,
 )
 from qlora_operator.decisions.sweeps.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
-from qlora_operator.decisions.sweeps.results import reason_of_all, reason_of_the_best
+from qlora_operator.decisions.sweeps.reasons import reason_of_all, reason_of_the_best, reason_to_continue
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, StoredSweep
 
 _FAILED_WITH_CURVES = (ExitCode.GATE_FAILED.reason, ExitCode.DIVERGED.reason)
@@ -238,7 +238,7 @@ def next_status(
     suspended = sweep.spec.suspend and cells_rest and best_rests and pods_rest
     phase = "Suspended" if suspended else "Pending" if pending == len(lines) else "Running"
     held_back = blocked or (objection if pending or (publishes and published is None) else None)
-    return _with_conditions(sweep, status, phase, _reason_to_go_on(sweep, status, phase, held_back), now)
+    return _with_conditions(sweep, status, phase, reason_to_continue(sweep, status, phase, held_back), now)
 
 
 def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
@@ -301,24 +301,6 @@ def _best(line: CellStatus | None) -> BestCell | None:
         adapter=line.adapter,
         sha256=line.sha256,
     )
-
-
-def _reason_to_go_on(
-    sweep: QLoRASweep, status: QLoRASweepStatus, phase: SweepPhase, held_back: Reason | None
-) -> Reason:
-    if phase == "Suspended":
-        return Reason("Suspended", "spec.suspend is true; false resumes the sweep")
-    if sweep.spec.suspend:
-        return Reason("Suspending", "the cells that run save a checkpoint and stop")
-    if held_back is not None:
-        return held_back
-    if waits_for_publication(sweep, status) and (found := status.published) is not None:
-        if found.message:
-            sentence = f"QLoRAJob {found.name}, which is to publish the adapter of {found.cell}, waits: {found.message}"
-            return Reason(found.reason, sentence)
-        return Reason("Running", f"QLoRAJob {found.name} publishes the adapter of {found.cell}")
-    done, all_ = status.succeeded + status.failed + status.stopped, len(status.cells)
-    return Reason("Running" if phase == "Running" else "Pending", f"{done} of {all_} cells have ended")
 
 
 def _with_conditions(

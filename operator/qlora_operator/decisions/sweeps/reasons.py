@@ -1,8 +1,10 @@
-"""Reasons and messages of a sweep that has ended: its adapters, and the cells that failed."""
+"""Reasons and messages of a sweep's conditions."""
 
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
-from qlora_api.sweep.status import BestCell, QLoRASweepStatus
+from qlora_api.sweep.status import BestCell, QLoRASweepStatus, SweepPhase
 from qlora_operator.decisions.observed.objects import Reason
+from qlora_operator.decisions.sweeps.best_cell import waits_for_publication
+from qlora_operator.decisions.sweeps.sweep import QLoRASweep
 
 
 def reason_of_all(status: QLoRASweepStatus) -> Reason:
@@ -55,3 +57,22 @@ def reason_of_the_best(status: QLoRASweepStatus) -> Reason:
 def _place(status: QLoRASweepStatus, best: BestCell) -> str:
     found = status.published
     return found.adapter if found is not None and found.cell == best.cell and found.adapter else best.adapter
+
+
+def reason_to_continue(
+    sweep: QLoRASweep, status: QLoRASweepStatus, phase: SweepPhase, held_back: Reason | None
+) -> Reason:
+    """Why the sweep has not ended."""
+    if phase == "Suspended":
+        return Reason("Suspended", "spec.suspend is true; false resumes the sweep")
+    if sweep.spec.suspend:
+        return Reason("Suspending", "the cells that run save a checkpoint and stop")
+    if held_back is not None:
+        return held_back
+    if waits_for_publication(sweep, status) and (found := status.published) is not None:
+        if found.message:
+            sentence = f"QLoRAJob {found.name}, which is to publish the adapter of {found.cell}, waits: {found.message}"
+            return Reason(found.reason, sentence)
+        return Reason("Running", f"QLoRAJob {found.name} publishes the adapter of {found.cell}")
+    done, all_ = status.succeeded + status.failed + status.stopped, len(status.cells)
+    return Reason("Running" if phase == "Running" else "Pending", f"{done} of {all_} cells have ended")
