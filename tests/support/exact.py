@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_trainer.core import cpu
-from qlora_trainer.model.base import layout, load
+from qlora_trainer.model.base import chosen_layers, layout, load
 from qlora_trainer.model.kernels.fused_lora import FusedLora
 from qlora_trainer.model.nf4 import quantization
 from qlora_trainer.training import run
@@ -24,7 +24,7 @@ def compute_in_float32(monkeypatch: pytest.MonkeyPatch, *, fused: bool = True) -
 
     With each LoRA layer: the fused one, by default for 16 bit only, or PEFT's, for dropout and DoRA.
     """
-    for module in (load, layout, quantization, run):
+    for module in (load, chosen_layers, quantization, run):
         monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
     monkeypatch.setattr(layout.BaseLayout, "_dtype", lambda _layout, _name: "F32")
     if fused:
