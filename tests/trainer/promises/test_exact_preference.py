@@ -23,7 +23,8 @@ from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 
 STEPS = 3
-RATE = 0.01
+# Twice as much, and the smallest gradients move an adapter by the tolerance on a processor with AVX2.
+RATE = 0.005
 TOLERANCE = 1e-5
 
 
@@ -103,5 +104,5 @@ def test_a_whole_run_is_that_of_a_plain_loop(
     trained = load_file(context.workspace.trained / "adapter_model.safetensors")
     for name, parameter in plain_parameters(model).items():
         error = (trained[name] - parameter.detach()).norm() / parameter.detach().norm()
-        # Adam divides a gradient by its size, the smallest and least exact ones too: 1e-4 on a processor with AVX2.
-        assert error < 20 * TOLERANCE, name
+        # Adam divides a gradient by its size, the smallest and least exact ones too.
+        assert error < 10 * TOLERANCE, name
