@@ -53,7 +53,7 @@ def _largest_pod(sweep: QLoRASweep) -> int:
 def _too_few_jobs(sweep: QLoRASweep, profile: Profile) -> Reason | None:
     """Return why the cells of a pod cannot all start, as each of them is a job."""
     size, limit = _largest_pod(sweep), profile.limits.jobs if profile.limits is not None else None
-    if limit is None or size <= max(limit, 1):
+    if limit is None or size <= limit:
         return None
     return Reason(
         "LimitExceeded",
