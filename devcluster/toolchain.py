@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import venv
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def _kubernetes(name: str) -> Tool:
     return Tool("kubernetes", f"k8s.io/kubernetes/cmd/{name}", _KUBERNETES_VERSION)
 
 
-# In the order of need: tests of the trainer want the first, tests of the API the next three, pods the rest.
+# In the order of need: tests of the trainer want the first, tests of the API the next four, pods the rest. Modules that
+# several of them share have one version, so that each is compiled once (tests/devcluster/test_toolchain.py).
 TOOLS = {
     "versitygw": Tool("versitygw", "github.com/versity/versitygw/cmd/versitygw"),
     "etcd": Tool("etcd", "go.etcd.io/etcd/server/v3"),
@@ -56,14 +58,14 @@ TOOLS = {
     "coredns": Tool("coredns", "github.com/coredns/coredns"),
     "local-path-provisioner": Tool("local-path-provisioner", "github.com/rancher/local-path-provisioner"),
     "helm": Tool("helm", "helm.sh/helm/v4/cmd/helm", ("helm.sh/helm/v4/internal/version",)),
-    # For checks of a release.
-    "actionlint": Tool("actionlint", "github.com/rhysd/actionlint/cmd/actionlint"),
-    "helm-docs": Tool("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs"),
 }
 # Started only by tests marked slow, so that other users do not wait minutes for their builds.
 SLOW_TOOLS = {
+    # For checks of a release.
+    "actionlint": Tool("actionlint", "github.com/rhysd/actionlint/cmd/actionlint"),
     "argo-cd": Tool("argo-cd", "."),
     "cosign": Tool("cosign", "github.com/sigstore/cosign/v3/cmd/cosign"),
+    "helm-docs": Tool("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs"),
     "kustomize-controller": Tool(
         "kustomize-controller", "github.com/fluxcd/kustomize-controller", manifests="config/crd/bases"
     ),
@@ -119,14 +121,30 @@ def built(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path
 
 
 def build(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path]:
-    """Build missing programs, log each to standard error, return all paths by name."""
+    """Build missing programs, log each to standard error, return all paths by name.
+
+    Programs of one module are built by one command, which links one of them while it compiles another.
+    """
     paths = {name: binary(layout, name) for name in names}
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
         go = _go(layout)
-        for number, name in enumerate(missing, 1):
-            _build_one(layout, go, name, f"[{number}/{len(missing)}]")
+        groups = together(missing)
+        for number, group in enumerate(groups, 1):
+            _build_together(layout, go, group, f"[{number}/{len(groups)}]")
     return paths
+
+
+def together(names: Sequence[str]) -> list[list[str]]:
+    """Group names of programs that one command can build, in the order of the first of each group."""
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        tool = ALL_TOOLS[name]
+        # Go names each of several programs after its package.
+        is_named_by_go = tool.package.endswith(f"/{name}")
+        key = (tool.module, tool.version_variables, tool.tags, tool.cgo) if is_named_by_go else name
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
 def linker_flags(tool: Tool, go_mod: str) -> str:
@@ -149,52 +167,48 @@ def linker_flags(tool: Tool, go_mod: str) -> str:
     return " ".join(flags)
 
 
-def _build_one(layout: Layout, go: Path, name: str, position: str) -> None:
-    tool, target = ALL_TOOLS[name], binary(layout, name)
-    if tool.cgo:
+def _build_together(layout: Layout, go: Path, names: Sequence[str], position: str) -> None:
+    folder = binary(layout, names[0]).parent
+    if ALL_TOOLS[names[0]].cgo:
         packages.ensure(layout, packages.COMPILER)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{name}.lock").open("w") as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():  # another process built it while we waited for the lock
+        # Another process may have built some while we waited for the lock.
+        missing = [name for name in names if not binary(layout, name).exists()]
+        if not missing:
             return
-        module = MODULES / tool.module
-        flags = linker_flags(tool, (module / "go.mod").read_text())
-        unfinished = target.with_name(f".{name}.new")
-        log = target.with_name(f".{name}.log")
-        command: list[str | Path] = [
-            go,
-            "build",
-            "-mod=readonly",
-            "-trimpath",
-            "-ldflags",
-            flags,
-            "-tags",
-            ",".join(tool.tags),
-            "-o",
-            unfinished,
-            tool.package,
-        ]
-        began = time.monotonic()
-        console.mention(layout, f"{position} building {name} ({tool.package})")
-        with log.open("wb") as output:
-            builder = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", *command],
-                cwd=module,
-                env={**os.environ, "CGO_ENABLED": "1" if tool.cgo else "0"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            while (status := _wait(builder)) is None:
-                console.mention(layout, f"{position} {name}: still building, {_elapsed(began)}")
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            _compile(layout, go, missing, Path(unfinished), position)
+            for name in missing:
+                if ALL_TOOLS[name].manifests:
+                    _copy_manifests(go, ALL_TOOLS[name], manifests(layout, name))
+                (Path(unfinished) / name).replace(folder / name)
+
+
+def _compile(layout: Layout, go: Path, names: Sequence[str], folder: Path, position: str) -> None:
+    tool, title = ALL_TOOLS[names[0]], ", ".join(names)
+    flags = linker_flags(tool, (MODULES / tool.module / "go.mod").read_text())
+    options = ["-mod=readonly", "-trimpath", "-ldflags", flags, "-tags", ",".join(tool.tags)]
+    target = folder if len(names) > 1 else folder / names[0]
+    began = time.monotonic()
+    console.mention(layout, f"{position} building {title}")
+    with tempfile.TemporaryFile() as log:
+        sources = [ALL_TOOLS[name].package for name in names]
+        builder = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", go, "build", *options, "-o", target, *sources],
+            cwd=MODULES / tool.module,
+            env={**os.environ, "CGO_ENABLED": "1" if tool.cgo else "0"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        while (status := _wait(builder)) is None:
+            console.mention(layout, f"{position} {title}: still building, {_elapsed(began)}")
+        log.seek(0)
         if status != 0:
-            raise ClusterError(f"building {name} failed; {log}:\n{log.read_text(errors='replace')[-4000:]}")
-        if tool.manifests:
-            _copy_manifests(go, tool, manifests(layout, name))
-        unfinished.replace(target)
-        log.unlink()
-        console.say(f"{position} built {name} in {_elapsed(began)}")
+            raise ClusterError(f"building {title} failed:\n{log.read().decode(errors='replace')[-4000:]}")
+    console.say(f"{position} built {title} in {_elapsed(began)}")
 
 
 def _copy_manifests(go: Path, tool: Tool, target: Path) -> None:

@@ -16,6 +16,8 @@ from devcluster.processes import run
 from release import changelog, chart, checks, image_build, workflows
 from release.project import CHART, ROOT, Artifact, Source, version
 
+# No other test that is not slow needs actionlint and helm-docs.
+pytestmark = pytest.mark.slow
 SOURCE = Source(version(), "https://github.com/qlora-operator/qlora-operator", "a" * 40, 1_780_000_000)
 
 
