@@ -40,7 +40,7 @@ demo: $(VENV)/.synced ## Fine-tune a real model on a real Kubernetes (CLUSTER=cu
 	@$(PYTHON) -m examples.demo $(if $(CLUSTER),--cluster $(CLUSTER)) $(DEMO_OPTIONS)
 
 .PHONY: walk
-walk: $(VENV)/.synced ## Record in docs/walk.md what a newcomer types, from installation to removal, on the embedded Kubernetes; its jobs are deleted
+walk: $(VENV)/.synced ## Record in docs/walk.md what a newcomer types, from installation to removal, on the embedded Kubernetes; refused if others have jobs there
 	@$(PYTHON) -m examples.walk $(WALK_OPTIONS)
 
 .PHONY: test

@@ -37,10 +37,9 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case "path":
             print(toolchain.build(layout, [options.name])[options.name])
         case "up":
-            _up(layout, options.gpus, network_policies=options.network_policies)
+            _up(layout, options.gpus, network_policies=options.network_policies, for_tests=options.for_tests)
         case "down":
-            with cluster.locked(layout):
-                cleanup.down(layout)
+            _down(layout, for_tests=options.for_tests)
         case "status":
             print(cluster.status(layout))
             return _report(cluster.trouble(layout))
@@ -55,12 +54,19 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
     return 0
 
 
-def _up(layout: Layout, gpus: int, *, network_policies: bool) -> None:
+def _up(layout: Layout, gpus: int, *, network_policies: bool, for_tests: bool) -> None:
     with cluster.locked(layout):
-        cluster.up(layout, gpus)
+        cluster.up(layout, gpus, for_tests=for_tests)
         if network_policies:
             cluster.enforce_network_policies(layout)
     print(layout.kubeconfig)
+
+
+def _down(layout: Layout, *, for_tests: bool) -> None:
+    with cluster.locked(layout):
+        if for_tests:
+            cluster.reject_other(layout, for_tests=True)
+        cleanup.down(layout)
 
 
 def _prepare(layout: Layout, *, slow: bool) -> None:
@@ -130,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser("up", help="start the cluster, or keep a healthy one; prints the kubeconfig's path")
     up.add_argument("--gpus", type=_count, default=cluster.DEFAULT_GPUS, help="simulated GPUs of the node (default: 2)")
     up.add_argument("--network-policies", action="store_true", help="enforce NetworkPolicies")
-    commands.add_parser("down", help="stop the cluster and remove everything that it created, except caches")
+    up.add_argument("--for-tests", action="store_true", help="a cluster that the cluster tests use, and leave running")
+    down = commands.add_parser("down", help="stop the cluster and remove everything that it created, except caches")
+    down.add_argument("--for-tests", action="store_true", help="fail if the tests have not started it")
     commands.add_parser("leftovers", help="print leftovers of a cluster on this machine; exit status 1 if any")
     commands.add_parser(
         "status", help="print the programs, their logs and the node's state; exit status 1 if unhealthy"

@@ -61,11 +61,13 @@ def locked(layout: Layout) -> Iterator[None]:
         yield
 
 
-def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
+def up(layout: Layout, gpus: int = DEFAULT_GPUS, *, for_tests: bool = False) -> None:
     """Start the cluster and wait until its node is Ready, DNS answers and `gpus` GPUs can be scheduled.
 
-    A running cluster is left alone but for the number of GPUs; a broken or half-started one is removed first.
+    A running cluster is left alone but for the number of GPUs; a broken or half-started one is removed first. Raises
+    ClusterError when the tests have started it, and `for_tests` is false, or the reverse.
     """
+    reject_other(layout, for_tests=for_tests)
     if os.geteuid() != 0:
         raise ClusterError("`up` makes network devices and mounts: run it as root")
     packages.ensure(layout, packages.NODE)
@@ -77,6 +79,9 @@ def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
         machine.reject_conflicts()
         # From here on `down` can restore the machine, at whatever point this is cut short.
         machine.observe().save(layout.before)
+        layout.cluster.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if for_tests:
+            layout.for_tests.touch()
         _Start(layout, binaries).everything()
     kubectl = kubectl_of(layout)
     # A node that is late with its heartbeat on a busy machine is waited for; its volumes are worth more than a minute.
@@ -84,6 +89,24 @@ def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
     set_gpus(kubectl, gpus)
     _wait(layout, lambda: offered_gpus(kubectl) == gpus, _NODE_SECONDS, f"the scheduler to see {gpus} GPUs", "kubelet")
     layout.ready.touch()
+
+
+def reject_other(layout: Layout, *, for_tests: bool) -> None:
+    """Raise ClusterError if users need a cluster and tests have one, or the reverse.
+
+    The machine has room for one, and the tests delete what is on theirs: jobs, volumes, definitions.
+    """
+    if not layout.cluster.exists() or layout.for_tests.exists() == for_tests:
+        return
+    if for_tests:
+        raise ClusterError(
+            f"the embedded cluster in {layout.cluster} may hold your work, and tests need one of their own: "
+            "`make cluster-down` stops it, and deletes its jobs and volumes"
+        )
+    raise ClusterError(
+        "tests have started the embedded cluster, and delete all work on it: wait for their end, or stop it with "
+        "`make cluster-down`"
+    )
 
 
 class _Start:
@@ -96,7 +119,6 @@ class _Start:
 
     def everything(self) -> None:
         layout = self._layout
-        layout.cluster.mkdir(parents=True, exist_ok=True, mode=0o700)
         ports = addresses.free_ports()
         layout.ports.write_text(json.dumps(asdict(ports)))
         settings = controlplane.Settings(layout.cluster, addresses.BRIDGE_ADDRESS, ports, self._binaries, node=True)

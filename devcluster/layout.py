@@ -87,6 +87,11 @@ class Layout:
         return self.cluster / "ready"
 
     @property
+    def for_tests(self) -> Path:
+        """Marks a cluster that tests have started, and delete with all work on it."""
+        return self.cluster / "for-tests"
+
+    @property
     def containerd_state(self) -> Path:
         return self.cluster / "containerd"
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 CHART = ROOT / "helm" / "qlora-operator"
 NAMESPACE = "qlora-system"
 RELEASE = "qlora-operator"
+DEFINITIONS = ("qlorajobs.qlora.dev", "qlorasweeps.qlora.dev")
 
 _SHARED_SOURCES = ("pyproject.toml", "uv.lock", "README.md", "crds/qlora_api", "cli/qlora_cli", "cli/qlora_client")
 _PACKAGES = ("operator/qlora_operator", "trainer_image/qlora_trainer", "third_party")
@@ -133,7 +134,7 @@ def uninstall(layout: Layout, kubeconfig: Path) -> None:
     kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
     arguments = ["uninstall", RELEASE, "--namespace", NAMESPACE, "--ignore-not-found", "--wait"]
     run([helm, "--kubeconfig", kubeconfig, *arguments])
-    kubectl("delete", "crd", "--ignore-not-found", "qlorajobs.qlora.dev", "qlorasweeps.qlora.dev")
+    kubectl("delete", "crd", "--ignore-not-found", *DEFINITIONS)
     kubectl("delete", "lease", "--ignore-not-found", f"--namespace={NAMESPACE}", RELEASE)
 
 

@@ -12,7 +12,7 @@ from devcluster import cluster, layout, product
 from devcluster.errors import ClusterError
 from devcluster.product import ROOT
 from examples.demo.__main__ import model_folder
-from examples.walk.preparation import prepared
+from examples.walk.preparation import prepared, reject_work
 from examples.walk.runner import Shell, WalkError, page, run
 from examples.walk.steps import INTRODUCTION, TERMINALS, TITLE, UNINSTALL, WALK
 
@@ -73,6 +73,7 @@ def _walk(options: argparse.Namespace) -> int:
     where = layout.from_environment()
     with cluster.locked(where):
         cluster.up(where, cluster.DEFAULT_GPUS)
+    reject_work(cluster.kubectl_of(where))
     images = product.build_images(where)
     product.load_images(where, images)
     steps = [step.with_values({"steps": str(options.steps)}) for step in WALK]

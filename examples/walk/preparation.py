@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from devcluster import product, toolchain
+from devcluster.errors import ClusterError
 from devcluster.kubectl import Kubectl, claim, file_pod
 from devcluster.layout import Layout
 from devcluster.product import ROOT, Images
@@ -19,6 +20,26 @@ NAMESPACE = "walk"
 _MODELS = "models"
 _DATA = ROOT / "examples" / "demo" / "train.jsonl"
 _SIGNING_KEY = {"name": "qlora-signing"}
+
+
+def reject_work(kubectl: Kubectl) -> None:
+    """Raise ClusterError if the cluster has jobs or sweeps beside the walk's own.
+
+    The walk removes the operator with its definitions, and so all of them.
+    """
+    installed = kubectl("get", "crd", *product.DEFINITIONS, "--ignore-not-found", "--output=name").split()
+    found = [
+        f"{item['metadata']['namespace']}/{item['metadata']['name']}"
+        for definition in installed
+        for item in kubectl.get(definition.partition("/")[2], "--all-namespaces")["items"]
+        if item["metadata"]["namespace"] != NAMESPACE
+    ]
+    if found:
+        shown = ", ".join([*found[:3], *(["…"] if len(found) > 3 else [])])
+        raise ClusterError(
+            f"the cluster has other jobs or sweeps ({shown}), which would be deleted with the operator: delete them, "
+            "or stop the cluster with `make cluster-down`"
+        )
 
 
 @contextmanager

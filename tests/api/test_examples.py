@@ -1,4 +1,4 @@
-"""The API server admits every example, and the command line reads those of jobs."""
+"""The API server admits every example, the command line reads those of jobs, and the walk deletes no others."""
 
 import json
 from functools import partial
@@ -9,7 +9,9 @@ import yaml
 
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
+from examples.walk import preparation
 from qlora_cli.manifest import load_manifest
+from tests.support.manifests import MINIMAL
 from tests.support.waiting import eventually
 
 LIST = {"apiVersion": "v1", "kind": "List"}
@@ -46,3 +48,20 @@ def test_an_unknown_field_of_a_server_is_rejected(with_kserve: ControlPlane) -> 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
 def test_an_example_is_read_by_the_command_line(path: Path) -> None:
     assert load_manifest(path).spec
+
+
+def test_the_walk_deletes_no_job_of_another_namespace(plane: ControlPlane) -> None:
+    own, work = preparation.NAMESPACE, "work-of-a-user"
+    for namespace in (own, work):
+        plane.kubectl("create", "namespace", namespace)
+    try:
+        job = json.dumps(MINIMAL | {"metadata": {"name": "tune"}})
+        plane.kubectl("apply", f"--namespace={own}", "--filename=-", input_text=job)
+        preparation.reject_work(plane.kubectl)
+        plane.kubectl("apply", f"--namespace={work}", "--filename=-", input_text=job)
+        with pytest.raises(ClusterError, match=rf"has other jobs or sweeps \({work}/tune\).*`make cluster-down`"):
+            preparation.reject_work(plane.kubectl)
+    finally:
+        # Without a controller a namespace stays, and the other tests list all jobs.
+        for namespace in (own, work):
+            plane.kubectl("delete", "qlorajobs", "--all", f"--namespace={namespace}")

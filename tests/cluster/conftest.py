@@ -15,16 +15,17 @@ from tests.support.models.tiny import SHAPE, save_model
 
 @pytest.fixture(scope="session")
 def installed() -> Iterator[Cluster]:
-    """The cluster; started and stopped here unless it runs already. Stopping must leave nothing behind.
+    """The tests' cluster; started and stopped here unless it runs already. Stopping must leave nothing behind.
 
-    Its programs and images have been built before (`make test-tools`), for a test builds nothing.
+    A cluster that the tests have not started is rejected: it may hold a contributor's work. Programs and images have
+    been built before (`make test-tools`), for a test builds nothing.
     """
     where = layout.from_environment()
     toolchain.built(where)
     images = product.built_images()
     ran_before = where.ready.exists() and not cluster.trouble(where)
     with cluster.locked(where):
-        cluster.up(where, cluster.DEFAULT_GPUS)
+        cluster.up(where, cluster.DEFAULT_GPUS, for_tests=True)
     product.load_images(where, images)
     product.install(where, where.kubeconfig, images)
     yield Cluster(cluster.kubectl_of(where), images, where.audit_log)

@@ -1,11 +1,14 @@
 """Only objects of this project are removed from the machine."""
 
+import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from devcluster import layout, machine, node
+from devcluster import cleanup, cluster, layout, machine, node
+from devcluster.__main__ import main
 from devcluster.errors import ClusterError
 
 FOREIGN = """*filter
@@ -82,3 +85,36 @@ def test_a_snapshot_survives_being_written(tmp_path: Path) -> None:
 def test_a_cache_folder_too_deep_for_sockets_is_rejected() -> None:
     with pytest.raises(ClusterError, match="at most 60: set QLORA_CACHE to a shorter path"):
         layout.from_environment({"QLORA_CACHE": "/" + "x" * 60})
+
+
+@pytest.mark.parametrize(
+    ("started_by_tests", "reason"), [(False, "may hold your work"), (True, "tests have started the embedded cluster")]
+)
+def test_users_and_tests_reject_each_others_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started_by_tests: bool, reason: str
+) -> None:
+    # Who is not root starts none, should it be accepted.
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    where = layout.Layout(tmp_path)
+    work = where.volumes / "adapter"
+    work.mkdir(parents=True)
+    if started_by_tests:
+        where.for_tests.touch()
+    # It is broken too: no program runs. Only its owner may remove it.
+    with pytest.raises(ClusterError, match=f"{reason}.*`make cluster-down`"):
+        cluster.up(where, for_tests=not started_by_tests)
+    assert work.exists()
+
+
+def test_tests_stop_only_their_own_cluster(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped: list[layout.Layout] = []
+    monkeypatch.setattr(cleanup, "down", stopped.append)
+    # Sockets need a short path.
+    with tempfile.TemporaryDirectory() as cache:
+        monkeypatch.setenv("QLORA_CACHE", cache)
+        where = layout.Layout(Path(cache))
+        where.cluster.mkdir()
+        assert main(["down", "--for-tests"]) == 1
+        assert "`make cluster-down` stops it" in capsys.readouterr().err
+        where.for_tests.touch()
+        assert (main(["down", "--for-tests"]), stopped) == (0, [where])
