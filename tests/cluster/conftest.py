@@ -50,7 +50,7 @@ def tenant(installed: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPa
     tenant = Tenant(installed, new_namespace(installed))
     give_inputs(tenant, tiny_model, tmp_path_factory.mktemp("inputs"))
     yield tenant
-    tenant.kubectl("delete", "qlorajobs", "--all")
+    tenant.kubectl("delete", "qlorasweeps,qlorajobs", "--all")
     installed.kubectl("delete", "namespace", tenant.namespace, "--wait=false")
 
 

@@ -132,6 +132,14 @@ class Tenant:
             name, lambda s: s.get("phase") in phases, seconds=seconds, what=f"{name}: {' or '.join(phases)}"
         )
 
+    def wait_for_checkpoint(self, name: str, *, seconds: float = 180) -> Object:
+        """The status of the job that trains, once it has a checkpoint."""
+
+        def saved(status: Object) -> bool:
+            return status.get("checkpoint", {}).get("step", 0) > 0 and status["phase"] == "Training"
+
+        return self.wait(name, saved, seconds=seconds, what=f"a checkpoint of {name}")
+
     def wait_for_end(self, name: str, *, seconds: float = 300) -> Object:
         """The status of the ended job."""
         return self.wait_for_phase(name, *ENDED, seconds=seconds)
@@ -140,6 +148,29 @@ class Tenant:
         """The status of the job, which must have succeeded."""
         status = self.wait_for_end(name, seconds=seconds)
         assert status["phase"] == "Succeeded", self.kubectl("describe", "qlorajob", name)
+        return status
+
+    def require_rejected(self, name: str, reason: str, said: str) -> None:
+        """`prepare` has failed for good, and its user reads why."""
+        status = self.wait_for_end(name, seconds=180)
+        assert status["phase"] == "Failed", status
+        failed = self.condition(name, "Failed")
+        assert failed["reason"] == reason
+        assert said in failed["message"]
+        assert failed["message"] in self.kubectl("describe", "qlorajob", name).replace("\n", " ")
+        assert [job["metadata"]["name"] for job in self.children(name)] == [f"{name}-prepare-1"]
+        assert self.condition(name, "Stalled")["status"] == "True"
+        assert self.condition(name, "Succeeded")["status"] == "False"
+
+    def sweep_succeeded(self, name: str) -> Object:
+        """The status of the sweep, which must have succeeded."""
+
+        def ended() -> Object | None:
+            status = self.get("qlorasweep", name).get("status", {})
+            return status if status.get("phase") in ENDED else None
+
+        status = eventually(ended, seconds=900, every=2, what="the end of the sweep") or {}
+        assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
         return status
 
     def children(self, name: str, kind: str = "jobs") -> list[Object]:
@@ -173,6 +204,13 @@ class Tenant:
         with file_pod(self.cluster.kubectl, self.namespace, claim, self.cluster.images.trainer) as pod:
             yield pod
 
+    def attempts(self, name: str) -> list[Object]:
+        """What the job's train pods have recorded, from each one's begin."""
+        resolved = self.status(name)["resolved"]
+        with self.volume(resolved["claimName"]) as files:
+            lines = files.run("cat", f"/volume/{resolved['workspacePath']}/records/attempts.jsonl").splitlines()
+        return [json.loads(line) for line in lines]
+
     def adapter_sum(self, status: Object) -> str:
         """SHA-256 of the adapter's file on the volume."""
         claim, _, folder = status["adapter"]["uri"].removeprefix("pvc://").partition("/")
@@ -204,6 +242,16 @@ def tiny_job(name: str, *, steps: int = SHORT, **spec: object) -> Manifest:
             "resources": {"cpu": "500m"},
             **spec,
         },
+    }
+
+
+def tiny_sweep(name: str, **spec: object) -> Manifest:
+    """A sweep over two learning rates of the tiny job."""
+    return {
+        "apiVersion": "qlora.dev/v1alpha1",
+        "kind": "QLoRASweep",
+        "metadata": {"name": name},
+        "spec": {"template": {"spec": tiny_job(name)["spec"]}, "grid": {"learningRate": [1e-5, 5e-3]}, **spec},
     }
 
 

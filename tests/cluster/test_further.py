@@ -1,45 +1,23 @@
-"""Features on top of one job: sweeps, gates, continued jobs, preferences, groups."""
+"""Features on top of one job: sweeps, gates, continued jobs, preferences, groups.
+
+For cells of one pod see test_life.py.
+"""
 
 import json
-from typing import Any
 
 import pytest
 
 from devcluster.kubectl import claim
-from devcluster.product import SHARED_PROFILE
 from qlora_api.naming import STEP_LABEL
-from tests.cluster.environment import ENDLESS, INPUTS, SHORT, Object, Tenant, tiny_job
+from tests.cluster.environment import ENDLESS, INPUTS, SHORT, Tenant, tiny_job, tiny_sweep
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
 
-def sweep(name: str, **spec: Any) -> Object:
-    """A sweep over two learning rates of the tiny job."""
-    template = tiny_job(name)["spec"]
-    return {
-        "apiVersion": "qlora.dev/v1alpha1",
-        "kind": "QLoRASweep",
-        "metadata": {"name": name},
-        "spec": {"template": {"spec": template}, "grid": {"learningRate": [1e-5, 5e-3]}, **spec},
-    }
-
-
-def succeeded(tenant: Tenant, name: str) -> Object:
-    """The status of the sweep, once it has succeeded."""
-
-    def ended() -> Object | None:
-        status = tenant.get("qlorasweep", name).get("status", {})
-        return status if status.get("phase") in ("Succeeded", "Failed") else None
-
-    status = eventually(ended, seconds=900, every=2, what="the end of the sweep") or {}
-    assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
-    return status
-
-
 def test_a_sweep_trains_its_cells_names_the_best_and_its_deletion_leaves_that(tenant: Tenant) -> None:
-    name = tenant.apply(sweep("rates"))
-    status = succeeded(tenant, name)
+    name = tenant.apply(tiny_sweep("rates"))
+    status = tenant.sweep_succeeded(name)
     losses = {cell["name"]: cell["evalLoss"] for cell in status["cells"]}
     best = status["best"]
     assert best["cell"] == min(losses, key=lambda cell: losses[cell]) == "rates-01"
@@ -57,11 +35,13 @@ def test_a_sweep_trains_its_cells_names_the_best_and_its_deletion_leaves_that(te
 
 def test_a_sweep_stops_the_worse_cell_and_publishes_the_best_from_shared_files(tenant: Tenant) -> None:
     tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim("published", tenant.namespace)))
-    body = sweep("halved", grid={"learningRate": [5e-3, 1e-5]}, halving={"minSteps": 100, "factor": 2}, publish="best")
+    body = tiny_sweep(
+        "halved", grid={"learningRate": [5e-3, 1e-5]}, halving={"minSteps": 100, "factor": 2}, publish="best"
+    )
     template = body["spec"]["template"]["spec"]
     template["training"] |= {"maxSteps": 600, "evalEverySteps": 100}
     template["output"] = {"destination": "pvc://published/adapter"}
-    status = succeeded(tenant, tenant.apply(body))
+    status = tenant.sweep_succeeded(tenant.apply(body))
     first, second = status["cells"]
     assert (first["phase"], second["phase"], second["reason"]) == ("Succeeded", "Stopped", "NotAmongBest")
     assert [(rung["step"], rung["rank"], rung["cells"]) for rung in second["rungs"]] == [(100, 2, 2)]
@@ -75,29 +55,6 @@ def test_a_sweep_stops_the_worse_cell_and_publishes_the_best_from_shared_files(t
             "ls", f"/volume/{status['report'].rpartition('/')[0].removeprefix('pvc://').partition('/')[2]}"
         )
     assert {"quantized", "rows"} <= set(shared.split())
-
-
-def test_cells_of_a_pod_are_trained_by_it_together(tenant: Tenant) -> None:
-    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim("cells", tenant.namespace)))
-    body = sweep("packed", cellsPerPod=2)
-    body["spec"]["template"]["spec"] |= {
-        "lora": {"rank": 4, "alpha": 8},
-        "workspace": {"claimName": "cells"},
-        "scheduling": {"profile": SHARED_PROFILE},
-    }
-    status = succeeded(tenant, tenant.apply(body))
-    cells = [cell["name"] for cell in status["cells"]]
-    assert cells == ["packed-00", "packed-01"]
-    assert {tenant.status(name)["group"]["leader"] for name in cells} == {"packed-00"}
-    (pod,) = [
-        each for each in tenant.children("packed-00", "pods") if each["metadata"]["labels"][STEP_LABEL] == "train"
-    ]
-    with tenant.volume("cells") as files:
-        for name in cells:
-            folder = tenant.status(name)["resolved"]["workspacePath"]
-            attempts = files.run("cat", f"/volume/{folder}/records/attempts.jsonl").splitlines()
-            assert [json.loads(line)["podUid"] for line in attempts] == [pod["metadata"]["uid"]], name
-    assert status["best"]["sha256"] == tenant.status(status["best"]["cell"])["adapter"]["sha256"]
 
 
 def test_a_loosened_gate_releases_an_adapter_without_training_again(tenant: Tenant) -> None:
@@ -156,12 +113,8 @@ def test_jobs_of_a_group_are_trained_by_one_pod_and_each_publishes_its_adapter(t
     statuses = {name: tenant.succeed(name, seconds=900) for name in names}
     assert {status["group"]["leader"] for status in statuses.values()} == {"group-a"}
     (pod,) = [each for each in tenant.children("group-a", "pods") if each["metadata"]["labels"][STEP_LABEL] == "train"]
-    with tenant.volume("together") as files:
-        for number, name in enumerate(names):
-            status = statuses[name]
-            assert (status["adapter"]["rank"], status["adapter"]["step"]) == (4 * (number + 1), SHORT + 10 * number)
-            folder = status["resolved"]["workspacePath"]
-            attempts = files.run("cat", f"/volume/{folder}/records/attempts.jsonl").splitlines()
-            assert [json.loads(line)["podUid"] for line in attempts] == [pod["metadata"]["uid"]], name
-    for name in names:
-        assert tenant.adapter_sum(statuses[name]) == statuses[name]["adapter"]["sha256"]
+    for number, name in enumerate(names):
+        adapter = statuses[name]["adapter"]
+        assert (adapter["rank"], adapter["step"]) == (4 * (number + 1), SHORT + 10 * number)
+        assert [attempt["podUid"] for attempt in tenant.attempts(name)] == [pod["metadata"]["uid"]], name
+        assert tenant.adapter_sum(statuses[name]) == adapter["sha256"]

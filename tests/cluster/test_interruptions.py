@@ -1,4 +1,4 @@
-"""Nothing is lost: pods deleted, jobs suspended, the operator killed, memory exhausted."""
+"""Nothing is lost: jobs suspended, the operator killed, memory exhausted. For a deleted pod see test_life.py."""
 
 import pytest
 
@@ -11,28 +11,9 @@ def undisturbed(tenant: Tenant) -> str:
     return tenant.apply(tiny_job("undisturbed", steps=LONG))
 
 
-def wait_for_checkpoint(tenant: Tenant, name: str) -> None:
-    tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
-
-
-def test_a_deleted_pod_is_resumed_to_the_same_bytes(tenant: Tenant, undisturbed: str) -> None:
-    name = tenant.apply(tiny_job("pod-deleted", steps=LONG))
-    wait_for_checkpoint(tenant, name)
-    pod = tenant.running_pod(name, "train")
-    assert pod is not None
-    tenant.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
-    status = tenant.succeed(name)
-    successors = tenant.get("pods", f"--selector=qlora.dev/job={name},qlora.dev/step=train")["items"]
-    assert {successor["metadata"]["uid"] for successor in successors} - {pod["metadata"]["uid"]}
-    with tenant.volume(status["resolved"]["claimName"]) as files:
-        attempts = files.run("cat", f"/volume/{status['resolved']['workspacePath']}/records/attempts.jsonl")
-    assert len(attempts.splitlines()) >= 2
-    assert tenant.adapter_sum(status) == tenant.adapter_sum(tenant.succeed(undisturbed))
-
-
 def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: Tenant, undisturbed: str) -> None:
     name = tenant.apply(tiny_job("suspended", steps=LONG))
-    wait_for_checkpoint(tenant, name)
+    tenant.wait_for_checkpoint(name)
     tenant.kubectl("patch", "qlorajob", name, "--type=merge", '--patch={"spec":{"suspend":true}}')
     status = tenant.wait_for_phase(name, "Suspended")
     assert tenant.running_pod(name, "train") is None

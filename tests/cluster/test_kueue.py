@@ -52,7 +52,7 @@ def test_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(
     # The queue has one of the node's two GPUs, and this job does not use the queue.
     undisturbed = tenant.apply(tiny_job("alone", steps=LONG))
     low = tenant.apply(queued_job("low", "low", QUEUE))
-    tenant.wait(low, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training", seconds=300)
+    tenant.wait_for_checkpoint(low, seconds=300)
     preempted = tenant.running_pod(low, "train")
     assert preempted is not None
 
@@ -73,7 +73,5 @@ def test_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(
     train_pods = tenant.get("pods", f"--selector=qlora.dev/job={low},qlora.dev/step=train")["items"]
     assert preempted["metadata"]["uid"] not in {pod["metadata"]["uid"] for pod in train_pods}
     assert f"{low}-train-2" not in [job["metadata"]["name"] for job in tenant.children(low)]
-    with tenant.volume(statuses[low]["resolved"]["claimName"]) as files:
-        attempts = files.run("cat", f"/volume/{statuses[low]['resolved']['workspacePath']}/records/attempts.jsonl")
-    assert len(attempts.splitlines()) >= 2
+    assert len(tenant.attempts(low)) >= 2
     assert tenant.adapter_sum(statuses[low]) == tenant.adapter_sum(statuses[undisturbed])

@@ -1,4 +1,8 @@
-"""The life of a job, as its user sees it, from `kubectl apply` to an adapter that plain PEFT loads."""
+"""The tests of `make test` in real pods: a life of a job, an interruption, bad input, and a sweep.
+
+The life is shown as its user sees it, from `kubectl apply` to an adapter that plain PEFT loads. The others begin before
+it and go on beside it, as pods mostly wait for the node. All other tests of this folder belong to `make test-cluster`.
+"""
 
 import hashlib
 import json
@@ -14,12 +18,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from devcluster.kubectl import claim
+from devcluster.product import SHARED_PROFILE
+from qlora_api.naming import STEP_LABEL
 from tests.cluster.conftest import row
-from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job
+from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job, tiny_sweep
 from tests.support.commands.typed import typed
 from tests.support.waiting import eventually
 
-NAME = "life"
+NAME, INTERRUPTED, BAD, SWEEP = "life", "interrupted", "bad", "packed"
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,30 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def deleted(tenant: Tenant) -> Object:
+    """Begin what goes on beside the life, and return the deleted train pod."""
+    good = json.dumps(row(0))
+    tenant.kubectl("create", "configmap", BAD, f"--from-literal=cut.jsonl={good}\n{good[:40]}")
+    tenant.apply(tiny_job(BAD, dataset={"source": f"configMap://{BAD}/cut.jsonl"}))
+    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(SWEEP, tenant.namespace)))
+    sweep = tiny_sweep(SWEEP, cellsPerPod=2)
+    sweep["spec"]["template"]["spec"] |= {
+        "lora": {"rank": 4, "alpha": 8},
+        "workspace": {"claimName": SWEEP},
+        "scheduling": {"profile": SHARED_PROFILE},
+    }
+    tenant.apply(sweep)
+    tenant.apply(tiny_job(INTERRUPTED, steps=LONG))
+    tenant.wait_for_checkpoint(INTERRUPTED, seconds=300)
+    pod = tenant.running_pod(INTERRUPTED, "train")
+    assert pod is not None
+    tenant.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
+    return pod
+
+
+@pytest.fixture(scope="module")
+def finished(tenant: Tenant, deleted: Object, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    assert deleted
     output = tmp_path_factory.mktemp("watch") / "lines"
     kubectl = tenant.cluster.kubectl
     namespace = f"--namespace={tenant.namespace}"
@@ -162,8 +192,8 @@ def test_the_command_line_finds_no_problem_in_the_cluster(tenant: Tenant) -> Non
 def test_plain_peft_loads_the_adapter_and_it_lowers_held_out_loss(
     tenant: Tenant, finished: Finished, tiny_model: Path, tmp_path: Path
 ) -> None:
-    claim, _, folder = finished.status["adapter"]["uri"].removeprefix("pvc://").partition("/")
-    with tenant.volume(claim) as pod:
+    name, _, folder = finished.status["adapter"]["uri"].removeprefix("pvc://").partition("/")
+    with tenant.volume(name) as pod:
         pod.get(folder, tmp_path / "adapter")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -211,3 +241,29 @@ def test_only_the_status_of_the_users_object_is_written(tenant: Tenant) -> None:
     assert set(metadata.get("annotations", {})) == {"kubectl.kubernetes.io/last-applied-configuration"}
     for child in tenant.children(NAME, "jobs"):
         assert not [key for key in child["metadata"].get("annotations", {}) if "kopf" in key]
+
+
+def test_a_deleted_pod_is_resumed_to_the_same_bytes(tenant: Tenant, deleted: Object, finished: Finished) -> None:
+    status = tenant.succeed(INTERRUPTED)
+    first, *others = [attempt["podUid"] for attempt in tenant.attempts(INTERRUPTED)]
+    assert first == deleted["metadata"]["uid"]
+    assert others
+    assert first not in others
+    assert tenant.adapter_sum(status) == tenant.adapter_sum(finished.status)
+
+
+@pytest.mark.usefixtures("deleted")
+def test_bad_input_fails_before_a_gpu_is_requested(tenant: Tenant) -> None:
+    tenant.require_rejected(BAD, "BadDataset", "line 2")
+
+
+@pytest.mark.usefixtures("deleted")
+def test_cells_of_a_pod_are_trained_by_it_together(tenant: Tenant) -> None:
+    status = tenant.sweep_succeeded(SWEEP)
+    cells = [cell["name"] for cell in status["cells"]]
+    assert cells == [f"{SWEEP}-00", f"{SWEEP}-01"]
+    assert {tenant.status(name)["group"]["leader"] for name in cells} == {cells[0]}
+    (pod,) = [each for each in tenant.children(cells[0], "pods") if each["metadata"]["labels"][STEP_LABEL] == "train"]
+    for name in cells:
+        assert [attempt["podUid"] for attempt in tenant.attempts(name)] == [pod["metadata"]["uid"]], name
+    assert status["best"]["sha256"] == tenant.status(status["best"]["cell"])["adapter"]["sha256"]

@@ -28,7 +28,7 @@ def undisturbed(tenant: Tenant) -> Object:
 def training(tenant: Tenant, name: str) -> Object:
     """The train pod of a job that has a checkpoint."""
     job = tenant.apply(tiny_job(name, steps=LONG))
-    tenant.wait(job, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
+    tenant.wait_for_checkpoint(job)
     pod = tenant.running_pod(job, "train")
     assert pod is not None
     return pod

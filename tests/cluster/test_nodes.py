@@ -59,7 +59,7 @@ def test_losing_one_of_two_pods_is_one_disruption_and_keeps_the_adapters_bytes(
     tenant: Tenant, shared: str, undisturbed: Object, options: list[str]
 ) -> None:
     name = tenant.apply(job_of_two(f"lost-{len(options)}", shared))
-    tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
+    tenant.wait_for_checkpoint(name)
     first, second = train_pods(tenant, name, 1)
     tenant.kubectl("delete", "pod", second["metadata"]["name"], "--wait=false", *options)
     # The other one ends too, and both start again.
@@ -81,7 +81,7 @@ def undisturbed(tenant: Tenant, shared: str) -> Object:
 
 def test_no_other_pod_of_the_namespace_reaches_the_train_pods(tenant: Tenant, shared: str) -> None:
     name = tenant.apply(job_of_two("closed", shared, ENDLESS))
-    tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
+    tenant.wait_for_checkpoint(name)
     first = tenant.get("pod", train_pods(tenant, name, 1)[0]["metadata"]["name"])
     uid = tenant.job(name)["metadata"]["uid"]
     (policy,) = [

@@ -45,7 +45,7 @@ def apply_one_of_each_phase(tenant: Tenant, prefix: str) -> dict[str, str]:
     tenant.succeed(jobs["Succeeded"])
     tenant.wait_for_phase(jobs["Failed"], "Failed")
     jobs["Suspended"] = tenant.apply(tiny_job(f"{prefix}-suspended", steps=LONG))
-    tenant.wait(jobs["Suspended"], lambda status: status.get("checkpoint", {}).get("step", 0) > 0)
+    tenant.wait_for_checkpoint(jobs["Suspended"])
     patch(tenant, jobs["Suspended"], '{"suspend":true}')
     tenant.wait_for_phase(jobs["Suspended"], "Suspended")
     jobs["Training"] = tenant.apply(tiny_job(f"{prefix}-training", steps=LONG))
