@@ -46,10 +46,11 @@ WRITTEN_BY_USERS = list(fields("spec"))
 ALL = WRITTEN_BY_USERS + list(fields("status"))
 
 
-@pytest.mark.parametrize("target", generate().render(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_committed_copies_match_make_generate(target: Path) -> None:
-    assert target.read_text() == generate().render()[target], "run `make generate`"
-    assert yaml.safe_load(target.read_text()) in definitions().values()
+def test_committed_copies_match_make_generate() -> None:
+    rendered = generate().render()
+    assert len(rendered) == 4
+    assert [path for path, text in rendered.items() if path.read_text() != text] == [], "run `make generate`"
+    assert all(yaml.safe_load(text) in definitions().values() for text in set(rendered.values()))
 
 
 @pytest.mark.parametrize(("path", "node"), ALL, ids=[path for path, _ in ALL])

@@ -59,7 +59,7 @@ def test_a_fields_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in message
 
 
-@pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "[" * 5000, "0x" + "f" * 5000])
+@pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "[" * 1000, "0x" + "f" * 5000])
 def test_settings_that_yaml_cannot_construct_are_rejected(tmp_path: Path, value: str) -> None:
     (tmp_path / "settings.yaml").write_text(f"workers: {value}\n")
     with pytest.raises(SettingsError, match=r"settings\.yaml"):

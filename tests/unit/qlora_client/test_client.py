@@ -267,6 +267,8 @@ def test_a_plan_names_the_missing_inputs_of_a_forecast(
 def test_a_plan_needs_a_config_that_can_be_read(
     scripted: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Without PyTorch no dry run begins.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     client, config = scripted(), tmp_path / "config.json"
     for source in ("s3://bucket/model", "pvc://models/base"):
         with pytest.raises(ValueError, match=r"give the model's config\.json with config"):
@@ -276,14 +278,18 @@ def test_a_plan_needs_a_config_that_can_be_read(
     config.write_text("[]")
     with pytest.raises(ValueError, match="not a JSON object"):
         client.plan(SPEC, config=config)
-    config.write_text(json.dumps({**LLAMA_3_8B, "model_type": []}))
-    with pytest.raises(ValueError, match="model_type"):
-        client.plan(SPEC, config=config)
     config.write_text(json.dumps(LLAMA_3_8B))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert client.plan(SPEC, config=config).memory.verdict == "unknown"
     with pytest.raises(ValueError, match="targetModules"):
         client.plan(changed(lora=LoraSpec(target_modules=("nothing",))), config=config)
+
+
+# It starts PyTorch; for the same in the command line see tests/trainer/cli/test_plan.py.
+@pytest.mark.slow
+def test_a_plan_rejects_a_model_that_its_dry_run_rejects(scripted: Script, config: Path) -> None:
+    config.write_text(json.dumps({**LLAMA_3_8B, "model_type": []}))
+    with pytest.raises(ValueError, match="model_type"):
+        scripted().plan(SPEC, config=config)
 
 
 def test_a_comparison_is_a_table_without_control_characters() -> None:
