@@ -1,6 +1,8 @@
-"""Rules for every test: a time limit, fixed inputs, and a count of the tests left out."""
+"""Rules for every test: a time limit, fixed inputs, a count of the tests left out, and a record of the cost."""
 
-from collections.abc import Sequence
+import json
+import resource
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("same")
 
 _left_out = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of the record that tests/suites.py reads."""
+    parser.addoption("--spent", type=Path, metavar="FILE", help="write cost and skipped tests to this file")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +57,22 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Report the number of tests left out, and the command that runs them."""
+    """Report the number of tests left out, and the command that runs them; record the cost."""
     if left_out := config.stash.get(_left_out, 0):
         terminalreporter.write_line(f"{left_out} tests were deselected; `make test-all` runs them too")
+    if config.option.spent:
+        config.option.spent.parent.mkdir(parents=True, exist_ok=True)
+        config.option.spent.write_text(json.dumps(spent(terminalreporter.stats)))
+
+
+def spent(stats: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The fields of `Spent` in tests/suites.py, once the processes of pytest-xdist have ended."""
+    reports = [each for found in stats.values() for each in found if isinstance(each, pytest.TestReport)]
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    reasons = {each.nodeid: str(each.longrepr[2]) for each in stats.get("skipped", [])}
+    return {
+        "tests": len({each.nodeid for each in reports}),
+        "processor": sum(each.ru_utime + each.ru_stime for each in usage),
+        "seconds": sum(each.duration for each in reports),
+        "skipped": {test: reason.removeprefix("Skipped: ") for test, reason in reasons.items()},
+    }
