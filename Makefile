@@ -14,8 +14,14 @@ PYTEST := $(PYTHON) -m pytest -rfEs --durations=15
 # Processes that test at the same time: `make test WORKERS=8`. Each takes a core and up to 4 GB of memory.
 WORKERS := 2
 TOGETHER := --numprocesses=$(WORKERS) --dist=worksteal
-# The tests of a file share slow fixtures, such as a control plane.
-BY_FILE := --numprocesses=$(WORKERS) --dist=loadfile
+# For tests that mostly wait. Those of a file share slow fixtures, such as a control plane.
+BY_FILE := --numprocesses=$(shell expr $(WORKERS) + 1) --dist=loadfile
+SELECTION := -m 'not slow'
+# What each suite has cost and skipped.
+SPENT := $(CACHE)/spent
+# Targets at the same time: the others go on if one fails, and all after Ctrl-C end before make does.
+BESIDE = $(MAKE) --no-print-directory --keep-going --jobs=3 SELECTION="$(SELECTION)"
+CHECKS = $(BESIDE) --output-sync=target check-types check-text check-units
 
 # Installers print to the log file that devcluster uses too (console.py), which is shown when they fail.
 LOG := $(CACHE)/build.log
@@ -29,7 +35,9 @@ export QLORA_CACHE := $(CACHE)
 # As in the trainer (process.py): threads that wait must not keep the cores from the cluster for long.
 export GOMP_SPINCOUNT := 20000
 
+ifeq ($(MAKELEVEL),0)
 .NOTPARALLEL:
+endif
 
 .PHONY: help
 help: ## Show this list
@@ -44,41 +52,74 @@ walk: $(VENV)/.synced ## Record in docs/walk.md what a newcomer types, from inst
 	@$(PYTHON) -m examples.walk $(WALK_OPTIONS)
 
 .PHONY: test
-test: SELECTION := -m 'not slow'
-test: suites ## Check, and run all but the slowest tests: up to 80 minutes on two cores
+test: no-cluster suites ## Check, and run the tests but the slowest and most of those in pods: up to 40 minutes on two cores, later 20
+
+.PHONY: test-cluster
+test-cluster: no-cluster test-tools ## Run the tests that need pods or images, but the slowest: 25 minutes, with what `make test` has built
+	@rm -rf $(SPENT)
+	failed=0
+	$(PYTEST) $(SELECTION) --spent=$(SPENT)/pods.json tests/cluster || failed=1
+	$(PYTHON) -m tests.suites --no-limits $(SPENT) || failed=1
+	exit $$failed
 
 .PHONY: test-all
 test-all: SELECTION := --hypothesis-profile=explore
-test-all: PREPARE := prepare --slow
-test-all: types suites fuzz mutants demo ## Run everything: all types, every test, fuzzing, the mutants, the demo
+test-all: PREPARE := --slow
+test-all: PODS := tests/cluster
+test-all: LIMITS := --no-limits
+test-all: no-cluster test-tools types suites fuzz mutants demo ## Run everything: all types, every test, fuzzing, the mutants, the demo
+	@$(DEVCLUSTER) down
 
-# The programs and images that only the later suites need are built beside the earlier ones, which have precedence.
+# Tests delete all work on the embedded cluster: this fails if a contributor has started it, and stops one that tests
+# have left.
+.PHONY: no-cluster
+no-cluster: $(VENV)/.synced
+	@$(DEVCLUSTER) down --for-tests
+
+# Programs and images are built beside the suites that do without them, which have precedence.
 .PHONY: suites
 suites: $(VENV)/.synced
 	@$(DEVCLUSTER) packages
-	nice --adjustment=10 $(DEVCLUSTER) $(or $(PREPARE),prepare) > $(CACHE)/prepare.log 2>&1 &
+	rm -rf $(SPENT)
+	nice --adjustment=10 $(DEVCLUSTER) prepare $(PREPARE) > $(CACHE)/prepare.log 2>&1 &
 	prepare=$$!
 	trap 'kill $$prepare 2> /dev/null || true' EXIT
 	# After Ctrl-C pytest reports and exits, which the shell takes for a failure, and would start the next suite.
 	trap 'exit 130' INT
 	$(CHECKS)
-	$(DEVCLUSTER) build versitygw > $(CACHE)/versitygw.log
 	failed=0
-	# One thread each, as the processes share the cores.
-	OMP_NUM_THREADS=1 $(PYTEST) $(TOGETHER) $(SELECTION) tests/devcluster tests/commands tests/trainer || failed=1
-	# In a process of their own: the tests of the trainer hide the GPUs from theirs.
-	$(PYTEST) $(SELECTION) tests/gpu || failed=1
+	$(BESIDE) suite-trainer suite-api || failed=1
 	if kill -0 $$prepare 2> /dev/null; then echo "Waiting for programs and images; see $(CACHE)/prepare.log"; fi
 	wait $$prepare || { tail --lines=40 $(CACHE)/prepare.log; exit 1; }
 	# It has ended, and its number may become that of another process.
 	trap - EXIT
-	$(PYTEST) $(BY_FILE) $(SELECTION) tests/api || failed=1
-	$(PYTEST) $(SELECTION) tests/cluster || failed=1
+	$(PYTEST) $(SELECTION) --spent=$(SPENT)/cluster.json $(or $(PODS),tests/cluster/test_life.py) || failed=1
+	$(PYTHON) -m tests.suites $(LIMITS) $(SPENT) || failed=1
+	exit $$failed
+
+.PHONY: suite-trainer
+suite-trainer:
+	@$(DEVCLUSTER) build versitygw > $(CACHE)/versitygw.log
+	trap 'exit 130' INT
+	failed=0
+	# One thread each, as the processes share the cores.
+	OMP_NUM_THREADS=1 $(PYTEST) $(TOGETHER) $(SELECTION) --spent=$(SPENT)/trainer.json tests/devcluster tests/commands tests/trainer || failed=1
+	# In a process of their own: the tests of the trainer hide the GPUs from theirs.
+	$(PYTEST) $(SELECTION) --spent=$(SPENT)/gpu.json tests/gpu || failed=1
+	exit $$failed
+
+# They mostly wait, so that they run beside those of the trainer, and print when they have ended.
+.PHONY: suite-api
+suite-api:
+	@$(DEVCLUSTER) build etcd kubectl kube-apiserver kube-controller-manager helm > $(CACHE)/api.log
+	failed=0
+	$(PYTEST) $(BY_FILE) $(SELECTION) --spent=$(SPENT)/api.json tests/api > $(CACHE)/api.log 2>&1 || failed=1
+	cat $(CACHE)/api.log
 	exit $$failed
 
 .PHONY: test-tools
 test-tools: $(VENV)/.synced ## Install and build what the tests need, which install nothing themselves
-	@$(DEVCLUSTER) prepare
+	@$(DEVCLUSTER) prepare $(PREPARE)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; on a machine without one they are skipped, with the reason
@@ -89,24 +130,30 @@ fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; inputs that br
 	@$(PYTHON) -m tests.fuzz $(TARGETS) --seconds $(or $(SECONDS),10)
 
 .PHONY: mutants
-mutants: $(VENV)/.synced ## Put known defects back into the code: each must fail a test
-	@$(PYTHON) -m tests.mutants
-
-define CHECKS
-$(VENV)/bin/ruff check
-$(VENV)/bin/ruff format --check
-$(VENV)/bin/mypy
-$(VENV)/bin/lint-imports
-$(VENV)/bin/deptry crds cli operator trainer_image
-$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm release tests
-$(DEVCLUSTER) build vale > /dev/null
-$(PYTHON) -m docs.words
-$(PYTHON) -m pytest -q -rfEs $(TOGETHER) tests/unit
-endef
+mutants: $(VENV)/.synced ## Put known defects back into the code: each must fail a test. SAMPLE=60 SEED=1: random defects, and the rate
+	@$(PYTHON) -m tests.mutants $(if $(SAMPLE),--sample $(SAMPLE) --seed $(or $(SEED),1))
 
 .PHONY: check
-check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, words, generated files, unit tests: two minutes
+check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, words, generated files, unit tests: a minute
 	@$(CHECKS)
+
+.PHONY: check-types
+check-types:
+	@$(VENV)/bin/mypy
+
+.PHONY: check-text
+check-text:
+	@$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/deptry crds cli operator trainer_image
+	$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm release tests
+	$(DEVCLUSTER) build vale > /dev/null
+	$(PYTHON) -m docs.words
+
+.PHONY: check-units
+check-units:
+	@$(PYTHON) -m pytest -q -rfEs $(TOGETHER) $(SELECTION) --spent=$(SPENT)/unit.json tests/unit
 
 .PHONY: words
 words: $(VENV)/.synced ## List where text breaks the rules of docs/styles, with the rates: all of it, or IN=FOLDER
