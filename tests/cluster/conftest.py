@@ -8,7 +8,6 @@ import pytest
 from transformers import LlamaConfig
 
 from devcluster import cleanup, cluster, layout, product, toolchain
-from devcluster.kubectl import claim
 from tests.cluster.environment import INPUTS, Cluster, Tenant, new_namespace
 from tests.support.models.tiny import SHAPE, save_model
 
@@ -56,7 +55,7 @@ def tenant(installed: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPa
 
 def give_inputs(tenant: Tenant, model: Path, folder: Path) -> None:
     """The claim `inputs` with its files, which are written to `folder` first."""
-    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(INPUTS, tenant.namespace)))
+    tenant.claim(INPUTS)
     with tenant.volume(INPUTS) as pod:
         pod.put(model, "model")
         for name, first, count in (("train.jsonl", 0, 64), ("held-out.jsonl", 64, 8)):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devcluster.kubectl import FilePod, Kubectl, file_pod
+from devcluster.kubectl import FilePod, Kubectl, claim, file_pod
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from devcluster.product import Images, restricted_namespace
 from tests.support.manifests import Manifest
@@ -101,6 +101,14 @@ class Tenant:
         manifest = {**manifest, "metadata": {**manifest["metadata"], "namespace": self.namespace}}
         self.kubectl("apply", "--filename=-", input_text=json.dumps(manifest))
         return str(manifest["metadata"]["name"])
+
+    def claim(self, name: str) -> None:
+        """Create a claim."""
+        self.kubectl("apply", "--filename=-", input_text=json.dumps(claim(name, self.namespace)))
+
+    def patch(self, name: str, **spec: object) -> None:
+        """Change these fields of the job."""
+        self.kubectl("patch", "qlorajob", name, "--type=merge", f"--patch={json.dumps({'spec': spec})}")
 
     def job(self, name: str) -> Object:
         """The QLoRAJob."""
@@ -199,9 +207,9 @@ class Tenant:
             signal_processes_of(pod, signal.SIGCONT)
 
     @contextmanager
-    def volume(self, claim: str) -> Iterator[FilePod]:
+    def volume(self, name: str) -> Iterator[FilePod]:
         """A pod that sees the claim's files."""
-        with file_pod(self.cluster.kubectl, self.namespace, claim, self.cluster.images.trainer) as pod:
+        with file_pod(self.cluster.kubectl, self.namespace, name, self.cluster.images.trainer) as pod:
             yield pod
 
     def attempts(self, name: str) -> list[Object]:
@@ -213,8 +221,8 @@ class Tenant:
 
     def adapter_sum(self, status: Object) -> str:
         """SHA-256 of the adapter's file on the volume."""
-        claim, _, folder = status["adapter"]["uri"].removeprefix("pvc://").partition("/")
-        with self.volume(claim) as pod:
+        name, _, folder = status["adapter"]["uri"].removeprefix("pvc://").partition("/")
+        with self.volume(name) as pod:
             return pod.run("sha256sum", f"/volume/{folder}/adapter_model.safetensors").split()[0]
 
 

@@ -7,7 +7,6 @@ import json
 
 import pytest
 
-from devcluster.kubectl import claim
 from qlora_api.naming import STEP_LABEL
 from tests.cluster.environment import ENDLESS, INPUTS, SHORT, Tenant, tiny_job, tiny_sweep
 from tests.support.waiting import eventually
@@ -34,7 +33,7 @@ def test_a_sweep_trains_its_cells_names_the_best_and_its_deletion_leaves_that(te
 
 
 def test_a_sweep_stops_the_worse_cell_and_publishes_the_best_from_shared_files(tenant: Tenant) -> None:
-    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim("published", tenant.namespace)))
+    tenant.claim("published")
     body = tiny_sweep(
         "halved", grid={"learningRate": [5e-3, 1e-5]}, halving={"minSteps": 100, "factor": 2}, publish="best"
     )
@@ -64,8 +63,7 @@ def test_a_loosened_gate_releases_an_adapter_without_training_again(tenant: Tena
     assert tenant.condition(name, "Failed")["reason"] == "GateFailed"
     assert status["gate"]["passed"] is False
     assert "adapter" not in status
-    change = {"spec": {"gate": {"maxEvalLoss": 100}, "retry": {"request": 1}}}
-    tenant.kubectl("patch", "qlorajob", name, "--type=merge", f"--patch={json.dumps(change)}")
+    tenant.patch(name, gate={"maxEvalLoss": 100}, retry={"request": 1})
     status = tenant.wait(name, lambda s: s.get("phase") == "Succeeded", seconds=300, what="the gate passes")
     assert status["gate"]["adapterSha256"] == status["adapter"]["sha256"]
     assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
@@ -74,7 +72,7 @@ def test_a_loosened_gate_releases_an_adapter_without_training_again(tenant: Tena
 def test_a_job_that_continues_a_failed_one_begins_at_its_checkpoint(tenant: Tenant) -> None:
     first = tenant.apply(tiny_job("first", steps=ENDLESS, activeDeadlineSeconds=3600))
     tenant.wait(first, lambda s: s.get("checkpoint", {}).get("step", 0) >= 20, seconds=300, what="a checkpoint")
-    tenant.kubectl("patch", "qlorajob", first, "--type=merge", '--patch={"spec": {"suspend": true}}')
+    tenant.patch(first, suspend=True)
     status = tenant.wait_for_phase(first, "Suspended", seconds=300)
     saved = status["checkpoint"]["step"]
     second = tenant.apply(tiny_job("second", steps=ENDLESS, continues=first))
@@ -102,7 +100,7 @@ def test_a_job_that_compares_answers_reports_how_often_it_prefers_the_chosen(ten
 
 
 def test_jobs_of_a_group_are_trained_by_one_pod_and_each_publishes_its_adapter(tenant: Tenant) -> None:
-    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim("together", tenant.namespace)))
+    tenant.claim("together")
     names = ["group-a", "group-b", "group-c"]
     for number, name in enumerate(names):
         lora = {"rank": 4 * (number + 1), "alpha": 8}

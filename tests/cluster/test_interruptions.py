@@ -14,12 +14,12 @@ def undisturbed(tenant: Tenant) -> str:
 def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: Tenant, undisturbed: str) -> None:
     name = tenant.apply(tiny_job("suspended", steps=LONG))
     tenant.wait_for_checkpoint(name)
-    tenant.kubectl("patch", "qlorajob", name, "--type=merge", '--patch={"spec":{"suspend":true}}')
+    tenant.patch(name, suspend=True)
     status = tenant.wait_for_phase(name, "Suspended")
     assert tenant.running_pod(name, "train") is None
     assert status["checkpoint"]["step"] > 0
     assert tenant.condition(name, "Suspended")["status"] == "True"
-    tenant.kubectl("patch", "qlorajob", name, "--type=merge", '--patch={"spec":{"suspend":false}}')
+    tenant.patch(name, suspend=False)
     status = tenant.succeed(name)
     assert tenant.condition(name, "Suspended")["status"] == "False"
     assert status["step"]["name"] == "publish"

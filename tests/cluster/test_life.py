@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from devcluster.kubectl import claim
 from devcluster.product import SHARED_PROFILE
 from qlora_api.naming import STEP_LABEL
 from tests.cluster.conftest import row
@@ -48,7 +47,7 @@ def deleted(tenant: Tenant) -> Object:
     good = json.dumps(row(0))
     tenant.kubectl("create", "configmap", BAD, f"--from-literal=cut.jsonl={good}\n{good[:40]}")
     tenant.apply(tiny_job(BAD, dataset={"source": f"configMap://{BAD}/cut.jsonl"}))
-    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(SWEEP, tenant.namespace)))
+    tenant.claim(SWEEP)
     sweep = tiny_sweep(SWEEP, cellsPerPod=2)
     sweep["spec"]["template"]["spec"] |= {
         "lora": {"rank": 4, "alpha": 8},

@@ -63,7 +63,7 @@ def test_a_full_claim_is_named_and_a_retry_with_room_continues(tenant: Tenant) -
         status = tenant.wait_for_end(job)
         assert (status["phase"], status["lastFailure"]["reason"]) == ("Failed", "StorageFull"), status
         (folder / "ballast").unlink()
-        tenant.kubectl("patch", "qlorajob", job, "--type=merge", '--patch={"spec":{"retry":{"request":1}}}')
+        tenant.patch(job, retry={"request": 1})
         tenant.wait(job, lambda now: now.get("retryRequest") == 1)
         tenant.succeed(job)
         tenant.kubectl("delete", "qlorajob", job)
@@ -119,7 +119,7 @@ def test_two_gpus_of_one_job_keep_the_next_job_waiting(tenant: Tenant) -> None:
     one = tenant.apply(tiny_job("one"))
     tenant.wait(one, lambda s: "nvidia.com/gpu" in tenant.condition(one, "Succeeded").get("message", ""))
     assert tenant.status(one)["phase"] == "Queued"
-    tenant.kubectl("patch", "qlorajob", both, "--type=merge", '--patch={"spec":{"suspend":true}}')
+    tenant.patch(both, suspend=True)
     tenant.succeed(one)
     tenant.kubectl("delete", "qlorajob", both)
 

@@ -3,12 +3,9 @@
 NetworkPolicies are enforced: the pods reach each other by the one that the operator creates for the job.
 """
 
-import json
-
 import pytest
 
 from devcluster import cluster, layout, node, toolchain
-from devcluster.kubectl import claim
 from devcluster.product import SHARED_PROFILE
 from tests.cluster.environment import ENDLESS, LONG, Object, Tenant, tiny_job
 from tests.support.manifests import Manifest
@@ -34,7 +31,7 @@ def shared(tenant: Tenant) -> str:
     toolchain.built(where, [node.POLICY_PROGRAM])
     with cluster.locked(where):
         cluster.enforce_network_policies(where)
-    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(WORKSPACE, tenant.namespace)))
+    tenant.claim(WORKSPACE)
     return WORKSPACE
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from devcluster import layout, product
 from devcluster.addresses import BRIDGE_ADDRESS
-from devcluster.kubectl import claim
 from tests.cluster.environment import Cluster, Object, Tenant, tiny_job
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.servers import ACCESS_KEY, BUCKET, HTPASSWD, LOGIN, PASSWORD, SECRET_KEY, registry, s3_server
@@ -105,7 +104,7 @@ def test_wrong_credentials_fail_a_job_before_it_trains(tenant: Tenant, servers: 
 
 
 def test_two_jobs_with_one_base_model_download_it_once(tenant: Tenant, servers: Servers) -> None:
-    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(CACHE, tenant.namespace)))
+    tenant.claim(CACHE)
     sums = set()
     for name in ("first", "second"):
         job = tenant.apply(tiny_job(name, model={"source": "hf://team/tiny"}))

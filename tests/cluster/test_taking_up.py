@@ -8,19 +8,15 @@ from tests.cluster.environment import LONG, Tenant, stop_processes_of, tiny_job
 from tests.support.waiting import eventually
 
 
-def patch(tenant: Tenant, name: str, spec: object) -> None:
-    tenant.kubectl("patch", "qlorajob", name, "--type=merge", f"--patch={json.dumps({'spec': spec})}")
-
-
 def test_a_retried_job_continues_from_its_checkpoint_with_the_fixed_spec(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("taken-up", steps=LONG))
     tenant.wait_for_checkpoint(name)
-    patch(tenant, name, {"activeDeadlineSeconds": 1})
+    tenant.patch(name, activeDeadlineSeconds=1)
     failed = tenant.wait_for_end(name)
     assert (failed["phase"], failed["lastFailure"]["reason"]) == ("Failed", "DeadlineExceeded")
     eventually(lambda: tenant.running_pod(name, "train") is None, seconds=60)
 
-    patch(tenant, name, {"activeDeadlineSeconds": None, "retry": {"request": 1}})
+    tenant.patch(name, activeDeadlineSeconds=None, retry={"request": 1})
     taken_up = tenant.wait(name, lambda status: status.get("retryRequest") == 1)
 
     assert taken_up["activeSeconds"] >= failed["activeSeconds"] > 0

@@ -12,7 +12,6 @@ import pytest
 
 from devcluster import addresses, cluster, layout, product
 from devcluster.controlplane import ControlPlane
-from devcluster.kubectl import claim
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.conftest import give_inputs
 from tests.cluster.environment import ENDLESS, INPUTS, Cluster, Object, Tenant, tiny_job
@@ -182,7 +181,7 @@ def test_the_operators_rights_are_those_that_it_uses(tenants: Tenants, attacker:
     attacker.wait(suspended, lambda status: status.get("progress", {}).get("loss"), what="a job that trains")
     tenants.tenant.patch(TENANT, "qlorajobs", suspended, {"spec": {"suspend": True}})
     attacker.wait_for_phase(suspended, "Suspended")
-    attacker.kubectl("apply", "--filename=-", input_text=json.dumps(claim("shared", TENANT)))
+    attacker.claim("shared")
     several = tiny_job(
         "exercise-nodes",
         steps=ENDLESS,

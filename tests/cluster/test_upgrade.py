@@ -32,10 +32,6 @@ def install(release: previous.Release) -> None:
     product.install(where, where.kubeconfig, release.images, values, chart=release.chart)
 
 
-def patch(tenant: Tenant, name: str, spec: str) -> None:
-    tenant.kubectl("patch", "qlorajob", name, "--type=merge", f'--patch={{"spec":{spec}}}')
-
-
 def apply_one_of_each_phase(tenant: Tenant, prefix: str) -> dict[str, str]:
     """Jobs that end well, by the phase that they reach; one has failed."""
     jobs = {
@@ -46,7 +42,7 @@ def apply_one_of_each_phase(tenant: Tenant, prefix: str) -> dict[str, str]:
     tenant.wait_for_phase(jobs["Failed"], "Failed")
     jobs["Suspended"] = tenant.apply(tiny_job(f"{prefix}-suspended", steps=LONG))
     tenant.wait_for_checkpoint(jobs["Suspended"])
-    patch(tenant, jobs["Suspended"], '{"suspend":true}')
+    tenant.patch(jobs["Suspended"], suspend=True)
     tenant.wait_for_phase(jobs["Suspended"], "Suspended")
     jobs["Training"] = tenant.apply(tiny_job(f"{prefix}-training", steps=LONG))
     jobs["Publishing"] = tenant.apply(tiny_job(f"{prefix}-publishing"))
@@ -61,7 +57,7 @@ def apply_one_of_each_phase(tenant: Tenant, prefix: str) -> dict[str, str]:
 def require_undisturbed(tenant: Tenant, jobs: dict[str, str]) -> dict[str, Object]:
     """Every job but the failed one succeeds, and none has lost a pod or an attempt."""
     assert tenant.status(jobs["Suspended"])["phase"] == "Suspended"
-    patch(tenant, jobs["Suspended"], '{"suspend":false}')
+    tenant.patch(jobs["Suspended"], suspend=False)
     ended = {phase: tenant.succeed(name) for phase, name in jobs.items() if phase != "Failed"}
     for phase, status in ended.items():
         assert (status.get("failures", 0), status.get("disruptions", 0)) == (0, 0), phase
@@ -81,7 +77,7 @@ def test_no_job_notices_an_upgrade_or_a_rollback(tenant: Tenant, release: previo
     ended = require_undisturbed(tenant, begun_before)
     # The image that a job has begun with stays.
     assert ended["Training"]["resolved"]["profile"]["image"] == release.images.trainer
-    patch(tenant, begun_before["Failed"], '{"retry":{"request":1}}')
+    tenant.patch(begun_before["Failed"], retry={"request": 1})
     tenant.wait(begun_before["Failed"], lambda status: status.get("retryRequest") == 1)
     tenant.wait_for_end(begun_before["Failed"])
     assert tenant.status(begun_before["Failed"])["phase"] == "Failed"
