@@ -102,7 +102,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> File
     files = new_files(tmp_path_factory.mktemp("finished"), tiny_llama.parent)
     write_rows(files.data / "train.jsonl", [*ROWS, chat_row("List all pods.", "kubectl get pods; " * 40)])
     for step in ("prepare", "train", "publish"):
-        done = files.run(step)
+        # Each step's log lists what it imports.
+        done = files.run(step, PYTHONPROFILEIMPORTTIME="1")
         assert done.exit_code == 0, done.stdout + done.stderr
         assert done.result.outcome == "succeeded"
         (files.root / f"{step}.stdout").write_text(done.stdout)

@@ -20,6 +20,7 @@ from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import StepName
 from qlora_trainer.core import process
+from qlora_trainer.core.compile_later import load_bitsandbytes
 from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
 from qlora_trainer.core.environment import process_started
 from qlora_trainer.core.failures import StepFailure, StopRequest
@@ -129,6 +130,8 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         rungs=tuple(int(step) for step in os.environ.get(contract.ENV_RUNGS, "").split(",") if step),
         group_size=int(os.environ.get(contract.ENV_GROUP_SIZE, "1")),
     )
+    if invocation.step != "clean":
+        load_bitsandbytes()
     if invocation.others:
         return _train_together((context, *_others(invocation, context)), records, stop)
     return _run_step(invocation.step, context, records, stop)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qlora_api.memory.estimate import ActivationBytes
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_trainer.core.compile_later import load_bitsandbytes
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed, within_limits
 
@@ -52,8 +53,10 @@ def _require_trainer() -> None:
 
 
 def _call(*arguments: object) -> MeasuredMemory:
+    load_bitsandbytes()
     return importlib.import_module(_MEASURE).measure(*arguments)
 
 
 def _call_together(*arguments: object) -> tuple[ActivationBytes, ...]:
+    load_bitsandbytes()
     return importlib.import_module(_MEASURE).measure_together(*arguments)
