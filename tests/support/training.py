@@ -164,7 +164,12 @@ def prepared(
         base=BaseStatus(origin="volume", sha256=base_sha256),
     )
     write_completion(workspace.completion("prepare"), record)
-    return StepContext(document, workspace, Mounts(), "cpu", POD_UID, 1, str(root))
+    return context_of(root, document)
+
+
+def context_of(root: Path, document: QLoRAJobDocument) -> StepContext:
+    """The context of the train step in that workspace."""
+    return StepContext(document, WorkspaceLayout(root), Mounts(), "cpu", POD_UID, 1, str(root))
 
 
 def run(context: StepContext, *, stop: StopRequest | None = None, records: Recorded | None = None) -> TrainRecord:

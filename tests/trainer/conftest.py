@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config
 from urllib3.util import Retry
 
 from qlora_api.contract import WorkspaceLayout
@@ -25,12 +25,14 @@ from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.steps import prepare_model
 from qlora_trainer.stores import registry_auth as oci_auth
-from tests.support.commands.command import ROWS, Files, new_files
+from tests.support.commands.command import Files
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
-from tests.support.ranks import EXACT, TWO, succeeded, workspace
+from tests.support.runs.kept import kept
+from tests.support.runs.shared import TOGETHER, finish, finished_files, make_fluent, train_together
 from tests.support.servers import HTPASSWD, give_login, registry
 from tests.support.services.fault_proxy import FaultProxy, serve_proxy
+from tests.support.training import context_of, job
 
 # Autograd counts the devices once, at its first use. Inside or after a FakeTensorMode, which torch.compile has too, it
 # counts a GPU that is not there and starts a thread for it: no process forked afterwards can train.
@@ -66,48 +68,32 @@ def _a_model_is_measured_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama() -> Iterator[Path]:
     """Folder of a two-layer Llama with a ChatML template. Do not change it: copy it."""
-    return save_model(tmp_path_factory.mktemp("llama") / "model", LlamaConfig(**SHAPE))
+    with kept("llama", lambda folder: save_model(folder / "model", LlamaConfig(**SHAPE))) as folder:
+        yield folder / "model"
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_qwen2() -> Iterator[Path]:
     """Folder of a two-layer Qwen2 with a ChatML template. Do not change it: copy it."""
-    return save_model(tmp_path_factory.mktemp("qwen2") / "model", Qwen2Config(**SHAPE, tie_word_embeddings=True))
+    config = Qwen2Config(**SHAPE, tie_word_embeddings=True)
+    with kept("qwen2", lambda folder: save_model(folder / "model", config)) as folder:
+        yield folder / "model"
 
 
 @pytest.fixture(scope="session")
-def fluent(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+def fluent(tiny_llama: Path) -> Iterator[Path]:
     """The tiny Llama after training on the test's rows, so that it has skills to lose."""
-    folder = tmp_path_factory.mktemp("fluent") / "model"
-    shutil.copytree(tiny_llama, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = torch.tensor([[3 + (number * 17 + position * 5) % 50 for position in range(30)] for number in range(16)])
-    for _ in range(60):
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    with kept("fluent", lambda folder: make_fluent(folder / "model", tiny_llama)) as folder:
+        yield folder / "model"
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
-    """A job whose three steps have been run by the trainer's command line. Do not change it: copy it.
-
-    One of its rows is longer than a sequence may be.
-    """
-    files = new_files(tmp_path_factory.mktemp("finished"), tiny_llama.parent)
-    write_rows(files.data / "train.jsonl", [*ROWS, chat_row("List all pods.", "kubectl get pods; " * 40)])
-    for step in ("prepare", "train", "publish"):
-        # Each step's log lists what it imports.
-        done = files.run(step, PYTHONPROFILEIMPORTTIME="1")
-        assert done.exit_code == 0, done.stdout + done.stderr
-        assert done.result.outcome == "succeeded"
-        (files.root / f"{step}.stdout").write_text(done.stdout)
-    return files
+def finished(tiny_llama: Path) -> Iterator[Files]:
+    """A job whose three steps have been run by the trainer's command line. Do not change it: copy it."""
+    with kept("finished", lambda folder: finish(folder, tiny_llama)) as folder:
+        yield finished_files(folder, tiny_llama)
 
 
 @pytest.fixture
@@ -120,13 +106,11 @@ def trained(tmp_path: Path, finished: Files) -> Files:
 
 
 @pytest.fixture(scope="session")
-def together(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Files, StepContext]:
+def together(tiny_llama: Path) -> Iterator[tuple[Files, StepContext]]:
     """Train in two processes with the whole base each. Copy the files to change them."""
-    files, context = workspace(
-        tmp_path_factory.mktemp("together") / "job", tiny_llama, merged(EXACT, TWO), packed=False
-    )
-    succeeded(files.run("train"))
-    return files, context
+    with kept("together", lambda folder: train_together(folder, tiny_llama)) as folder:
+        context = context_of(folder / "workspace", job(TOGETHER))
+        yield Files(folder, tiny_llama.parent, context.spec.dump()), context
 
 
 @pytest.fixture
