@@ -99,8 +99,7 @@ class Pods:
         # Node 0 does not need the name where the others reach it.
         host = "127.0.0.1" if node else "node-0.invalid"
         place = {ENV_NODE: str(node), ENV_RENDEZVOUS: f"{host}:{self.port}", ENV_POD_UID: name}
-        # As many threads as each of two processes in one pod: others would add in another order.
-        return Pod(own, own.start("train", **{"OMP_NUM_THREADS": "1", **place, **environment}))
+        return Pod(own, own.start("train", **{**place, **environment}))
 
 
 @dataclass(frozen=True)

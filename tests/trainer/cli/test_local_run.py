@@ -77,7 +77,7 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llam
     terminal, end = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_cli", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "160", "TERM": "xterm"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "TERM": "xterm"},
         stdout=end,
         stderr=subprocess.STDOUT,
     )

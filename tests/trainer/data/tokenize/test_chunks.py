@@ -135,7 +135,7 @@ def test_the_first_invalid_row_is_reported_by_any_process(
 def killed_with_more_chunks(files: Files) -> dict[str, int]:
     """Kill the prepare step after one more chunk, and return the inode of each chunk."""
     before = len(chunk_files(files))
-    with files.start("prepare", OMP_NUM_THREADS="1") as process:
+    with files.start("prepare") as process:
         deadline = time.monotonic() + TIMEOUT_S
         while len(chunk_files(files)) == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -160,7 +160,7 @@ def test_a_killed_prepare_resumes_from_its_chunks_to_the_same_bytes(tmp_path: Pa
     assert 1 <= len(first) < len(second) < 4
     # A chunk is made after those before it.
     assert {name: second[name] for name in first} == first
-    assert files.run("prepare", OMP_NUM_THREADS="1").exit_code == 0
+    assert files.run("prepare").exit_code == 0
 
     undisturbed = StepContext(
         QLoRAJobDocument.model_validate(files.document),

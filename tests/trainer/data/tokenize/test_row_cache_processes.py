@@ -30,7 +30,7 @@ class Cell(Files):
     def begin(self) -> "subprocess.Popen[str]":
         """Its prepare step, running."""
         pod, sweep = f"pod-of-{self.root.name}", str(self.root.parent / "rates.sweep")
-        return self.start("prepare", OMP_NUM_THREADS="1", QLORA_POD_UID=pod, QLORA_SWEEP_FOLDER=sweep)
+        return self.start("prepare", QLORA_POD_UID=pod, QLORA_SWEEP_FOLDER=sweep)
 
 
 @pytest.mark.parametrize(
