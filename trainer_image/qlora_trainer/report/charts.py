@@ -1,6 +1,7 @@
 """Draws a run's curves: the loss for model cards and email, and report charts."""
 
 from collections.abc import Callable, Mapping, Set
+from functools import lru_cache
 from io import BytesIO
 
 import matplotlib as mpl
@@ -16,6 +17,8 @@ _BLUE, _ORANGE, _GREY, _LIGHT = "#2563eb", "#d9480f", "#6b7280", "#e5e7eb"
 _SMOOTHED_SHARE = 0.05
 # The others have no room in a legend.
 _LISTED_CURVES = 12
+# A drawing takes a tenth of a second, and most are on the page of the workspace and on the published one.
+_drawn_once = lru_cache(maxsize=16)
 
 
 def loss_picture(history: MetricsHistory, title: str, subtitle: str, kept_step: int | None = None) -> bytes:
@@ -43,11 +46,13 @@ def loss_picture(history: MetricsHistory, title: str, subtitle: str, kept_step: 
     return image.getvalue()
 
 
+@_drawn_once
 def loss_chart(history: MetricsHistory, kept_step: int | None = None) -> str:
     """The same as an SVG element."""
     return _svg("loss", 9.6, 4.2, lambda axes: _plot_loss(axes, history, kept_step))
 
 
+@_drawn_once
 def chart(
     name: str,
     label: str,
@@ -55,18 +60,18 @@ def chart(
     *,
     logarithmic: bool = False,
     unit: str = "",
-    lines: Mapping[str, float] | None = None,
+    lines: tuple[tuple[str, float], ...] = (),
 ) -> str:
     """One quantity over optimizer steps as an SVG element, or nothing for an empty curve.
 
-    `name` makes the identifiers in it differ from those of other charts on the same page. `lines`: values to compare
-    it with, by their labels.
+    `name` makes the identifiers in it differ from those of other charts on the same page. `lines`: labels and
+    values to compare it with.
     """
 
     def plot(axes: Axes) -> None:
         marker = "o" if len(curve.steps) < 2 else None
         axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=1.4, marker=marker)
-        for (of_line, value), style in zip((lines or {}).items(), ("--", ":", "-."), strict=False):
+        for (of_line, value), style in zip(lines, ("--", ":", "-."), strict=False):
             axes.axhline(value, color=_GREY, linewidth=1.0, linestyle=style, label=of_line)
         if lines:
             axes.legend(frameon=False, loc="best", fontsize=8)
@@ -109,13 +114,15 @@ def curves_chart(name: str, label: str, curves: Mapping[str, Curve], runaway: Se
     return _svg(name, 9.6, 4.2, plot) if drawn else ""
 
 
-def histogram(name: str, label: str, counts: Mapping[str, int]) -> str:
-    """A bar for each entry of `counts`, with its number on top, as an SVG element."""
+@_drawn_once
+def histogram(name: str, label: str, counts: tuple[tuple[str, int], ...]) -> str:
+    """A bar for each label and count, with its number on top, as an SVG element."""
+    labels, numbers = [label for label, _ in counts], [count for _, count in counts]
 
     def plot(axes: Axes) -> None:
-        bars = axes.bar(range(len(counts)), list(counts.values()), width=0.9, color=_BLUE)
-        axes.bar_label(bars, labels=[f"{count:,}" for count in counts.values()], color=_GREY, fontsize=8, padding=2)
-        axes.set_xticks(range(len(counts)), list(counts))
+        bars = axes.bar(range(len(counts)), numbers, width=0.9, color=_BLUE)
+        axes.bar_label(bars, labels=[f"{count:,}" for count in numbers], color=_GREY, fontsize=8, padding=2)
+        axes.set_xticks(range(len(counts)), labels)
         axes.set_ylabel("Rows")
         axes.margins(y=0.12)
 

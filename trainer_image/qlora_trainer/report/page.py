@@ -168,7 +168,7 @@ def _charts(history: MetricsHistory, device: Device, estimate: MemoryStatus) -> 
         chart("chosen", "Reward of the chosen answer (nats)", history.chosen_reward),
         chart("rate", "Learning rate", history.learning_rate),
         chart("norm", "Gradient norm", history.grad_norm, logarithmic=True),
-        chart("memory", memory, history.memory, unit="B", lines=estimated_peaks(estimate) if device == "cuda" else {}),
+        chart("memory", memory, history.memory, unit="B", lines=estimated_peaks(estimate) if device == "cuda" else ()),
         chart("speed", "Tokens per second", history.tokens_per_second),
     )
     return [svg for svg in drawn if svg]
@@ -246,7 +246,7 @@ def _lengths(statistics: DataStatistics) -> str:
     rows: Counter[int] = Counter()
     for source in _mix(statistics) or statistics.sources[:1]:
         rows.update({bar.up_to: bar.rows for bar in source.lengths.histogram})
-    return histogram("lengths", "Tokens per row, at most", {f"{up_to:,}": rows[up_to] for up_to in sorted(rows)})
+    return histogram("lengths", "Tokens per row, at most", tuple((f"{up_to:,}", rows[up_to]) for up_to in sorted(rows)))
 
 
 def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> JsonObject:
@@ -334,7 +334,7 @@ def _row(attempt: AttemptUsage) -> Sequence[str]:
     )
 
 
-def estimated_peaks(memory: MemoryStatus) -> dict[str, float]:
-    """The estimate's expected and most bytes, by label, or none if unknown."""
+def estimated_peaks(memory: MemoryStatus) -> tuple[tuple[str, float], ...]:
+    """Labels and bytes of the estimate, expected and at most, without unknown ones."""
     values = {"estimate": memory.estimate_bytes, "estimate, high": memory.high_bytes, "usable": memory.budget_bytes}
-    return {label: float(value) for label, value in values.items() if value is not None}
+    return tuple((label, float(value)) for label, value in values.items() if value is not None)
