@@ -15,10 +15,9 @@ from tests.support.manifests import merged
 from tests.support.ranks import SHARDED, TWO, beginning_with, other, succeeded, until
 
 NOTING = """
-import os
 from pathlib import Path
 from tests.support.models.gathered import note_gathered
-note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
+note_gathered(Path("{notes}"))
 """
 
 

@@ -114,23 +114,22 @@ class Pod:
         return self.files.finish(self.process, said)
 
 
-FULL_GPU = """
-import os
-if os.environ.get("RANK") == "1" or os.environ.get("QLORA_NODE") == "1":
+def limit_second_gpu(rows: int) -> None:
+    """Give this process, if it is the second, a fake GPU for so many rows."""
+    if os.environ.get("RANK") != "1":
+        return
     import torch
+
     from qlora_trainer.training import objective
-    loss = objective.batch_loss
-    def batch_loss(model, batch):
-        if len(batch.rows.lengths) > {rows}:
+
+    loss = vars(objective)["batch_loss"]
+
+    def limited(model: Any, batch: Any) -> Any:
+        if len(batch.rows.lengths) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss(model, batch)
-    objective.batch_loss = batch_loss
-"""
 
-
-def second_gpu(folder: Path, rows: int) -> dict[str, str]:
-    """The environment that gives the second process a fake GPU for so many rows."""
-    return beginning_with(folder, FULL_GPU.format(rows=rows))
+    vars(objective)["batch_loss"] = limited
 
 
 def beginning_with(folder: Path, code: str) -> dict[str, str]:

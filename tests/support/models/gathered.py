@@ -1,6 +1,7 @@
 """Notes the gathered parts of a sharded base in a rank: whole blocks, and bytes."""
 
 import json
+import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,14 +18,14 @@ _LOOKS = 20
 _SECONDS_BETWEEN_LOOKS = 0.01
 
 
-def note_gathered(path: Path) -> None:
-    """Note each gathering of this process's train step as JSON lines (see `Gathered`)."""
+def note_gathered(notes: Path) -> None:
+    """Note each gathering of this process's train step as JSON lines in `NOTES-RANK` (see `Gathered`)."""
     from qlora_trainer.training import open_run
     from qlora_trainer.training.distributed.sharding import shard_base
 
     def sharded(model: Any, device: torch.device, processes: int) -> None:
         shard_base(model, device, processes)
-        Gathered(model.get_base_model().get_decoder(), path)
+        Gathered(model.get_base_model().get_decoder(), Path(f"{notes}-{os.environ.get('RANK', '0')}"))
 
     vars(open_run)["shard_base"] = sharded
 

@@ -5,7 +5,6 @@ and no old checkpoint goes before a newer one is on disk and verified.
 """
 
 import errno
-import multiprocessing
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint, rea
 from tests.support.runs import checkpoints
 from tests.support.runs.bad_disk import BadDisk, bad_disk
 from tests.support.runs.checkpoints import FILES, in_child, newest_step, save
+from tests.support.runs.forked_ranks import server
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 KILLS = [60, pytest.param(200, marks=pytest.mark.slow)]
@@ -46,8 +46,7 @@ def steps_in(folder: Path) -> list[int]:
 @pytest.mark.parametrize("kills", KILLS)
 def test_no_kill_at_any_instant_costs_more_than_the_step_that_was_being_saved(kills: int, tmp_path: Path) -> None:
     # Forked from a process that has loaded PyTorch and nothing else: here, a thread of an earlier test may hold a lock.
-    context, random = multiprocessing.get_context("forkserver"), Random(0)
-    context.set_forkserver_preload([checkpoints.__name__])
+    context, random = server(), Random(0)
     reached, awaited = 0, 0
     for _ in range(kills):
         receive, send = context.Pipe(duplex=False)

@@ -16,13 +16,11 @@ from qlora_trainer.core.context import StepContext
 from tests.support.commands.command import Files
 from tests.support.manifests import merged
 from tests.support.ranks import (
-    FULL_GPU,
     SHARDED,
     TWO,
     beginning_with,
     other,
     runs,
-    second_gpu,
     succeeded,
     until,
     workspace,
@@ -155,10 +153,16 @@ def test_no_process_outlives_the_main_one(long_job: tuple[Files, StepContext]) -
     os.close(child)
 
 
+FULL_SECOND_GPU = """
+from tests.support.ranks import limit_second_gpu
+limit_second_gpu(0)
+"""
+
+
 def test_a_failure_of_one_process_ends_both_with_its_exit_code(tmp_path: Path, tiny_llama: Path) -> None:
     files, _ = workspace(tmp_path / "job", tiny_llama, TWO)
 
-    done = files.run("train", **second_gpu(tmp_path / "card", 0))
+    done = files.run("train", **beginning_with(tmp_path / "card", FULL_SECOND_GPU))
 
     assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stderr
     assert "rank 1: the GPU is out of memory at a measured peak" in done.result.message
@@ -166,7 +170,8 @@ def test_a_failure_of_one_process_ends_both_with_its_exit_code(tmp_path: Path, t
 
 
 SUM_WITHOUT_ANSWER = """
-else:
+import os
+if os.environ.get("RANK") != "1":
     import torch.distributed
     torch.distributed.all_reduce = lambda *_: os._exit(99)
 """
@@ -176,6 +181,6 @@ def test_no_process_starts_a_sum_that_a_failed_process_will_never_join(tmp_path:
     """NCCL, other than gloo, would wait for half an hour."""
     files, _ = workspace(tmp_path / "job", tiny_llama, merged(TWO, {"dataset": {"eval": None}}))
 
-    done = files.run("train", **beginning_with(tmp_path / "card", FULL_GPU.format(rows=0) + SUM_WITHOUT_ANSWER))
+    done = files.run("train", **beginning_with(tmp_path / "card", FULL_SECOND_GPU + SUM_WITHOUT_ANSWER))
 
     assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stderr

@@ -1,6 +1,7 @@
 """Several processes that train one adapter: their joint result is that of one process."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ from qlora_trainer.training.distributed.ranks import Ranks
 from tests.support.commands.command import Files
 from tests.support.failures import failing
 from tests.support.manifests import merged
-from tests.support.ranks import EXACT, TWO, same_numbers, second_gpu, succeeded, two_nodes, workspace
-from tests.support.training import adapter_bytes, history
+from tests.support.ranks import EXACT, TWO, limit_second_gpu, same_numbers, two_nodes, workspace
+from tests.support.runs.forked_ranks import train_ranks
+from tests.support.runs.shared import TOGETHER
+from tests.support.training import adapter_bytes, context_of, history, job, prepared, run
 
 
 def test_two_processes_match_one(tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]) -> None:
-    (alone, one), (_, two) = workspace(tmp_path / "job", tiny_llama, EXACT, packed=False), together
-    succeeded(alone.run("train"))
+    one, (_, two) = prepared(tmp_path, tiny_llama, EXACT, packed=False), together
+    run(one)
 
     same_numbers(two, one, 1e-4)
     ours, theirs = (load_file(context.workspace.trained / "adapter_model.safetensors") for context in (two, one))
@@ -47,9 +50,9 @@ def test_all_processes_stop_early_after_the_same_step_with_the_best_adapter(
         "keep": "best",
         "earlyStopping": {"patience": 1},
     }
-    files, context = workspace(tmp_path / "job", tiny_llama, merged(EXACT, merged(TWO, {"training": settings})))
+    context = prepared(tmp_path, tiny_llama, merged(TOGETHER, {"training": settings}))
 
-    succeeded(files.run("train"))
+    train_ranks(context)
 
     losses = {line["step"]: line["evalLoss"] for line in history(context) if "evalLoss" in line}
     record = read_completion(context.workspace.completion("train"), TrainRecord)
@@ -62,6 +65,7 @@ def test_all_processes_stop_early_after_the_same_step_with_the_best_adapter(
     assert all(torch.equal(ours[name], tensor) for name, tensor in kept.items())
 
 
+@pytest.mark.slow
 def test_two_nodes_match_one(tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]) -> None:
     (files, apart), (_, by_itself) = workspace(tmp_path / "job", tiny_llama, EXACT, packed=False), together
 
@@ -79,10 +83,8 @@ def test_another_number_of_processes_does_not_resume_a_checkpoint(
     files = together[0].copied(tmp_path / "copy")
     (files.workspace / "records" / "train.json").unlink()
 
-    done = files.with_spec({"resources": {"gpus": 1}}).run("train")
-
-    assert done.exit_code == ExitCode.BAD_CONFIGURATION
-    assert "ranks was 2, is 1" in done.result.message
+    with failing(ExitCode.BAD_CONFIGURATION, match="ranks was 2, is 1"):
+        run(context_of(files.workspace, job(EXACT)))
 
 
 @pytest.mark.parametrize(
@@ -129,9 +131,9 @@ def test_memory_that_runs_out_in_an_exchange_is_not_taken_for_a_lost_process(
 
 def test_one_gpu_short_of_memory_makes_all_halve_their_micro_batches(tmp_path: Path, tiny_llama: Path) -> None:
     training = {"microBatchSize": 4, "gradientAccumulationSteps": 2, "autoMicroBatch": True}
-    files, context = workspace(tmp_path / "job", tiny_llama, merged(TWO, {"training": training}), packed=False)
+    context = prepared(tmp_path, tiny_llama, merged(TWO, {"training": training}), packed=False)
 
-    succeeded(files.run("train", **second_gpu(tmp_path / "card", 2)))
+    train_ranks(context, partial(limit_second_gpu, 2))
 
     record = read_completion(context.workspace.completion("train"), TrainRecord)
     assert record is not None

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +29,34 @@ from tests.support.failures import failing
 from tests.support.families import FAMILIES
 from tests.support.manifests import merged
 from tests.support.models.four_bit import convert
-from tests.support.models.parts import packed_weights
+from tests.support.models.gathered import note_gathered
+from tests.support.models.parts import bar_other_parts, packed_weights
 from tests.support.models.sequences import CPU
 from tests.support.models.tiny import SHAPE, save_model
-from tests.support.ranks import EXACT, SHARDED, beginning_with, same_numbers, succeeded, workspace
+from tests.support.ranks import EXACT, SHARDED, same_numbers
+from tests.support.runs.forked_ranks import logs, train_ranks
 from tests.support.training import prepared, run
 
 NF4 = QuantizationSpec()
 
 
-def held(files: Files, rank: int) -> tuple[int, int]:
-    """The bytes of the decoder blocks that the process reports, and all of them."""
-    log = "train.log" if rank == 0 else f"train.rank-{rank}.log"
-    said = re.search(r"holds (\d+) of (\d+) bytes", (files.workspace / "records" / log).read_text())
-    assert said is not None
-    return int(said[1]), int(said[2])
-
-
-def holds_half(files: Files) -> None:
+def holds_half(context: StepContext) -> None:
     """Each process has half of the bytes of the decoder blocks."""
-    for rank in (0, 1):
-        own, whole = held(files, rank)
-        assert own == pytest.approx(whole / 2, rel=0.01)
+    for log in logs(context):
+        said = re.search(r"holds (\d+) of (\d+) bytes", log)
+        assert said is not None
+        assert int(said[1]) == pytest.approx(int(said[2]) / 2, rel=0.01)
 
 
 def test_a_sharded_base_gives_the_same_losses_from_half_of_its_bytes(
     tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
 ) -> None:
-    files, spread = workspace(tmp_path / "job", tiny_llama, merged(EXACT, SHARDED), packed=False)
+    spread = prepared(tmp_path, tiny_llama, merged(EXACT, SHARDED), packed=False)
 
-    succeeded(files.run("train"))
+    train_ranks(spread)
 
     same_numbers(spread, together[1], 1e-5)
-    holds_half(files)
+    holds_half(spread)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +76,12 @@ def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
     spec: dict[str, Any] = {"lora": {"dropout": 0.0, **lora}, "training": {"maxSteps": 2}}
     alone = prepared(tmp_path / "alone", model, spec)
     run(alone)
-    files, spread = workspace(tmp_path / "job", model, merged(spec, SHARDED))
+    spread = prepared(tmp_path / "spread", model, merged(spec, SHARDED))
 
-    succeeded(files.run("train"))
+    train_ranks(spread)
 
     same_numbers(spread, alone, 1e-4)
-    holds_half(files)
+    holds_half(spread)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +91,9 @@ def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(tmp_pat
     """The estimate counts two: a base of any size must train in its shares' memory."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"num_hidden_layers": 6}))
     spec = merged(SHARDED, {"training": {"maxSteps": 2, "gradientCheckpointing": checkpointing}})
-    files, _ = workspace(tmp_path / "job", model, spec)
     notes = tmp_path / "gathered"
 
-    succeeded(files.run("train", **beginning_with(tmp_path / "code", NOTING.format(notes=notes))))
+    train_ranks(prepared(tmp_path / "job", model, spec), partial(note_gathered, notes))
 
     for rank in (0, 1):
         lines = [json.loads(line) for line in Path(f"{notes}-{rank}").read_text().splitlines()]
@@ -111,21 +106,13 @@ def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(tmp_pat
         assert max(line["bytes"] for line in lines) <= 2 * lines[0]["block"]
 
 
-NOTING = """
-import os
-from pathlib import Path
-from tests.support.models.gathered import note_gathered
-note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
-"""
-
-
 def test_a_rank_reads_its_part_of_each_packed_weight(tmp_path: Path) -> None:
     """Reading another part would end its process: the kernel rejects access to it."""
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 1024}))
-    files, context = workspace(tmp_path / "job", model, merged(SHARDED, {"training": {"maxSteps": 2}}))
+    context = prepared(tmp_path / "job", model, merged(SHARDED, {"training": {"maxSteps": 2}}))
     base = context.workspace.base
 
-    succeeded(files.run("train", **beginning_with(tmp_path / "code", BARRED.format(base=base))))
+    train_ranks(context, partial(bar_other_parts, base, 2))
 
     whole = sum(end - begin for path in base.glob("*.safetensors") for begin, end in packed_weights(path))
     for rank in (0, 1):
@@ -134,13 +121,6 @@ def test_a_rank_reads_its_part_of_each_packed_weight(tmp_path: Path) -> None:
         assert noted["barred"] > 0.4 * whole
         # FSDP moves its input to a GPU before it takes a part of it.
         assert noted["given"] == 0
-
-
-BARRED = """
-from pathlib import Path
-from tests.support.models.parts import bar_other_parts
-bar_other_parts(Path("{base}"), 2)
-"""
 
 
 def test_weights_of_another_type_are_rejected_in_the_storage_that_sharding_needs(

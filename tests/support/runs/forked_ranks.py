@@ -1,0 +1,60 @@
+"""Ranks that train together as forks of one process that has loaded the trainer, which takes each of them seconds."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from devcluster.addresses import free_port
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.process import log_to
+from qlora_trainer.training.distributed.launch import RankInfo
+from tests.support.runs import checkpoints
+from tests.support.training import run
+
+TIMEOUT_S = 300
+Change = Callable[[], object]
+"""Changes a process, whose environment has its rank, before it trains. It is pickled."""
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """Forks processes of one that has loaded PyTorch and the trainer, and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, checkpoints.__name__])
+    return context
+
+
+def train_ranks(context: StepContext, change: Change | None = None) -> None:
+    """Train the job in a process for each GPU, as torchrun starts them. Each has its log."""
+    size, port = context.spec.resources.gpus, free_port()
+    ranks = [RankInfo(rank, size, rank, size, "127.0.0.1", port) for rank in range(size)]
+    processes = [server().Process(target=_train, args=(context, rank, change), daemon=True) for rank in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TIMEOUT_S)
+    assert [process.exitcode for process in processes] == [0] * size, logs(context)
+
+
+def logs(context: StepContext) -> list[str]:
+    """The logs of the ranks, the main one's first."""
+    return [_log(context, rank).read_text() for rank in range(context.spec.resources.gpus)]
+
+
+def _log(context: StepContext, rank: int) -> Path:
+    return context.workspace.records / ("train.log" if rank == 0 else f"train.rank-{rank}.log")
+
+
+def _train(context: StepContext, rank: RankInfo, change: Change | None) -> NoReturn:
+    os.environ |= rank.environment() | {"GLOO_SOCKET_IFNAME": "lo"}
+    log_to(_log(context, rank.rank), "")
+    try:
+        if change is not None:
+            change()
+        run(context)
+    except BaseException:  # noqa: BLE001 - it is in the log, which the test shows
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
