@@ -39,14 +39,9 @@ def replace_variables(expression: str) -> str:
 
 def complaints(dashboard: Mapping[str, Any], metrics: set[str]) -> Iterator[str]:
     """Yield a sentence for each defect. `metrics`: names of the existing series."""
-    shown = panels(dashboard)
-    identities = [panel.get("id") for panel in dashboard["panels"]]
-    if None in identities or len(set(identities)) != len(identities):
-        yield "panels without an id of their own"
-    for panel in shown:
+    for panel in panels(dashboard):
         for problem in (*_of_panel(panel), *_of_queries(panel, metrics)):
             yield f"{panel.get('title') or 'a panel without title'}: {problem}"
-    yield from _overlaps(shown)
 
 
 def _of_panel(panel: Mapping[str, Any]) -> Iterator[str]:
@@ -56,12 +51,6 @@ def _of_panel(panel: Mapping[str, Any]) -> Iterator[str]:
         yield "no description"
     if not panel["fieldConfig"]["defaults"].get("unit"):
         yield "no unit"
-    for owner in (panel, *panel["targets"]):
-        if owner.get("datasource") != {"type": "prometheus", "uid": "${datasource}"}:
-            yield "a data source that its reader cannot choose"
-    references = [target.get("refId") for target in panel["targets"]]
-    if not all(references) or len(set(references)) != len(references):
-        yield "queries without a letter of their own"
     if not all(target.get("legendFormat") for target in panel["targets"]):
         yield "a query without a legend"
 
@@ -93,13 +82,3 @@ def selected(expression: promql.Expr) -> Iterator[promql.VectorSelector]:
 
     promql.walk(expression, visit)
     yield from found
-
-
-def _overlaps(shown: list[Object]) -> Iterator[str]:
-    for number, panel in enumerate(shown):
-        for other in shown[number + 1 :]:
-            one, two = panel["gridPos"], other["gridPos"]
-            beside = one["x"] + one["w"] <= two["x"] or two["x"] + two["w"] <= one["x"]
-            above = one["y"] + one["h"] <= two["y"] or two["y"] + two["h"] <= one["y"]
-            if not (beside or above):
-                yield f"{panel['title']} lies over {other['title']}"
