@@ -178,6 +178,7 @@ generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefini
 	@$(PYTHON) crds/generate.py
 	@$(PYTHON) helm/values_schema.py
 	@$(PYTHON) -m helm.dashboards
+	@$(PYTHON) -m tests.support.chart.golden
 	@$(PYTHON) gitops/generate.py
 	@$(PYTHON) -m docs.generate
 	@$(PYTHON) -m release readme

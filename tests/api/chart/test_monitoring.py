@@ -4,23 +4,21 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from devcluster import packages, toolchain
-from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
+from tests.support.chart.rendered import Helm, Object, only
 from tests.support.cluster.nodeless import GPU, NAMESPACE, Nodeless
+from tests.support.manifests import MINIMAL, with_value
 from tests.support.project.alerts import CASES, FILE, alerts
 from tests.support.project.dashboards import dashboards, panels, queries
 from tests.support.services.prometheus import Prometheus, running_prometheus, serving_metrics
 from tests.support.waiting import eventually
 
-CHART = Path(__file__).parents[3] / "helm" / "qlora-operator"
-Object = dict[str, Any]
 SITE = "https://docs.example.org/qlora"
 PROGRESS = {
     "step": 120,
@@ -52,78 +50,12 @@ def programs(request: pytest.FixtureRequest) -> Programs:
     return Programs("newest", **toolchain.built(layout, ("prometheus", "promtool")))
 
 
-def template(file: str, **values: Any) -> list[Object]:
-    """The objects of one file of the chart."""
-    helm = toolchain.built(from_environment(), ["helm"])["helm"]
-    shown = ("--show-only", f"templates/{file}.yaml", "--namespace", "qlora-system", "--values", "-")
-    text = run([helm, "template", "release", CHART, *shown], input_text=json.dumps(values), seconds=60)
-    return list(yaml.safe_load_all(text))
-
-
-def installed_groups(**values: Any) -> list[Object]:
-    """The groups of rules as the chart installs them."""
-    (rule,) = template("prometheusrule", metrics={"prometheusRule": {"enabled": True, **values}})
-    return list(rule["spec"]["groups"])
-
-
-def installed_rules(**values: Any) -> dict[str, Object]:
-    """Each rule as the chart installs it, by the name of its alert."""
-    return {rule["alert"]: rule for group in installed_groups(**values) for rule in group["rules"]}
-
-
-def test_the_chart_installs_the_alerts_of_the_file() -> None:
-    assert installed_rules() == alerts()
-    for name, rule in installed_rules(siteURL=f"{SITE}/").items():
-        assert rule["annotations"].pop("runbook_url") == f"{SITE}/runbooks/{name}.html"
-        assert rule == alerts()[name]
-
-
-def test_an_administrator_leaves_alerts_out_and_replaces_their_fields() -> None:
-    of_operator = [name for name in alerts() if name.startswith(("QLoRAOperator", "QLoRARec", "QLoRANam", "QLoRASch"))]
-    given = {"expr": "vector(1)", "for": "1d", "labels": {"severity": "critical", "team": "a"}}
-    groups = installed_groups(disabled=of_operator, overrides={"QLoRAQueueTooLong": given})
-    assert [group["name"] for group in groups] == ["qlora-jobs"], "a group without rules would be left over"
-    (rule,) = [rule for rule in groups[0]["rules"] if rule["alert"] == "QLoRAQueueTooLong"]
-    assert rule == alerts()["QLoRAQueueTooLong"] | given
-
-
-@pytest.mark.parametrize("given", [{"disabled": ["QLoRAQueue"]}, {"overrides": {"QLoRAQueue": {"for": "1h"}}}])
-def test_an_alert_that_does_not_exist_is_named(given: Object) -> None:
-    with pytest.raises(
-        ClusterError, match="there is no alert QLoRAQueue; there are: QLoRAJobStalled, QLoRAJobsFailing"
-    ):
-        installed_groups(**given)
-
-
-def test_the_chart_installs_the_dashboards_where_grafana_reads_them() -> None:
-    values = {"enabled": True, "namespace": "monitoring", "annotations": {"grafana_folder": "QLoRA"}}
-    maps = template("dashboards", metrics={"dashboards": values})
-    assert {name: json.loads(text) for each in maps for name, text in each["data"].items()} == {
-        f"qlora-{name}.json": content for name, content in dashboards().items()
-    }
-    for each in maps:
-        assert each["metadata"]["namespace"] == "monitoring"
-        assert each["metadata"]["labels"]["grafana_dashboard"] == "1"
-        assert each["metadata"]["annotations"] == {"grafana_folder": "QLoRA"}
-
-
-@pytest.mark.parametrize("file", ["prometheusrule", "dashboards"])
-def test_neither_is_installed_by_default(file: str) -> None:
-    # Helm's report on a file that makes no object.
-    with pytest.raises(ClusterError, match="could not find template"):
-        template(file)
-    # `helm upgrade --reuse-values` from a chart that did not have them.
-    with pytest.raises(ClusterError, match="could not find template"):
-        template(file, metrics={"prometheusRule": None, "dashboards": None})
-
-
-def test_the_administrator_sets_who_may_read_the_metrics() -> None:
-    prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
-    for peers in ([], [prometheus]):
-        (policy,) = template("networkpolicy", networkPolicy={"enabled": True, "metricsFrom": peers})
-        rules = {rule["ports"][0]["port"]: rule for rule in policy["spec"]["ingress"]}
-        assert rules["metrics"].get("from", []) == peers
-        assert "from" not in rules["probes"], "the kubelet probes from any node"
+@pytest.fixture(scope="module")
+def groups(helm: Helm) -> list[Object]:
+    """The groups of rules as the chart installs them; an alert of the job fires at once."""
+    fires = {"QLoRAWorkspaceNearlyFull": {"for": "1s"}}
+    values = {"metrics": {"prometheusRule": {"enabled": True, "siteURL": SITE, "overrides": fires}}}
+    return list(only(helm.template(values), "PrometheusRule")["spec"]["groups"])
 
 
 def test_each_alert_fires_when_it_should_and_only_then(programs: Programs, tmp_path: Path) -> None:
@@ -132,8 +64,8 @@ def test_each_alert_fires_when_it_should_and_only_then(programs: Programs, tmp_p
     assert "SUCCESS" in run([programs.promtool, "test", "rules", tmp_path / "tests.yaml"], seconds=60)
 
 
-def test_the_rules_that_the_chart_installs_are_valid(programs: Programs, tmp_path: Path) -> None:
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": installed_groups(siteURL=SITE)}))
+def test_the_rules_that_the_chart_installs_are_valid(programs: Programs, groups: list[Object], tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
     said = run([programs.promtool, "check", "rules", "--lint-fatal", tmp_path / "rules.yaml"], seconds=60)
     assert f"{len(alerts())} rules found" in said
 
@@ -156,22 +88,17 @@ def job(operated: Nodeless) -> Iterator[str]:
 
 
 def apply(operated: Nodeless, name: str) -> None:
-    manifest = {
-        "apiVersion": "qlora.dev/v1alpha1",
-        "kind": "QLoRAJob",
-        "metadata": {"name": name, "namespace": NAMESPACE},
-        "spec": {
-            "model": {"source": "hf://org/model"},
-            "dataset": {"source": "hf://org/rows"},
-            "scheduling": {"profile": GPU},
-        },
-    }
-    operated.kubectl.apply(json.dumps(manifest))
+    manifest = MINIMAL | {"metadata": {"name": name, "namespace": NAMESPACE}}
+    operated.kubectl.apply(json.dumps(with_value(manifest, "spec.scheduling.profile", GPU)))
 
 
 @pytest.fixture(scope="module")
 def prometheus(
-    programs: Programs, operated: Nodeless, job: str, tmp_path_factory: pytest.TempPathFactory
+    programs: Programs,
+    operated: Nodeless,
+    groups: list[Object],
+    job: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Prometheus]:
     """Scrape the operator and a kubelet's figures of the job's claim, with the alerts."""
     claim = operated.job(job)["status"]["resolved"]["claimName"]
@@ -183,7 +110,6 @@ def prometheus(
             ("kubelet_volume_stats_capacity_bytes", 1e11),
         )
     )
-    groups = installed_groups(siteURL=SITE, overrides={"QLoRAWorkspaceNearlyFull": {"for": "1s"}})
     folder = tmp_path_factory.mktemp("prometheus") / "server"
     with serving_metrics(kubelet) as port:
         targets = {"qlora-operator-metrics": operated.operator.metrics_port, "kubelet": port}

@@ -11,7 +11,7 @@ import yaml
 
 from devcluster.errors import ClusterError
 from qlora_operator.settings import Settings
-from tests.support.cluster.chart import (
+from tests.support.chart.rendered import (
     CHART,
     LIMIT,
     RELEASE,
@@ -20,17 +20,23 @@ from tests.support.cluster.chart import (
     VALUES,
     Helm,
     Object,
-    settings_in,
+    render,
     settings_of_size,
     without,
 )
 
 
 def with_values(helm: Helm, folder: Path, values: Object) -> list[Object]:
-    """Render as `helm upgrade --reuse-values`: these are the defaults, and no others."""
+    """Render as `helm upgrade --reuse-values`: these are the defaults, and no others.
+
+    The settings are as the operator reads them, absent ones included.
+    """
     chart = shutil.copytree(CHART, folder / "reused", dirs_exist_ok=True)
     (chart / "values.yaml").write_text(yaml.safe_dump(values))
-    return helm.template(chart=chart)
+    rendered = render(helm, {}, chart)
+    annotations = rendered.deployment["spec"]["template"]["metadata"]["annotations"]
+    annotations[SETTINGS] = Settings.model_validate(rendered.settings)
+    return rendered.objects
 
 
 def everything_on(values: Object) -> Object:
@@ -48,16 +54,6 @@ def keys(values: Object, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
             yield from keys(value, (*above, name))
 
 
-def meaning(objects: list[Object]) -> list[Object]:
-    """The objects with the settings as the operator reads them, absent ones included."""
-    for document in objects:
-        if document["kind"] == "Deployment":
-            template = document["spec"]["template"]
-            settings = Settings.model_validate(yaml.safe_load(settings_in(template)))
-            template["metadata"]["annotations"][SETTINGS] = settings.model_dump(mode="json")
-    return objects
-
-
 PREVIOUS_VALUES: Object = yaml.safe_load((ROOT / "tests/support/previous_release/values.yaml").read_text())
 NEW_KEYS = [path for path in keys(VALUES) if path not in set(keys(PREVIOUS_VALUES))]
 # Absence has a meaning: the platform chooses, no GPU, no request or limit.
@@ -65,6 +61,7 @@ ABSENT_BY_CHOICE = {("runAs",), ("profiles", "default", "runAs"), ("profiles", "
     path for path in keys(VALUES) if path[0] == "resources"
 }
 # A required value that is absent is rejected by name.
+NO_ALERT = "there is no alert QLoRAQueue; there are: QLoRAJobStalled, QLoRAJobsFailing"
 CLEAR_FAILURE = re.compile(r"missing property '\w+'|needs jobNetworkPolicies\.namespaces")
 
 
@@ -85,13 +82,13 @@ def test_a_value_that_the_older_chart_lacks_has_its_default_or_is_required(
         if not CLEAR_FAILURE.search(str(rejected)):
             raise
     else:
-        assert meaning(objects) == whole
+        assert objects == whole
 
 
 @pytest.fixture(scope="module")
 def whole(helm: Helm, tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
     """Render the chart with all values."""
-    return meaning(with_values(helm, tmp_path_factory.mktemp("whole"), everything_on(VALUES)))
+    return with_values(helm, tmp_path_factory.mktemp("whole"), everything_on(VALUES))
 
 
 def test_an_upgrade_that_reuses_previous_values_names_the_missing_ones(helm: Helm, tmp_path: Path) -> None:
@@ -129,6 +126,14 @@ def test_settings_too_large_for_an_annotation_are_rejected_before_installation(h
         ({"crds": {"keep": None}}, "missing property 'keep'"),
         ({"jobNetworkPolicies": {"servers": [{"cidr": "example.org"}]}}, "/jobNetworkPolicies/servers/0/cidr"),
         ({"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}}, "needs metrics.service"),
+        ({"metrics": {"prometheusRule": {"enabled": True, "disabled": ["QLoRAQueue"]}}}, NO_ALERT),
+        ({"metrics": {"prometheusRule": {"enabled": True, "overrides": {"QLoRAQueue": {"for": "1h"}}}}}, NO_ALERT),
+        ({"replicas": 2, "settings": {"leaderElection": {"enabled": False}}}, "needs settings.leaderElection.enabled"),
+        # Prepare could bind its volume where there is no GPU.
+        ({"profiles": {"default": {"nodeSelector": {}}}}, "profiles.default: gpuResource is set"),
+        ({"profiles": {"big": {"nodeSelector": {}}}}, "profiles.big: gpuResource is set"),
+        ({"profiles": {"big": {"gpuResource": "amd.com/gpu"}}}, "Set nodeSelector to labels"),
+        ({"profiles": {"big": {"gpuResource": "amd.com/gpu", "workspace": {"topology": "zonal"}}}}, "Set nodeSelector"),
     ],
 )
 def test_wrong_values_are_rejected_by_name(helm: Helm, values: Object, complaint: str) -> None:

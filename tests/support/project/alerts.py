@@ -12,7 +12,11 @@ CASES = Path(__file__).with_name("alert_cases.yaml")
 RUNBOOKS = ROOT / "docs" / "runbooks"
 
 
+def groups() -> list[dict[str, Any]]:
+    """The groups of rules."""
+    return list(yaml.safe_load(FILE.read_text())["groups"])
+
+
 def alerts() -> dict[str, dict[str, Any]]:
     """Each rule, by the name of its alert."""
-    groups = yaml.safe_load(FILE.read_text())["groups"]
-    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
+    return {rule["alert"]: rule for group in groups() for rule in group["rules"]}

@@ -26,7 +26,7 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from devcluster.layout import from_environment
 from qlora_api.naming import JOB_LABEL, STEP_LABEL
-from tests.support.cluster.chart import Helm
+from tests.support.chart.rendered import Helm
 from tests.support.cluster.kubelet import add_node, bind, container_status, serve_kubelet, terminated
 from tests.support.cluster.operator_process import OperatorProcess, running_operator
 from tests.support.waiting import eventually

@@ -1,0 +1,302 @@
+"""What the chart promises with any values; the rest is in the golden renderings."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from urllib.parse import urlsplit
+
+from qlora_api.naming import CLOUD_IDENTITY_LABEL, JOB_LABEL, STEP_LABEL
+from qlora_api.spec.output import ANNOUNCEMENTS_LABEL
+from qlora_operator.settings import ENV_SETTINGS, Settings
+from tests.support.chart.rendered import NAMESPACE, RELEASE, SETTINGS, VERSION, Object, Rendered, place
+
+Comparisons = Iterator[tuple[object, object]]
+"""What was found, and what must be."""
+Promise = Callable[[Rendered], Comparisons]
+PROMISES: list[Promise] = []
+# All rights of the operator: the verbs by resource.
+_RIGHTS = {
+    "qlorajobs.qlora.dev": {"get", "list", "watch", "create", "patch"},
+    "qlorajobs.qlora.dev/status": {"patch"},
+    "qlorasweeps.qlora.dev": {"get", "list", "watch"},
+    "qlorasweeps.qlora.dev/status": {"patch"},
+    "jobs.batch": {"get", "list", "watch", "create", "delete"},
+    "pods": {"list", "watch"},
+    "pods/log": {"get"},
+    "persistentvolumeclaims": {"get", "create"},
+    "services": {"create"},
+    "networkpolicies.networking.k8s.io": {"create"},
+    "events": {"create"},
+}
+# Further rights in the operator's namespace.
+_OWN_RIGHTS = {
+    "leases.coordination.k8s.io qlora-operator": {"get", "update"},
+    # RBAC cannot limit it to a name: the object does not exist yet.
+    "leases.coordination.k8s.io": {"create"},
+}
+_AGGREGATED = "rbac.authorization.k8s.io/aggregate-to-"
+_KINDS = ("qlorajobs.qlora.dev", "qlorasweeps.qlora.dev")
+_READ, _WRITE = {"get", "list", "watch"}, {"create", "update", "patch", "delete", "deletecollection"}
+# Their rights, and which roles of the cluster they extend. A tenant writes no status: that is the operator's report.
+_TENANTS = {
+    "view": (dict.fromkeys(_KINDS, _READ) | {f"{kind}/status": {"get"} for kind in _KINDS}, {"view", "edit", "admin"}),
+    "edit": (dict.fromkeys(_KINDS, _WRITE), {"edit", "admin"}),
+}
+_OF_THE_POD = "serviceAccountName automountServiceAccountToken enableServiceLinks securityContext containers volumes"
+_OF_THE_ADMINISTRATOR = "imagePullSecrets priorityClassName nodeSelector tolerations affinity"
+_OF_THE_CONTAINER = """
+name image imagePullPolicy env ports livenessProbe readinessProbe resources securityContext terminationMessagePolicy
+volumeMounts
+"""
+# GKE's metadata server, which also answers at port 988, and the agent of EKS Pod Identity.
+_CREDENTIALS = {
+    "google": ([80, 988], ["169.254.169.254/32", "169.254.169.252/32"]),
+    "aws": ([80], ["169.254.170.23/32", "fd00:ec2::23/128"]),
+}
+
+
+def promise(function: Promise) -> Promise:
+    PROMISES.append(function)
+    return function
+
+
+@promise
+def each_has_the_rights_that_it_uses(chart: Rendered) -> Comparisons:
+    """The operator cannot read a Secret; with `namespaces`, it has no right elsewhere."""
+    values = chart.values
+    roles = {place(each): (_rights_of(each["rules"]), _extended(each)) for each in chart.of("Role", "ClusterRole")}
+    granted = []
+    for binding in chart.of("RoleBinding", "ClusterRoleBinding"):
+        namespace, role = binding["metadata"].get("namespace"), binding["roleRef"]
+        bound = place({"kind": role["kind"], "metadata": {"namespace": namespace, "name": role["name"]}})
+        granted.append((namespace, role["kind"], binding["kind"], binding["subjects"], roles.pop(bound)))
+    account = [{"kind": "ServiceAccount", "name": chart.pod["serviceAccountName"], "namespace": NAMESPACE}]
+    kinds = ("Role", "RoleBinding") if values["namespaces"] else ("ClusterRole", "ClusterRoleBinding")
+    wanted: list[object] = [
+        (each, *kinds, account, (_rights(values), set())) for each in values["namespaces"] or [None]
+    ]
+    if values["settings"]["leaderElection"]["enabled"]:
+        lease = chart.settings["leaderElection"]["leaseName"]
+        own = {kind.replace("qlora-operator", lease): verbs for kind, verbs in _OWN_RIGHTS.items()}
+        wanted.append((NAMESPACE, "Role", "RoleBinding", account, (own, set())))
+    yield sorted(granted, key=str), sorted(wanted, key=str)
+    tenants = {f"ClusterRole {chart.name}-{role}": rights for role, rights in _TENANTS.items()}
+    yield roles, tenants if values["tenantRoles"]["create"] and not values["namespaces"] else {}
+
+
+def _rights_of(rules: list[Object]) -> dict[str, set[str]]:
+    """Verbs by `resource.group/subresource`, as kubectl writes it, and the object's name."""
+    rights: dict[str, set[str]] = {}
+    for rule in rules:
+        assert rule.keys() <= {"apiGroups", "resources", "resourceNames", "verbs"}, rule
+        named = [f" {name}" for name in rule.get("resourceNames", [])] or [""]
+        for group, resource, name in product(rule["apiGroups"], rule["resources"], named):
+            kind, slash, subresource = resource.partition("/")
+            rights.setdefault(f"{kind}.{group}".strip(".") + slash + subresource + name, set()).update(rule["verbs"])
+    return rights
+
+
+def _extended(role: Object) -> set[str]:
+    """The roles of the cluster that it extends."""
+    labels = role["metadata"]["labels"].items()
+    return {name.removeprefix(_AGGREGATED) for name, value in labels if _AGGREGATED in name and value == "true"}
+
+
+def _rights(values: Object) -> dict[str, set[str]]:
+    rights = dict(_RIGHTS)
+    if values["kueue"]["enabled"]:
+        rights["workloads.kueue.x-k8s.io"] = {"list"}
+    if values["announce"]["enabled"]:
+        rights["configmaps"] = {"create", "patch"}
+    if not values["settings"]["progress"]["enabled"]:
+        del rights["pods/log"]
+    return rights
+
+
+@promise
+def only_the_operators_pod_gets_a_token(chart: Rendered) -> Comparisons:
+    """Another pod that runs with its account by mistake gets none."""
+    given = chart.values["serviceAccount"]
+    name = given["name"] or (chart.name if given["create"] else "default")
+    yield (chart.pod["serviceAccountName"], chart.pod["automountServiceAccountToken"]), (name, True)
+    found = {place(each): each["automountServiceAccountToken"] for each in chart.of("ServiceAccount")}
+    yield found, {f"ServiceAccount {NAMESPACE}/{name}": False} if given["create"] else {}
+
+
+@promise
+def a_policy_restricts_announcements_in_the_cluster(chart: Rendered) -> Comparisons:
+    """RBAC cannot select the ConfigMaps; the API server tries the rule in test_installed.py."""
+    is_restricted = chart.values["announce"]["enabled"] and not chart.values["namespaces"]
+    policies = chart.of("ValidatingAdmissionPolicy")
+    bound = [{"policyName": each["metadata"]["name"], "validationActions": ["Deny"]} for each in policies]
+    yield [each["spec"] for each in chart.of("ValidatingAdmissionPolicyBinding")], bound
+    yield len(policies), is_restricted
+    for spec in (each["spec"] for each in policies):
+        configmaps = {"apiGroups": [""], "apiVersions": ["v1"], "resources": ["configmaps"]}
+        yield spec["matchConstraints"], {"resourceRules": [{**configmaps, "operations": ["CREATE", "UPDATE"]}]}
+        account = f"system:serviceaccount:{NAMESPACE}:{chart.pod['serviceAccountName']}"
+        yield [each["expression"] for each in spec["matchConditions"]], [f"request.userInfo.username == '{account}'"]
+        yield (spec["failurePolicy"], len(spec["validations"])), ("Fail", 1)
+        yield spec["variables"], [{"name": "label", "expression": f"'{ANNOUNCEMENTS_LABEL}'"}]
+
+
+@promise
+def the_pod_has_no_privileges(chart: Rendered) -> Comparisons:
+    """It has neither a writable root file system nor anything of its node."""
+    identity = chart.values.get("runAs")
+    numbers = {"runAsUser": identity["user"], "runAsGroup": identity["group"]} if identity else {}
+    profile = {"seccompProfile": {"type": "RuntimeDefault"}}
+    yield chart.pod["securityContext"], {"runAsNonRoot": True, **profile, **numbers}
+    least = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    yield chart.container["securityContext"], least
+    yield chart.pod.keys() - set(_OF_THE_ADMINISTRATOR.split()), set(_OF_THE_POD.split())
+    yield chart.container.keys(), set(_OF_THE_CONTAINER.split())
+
+
+@promise
+def images_are_named_by_their_digest_if_it_is_given(chart: Rendered) -> Comparisons:
+    yield chart.container["image"], _image(chart.values["image"])
+    yield chart.container["imagePullPolicy"], chart.values["image"]["pullPolicy"]
+
+
+def _image(given: Object) -> str:
+    return given["repository"] + (f"@{given['digest']}" if given["digest"] else f":{given['tag'] or VERSION}")
+
+
+@promise
+def a_profile_has_the_defaults_that_it_does_not_replace(chart: Rendered) -> Comparisons:
+    """One with GPUs keeps to nodes that have them, if its volume is bound to a node."""
+    given, wanted = chart.values["profiles"], {}
+    for name, profile in given.items():
+        wanted[name] = {"image": _image(chart.values["trainer"]["image"]), **given["default"], **profile}
+        is_bound = wanted[name].get("workspace", {}).get("topology") != "shared"
+        if wanted[name].get("gpuResource") == "nvidia.com/gpu" and is_bound:
+            wanted[name].setdefault("nodeSelector", {"nvidia.com/gpu.present": "true"})
+    yield chart.settings["profiles"], wanted
+
+
+@promise
+def the_operator_reads_its_settings_and_writes_only_to_a_small_folder(chart: Rendered) -> Comparisons:
+    """The settings are in the pod's template, so that a change of them replaces the pod."""
+    given = chart.values["settings"]
+    election = given["leaderElection"] | {"leaseName": chart.name}
+    ports = {"probePort": 8080, "metricsPort": 9090, "dnsPorts": chart.values["jobNetworkPolicies"]["dnsPorts"]}
+    wanted = given | ports | {"leaderElection": election, "namespaces": chart.values["namespaces"]}
+    yield {name: value for name, value in chart.settings.items() if name != "profiles"}, wanted
+    item = {"path": "settings.yaml", "fieldRef": {"fieldPath": f"metadata.annotations['{SETTINGS}']"}}
+    settings = {"name": "settings", "downwardAPI": {"items": [item]}}
+    yield chart.pod["volumes"], [settings, {"name": "tmp", "emptyDir": {"sizeLimit": "16Mi"}}]
+    yield chart.container["env"], [{"name": ENV_SETTINGS, "value": "/etc/qlora-operator/settings.yaml"}]
+    mounts = {"settings": ("/etc/qlora-operator", True), "tmp": ("/tmp", False)}
+    found = {each["name"]: (each["mountPath"], each.get("readOnly", False)) for each in chart.container["volumeMounts"]}
+    yield found, mounts
+
+
+@promise
+def the_operator_listens_where_it_is_probed(chart: Rendered) -> Comparisons:
+    settings = Settings.model_validate(chart.settings)
+    ports = {"probes": settings.probe_port, "metrics": settings.metrics_port}
+    yield chart.container["ports"], [{"name": name, "containerPort": port} for name, port in ports.items()]
+    probed = [chart.container[probe]["httpGet"] for probe in ("livenessProbe", "readinessProbe")]
+    yield probed, [{"path": path, "port": "probes"} for path in ("/healthz", "/readyz")]
+
+
+@promise
+def two_operators_never_work_at_once(chart: Rendered) -> Comparisons:
+    """With an election, the old one works until the new one is ready."""
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    is_elected = chart.values["settings"]["leaderElection"]["enabled"]
+    yield chart.deployment["spec"].keys(), {"replicas", "strategy", "revisionHistoryLimit", "selector", "template"}
+    yield chart.deployment["spec"]["strategy"], rolling if is_elected else {"type": "Recreate"}
+    yield chart.deployment["spec"]["replicas"], chart.values["replicas"]
+
+
+@promise
+def a_drain_leaves_one_of_several_operators(chart: Rendered) -> Comparisons:
+    """It would never end for a single one, or for one that is not ready."""
+    selector = chart.deployment["spec"]["selector"]
+    budget = {"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow", "selector": selector}
+    found = [each["spec"] for each in chart.of("PodDisruptionBudget")]
+    yield found, [budget] if chart.values["replicas"] > 1 else []
+    terms = chart.pod.get("affinity", {}).get("podAntiAffinity", {}).values()
+    selected = [each["podAffinityTerm"]["labelSelector"] for term in terms for each in term]
+    yield selected, [selector] * 2 if chart.values["replicas"] > 1 else []
+
+
+@promise
+def only_what_needs_a_network_has_one(chart: Rendered) -> Comparisons:
+    """Of jobs, prepare and publish reach DNS, servers, and the source of credentials."""
+    given = chart.values["jobNetworkPolicies"]
+    labels = chart.deployment["spec"]["template"]["metadata"]["labels"]
+    selected = {"app.kubernetes.io/name": "qlora-operator", "app.kubernetes.io/instance": RELEASE}
+    yield chart.deployment["spec"]["selector"], {"matchLabels": selected}
+    yield labels | selected, labels
+    namespaces = (given["namespaces"] or chart.values["namespaces"]) if given["enabled"] else []
+    found = {place(each): dict(each["spec"]) for each in chart.of("NetworkPolicy")}
+    for spec in found.values():
+        if "egress" in spec:
+            spec["egress"] = [rule | {"ports": _in_order(rule["ports"])} for rule in spec["egress"]]
+    of_jobs = product(namespaces, _of_jobs(chart))
+    wanted = {f"NetworkPolicy {namespace}/{chart.name}-{name}": spec for namespace, (name, spec) in of_jobs}
+    if chart.values["networkPolicy"]["enabled"]:
+        wanted[f"NetworkPolicy {NAMESPACE}/{chart.name}"] = _of_the_operator(chart)
+    yield found, wanted
+
+
+def _of_the_operator(chart: Rendered) -> Object:
+    """To the API server, and from the peers that may read the metrics; any node probes."""
+    given = chart.values["networkPolicy"]
+    peers = {"from": given["metricsFrom"]} if given["metricsFrom"] else {}
+    addresses = [{"ipBlock": {"cidr": cidr}} for cidr in given["apiServerCIDRs"]]
+    server = {"ports": [{"port": port} for port in given["apiServerPorts"]]}
+    return {
+        "podSelector": chart.deployment["spec"]["selector"],
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"ports": [{"port": "probes"}]}, {"ports": [{"port": "metrics"}], **peers}],
+        "egress": [server | ({"to": addresses} if addresses else {})],
+    }
+
+
+def _of_jobs(chart: Rendered) -> Iterator[tuple[str, Object]]:
+    given, profiles = chart.values["jobNetworkPolicies"], chart.settings["profiles"].values()
+    yield "jobs", {"podSelector": _pods(), "policyTypes": ["Ingress", "Egress"]}
+    dns = [{"port": port, "protocol": each} for port in given["dnsPorts"] for each in ("UDP", "TCP")]
+    ports = {_port(url) for profile in profiles for url in _servers(profile)}
+    servers = {"ports": _tcp(ports | set(given["ports"])), "to": [{"ipBlock": each} for each in given["servers"]]}
+    yield "servers", _egress(_pods(STEP_LABEL, "prepare", "publish"), {"ports": _in_order(dns)}, servers)
+    for provider in {profile.get("cloudIdentity", {}).get("provider") for profile in profiles} & _CREDENTIALS.keys():
+        answering, addresses = _CREDENTIALS[provider]
+        source = {"ports": _tcp(answering), "to": [{"ipBlock": {"cidr": each}} for each in addresses]}
+        yield f"identity-{provider}", _egress(_pods(CLOUD_IDENTITY_LABEL, provider), source)
+
+
+def _pods(label: str = "", *values: str) -> Object:
+    """Select the pods of jobs, or those with one of the values of a label."""
+    labeled = [{"key": label, "operator": "In", "values": list(values)}] if label else []
+    return {"matchExpressions": [{"key": JOB_LABEL, "operator": "Exists"}, *labeled]}
+
+
+def _egress(pods: Object, *rules: Object) -> Object:
+    return {"podSelector": pods, "policyTypes": ["Egress"], "egress": list(rules)}
+
+
+def _tcp(ports: Iterable[int]) -> list[Object]:
+    return _in_order({"port": port, "protocol": "TCP"} for port in ports)
+
+
+def _in_order(ports: Iterable[Object]) -> list[Object]:
+    return sorted(ports, key=str)
+
+
+def _servers(profile: Object) -> Iterator[str]:
+    """The URL of each server that steps with this profile may use."""
+    yield profile.get("hubEndpoint", "https://huggingface.co")
+    yield profile.get("objectStore", {}).get("endpoint", "https://s3.amazonaws.com")
+    optional = [profile.get(store, {}).get("endpoint") for store in ("googleStorage", "azureStorage")]
+    yield from filter(None, [*optional, profile.get("httpsProxy")])
+    yield from (server["url"] for server in profile.get("tracking", {}).values())
+    yield from (each if "://" in each else f"https://{each}" for each in profile.get("registries", []))
+
+
+def _port(url: str) -> int:
+    address = urlsplit(url)
+    return address.port or {"http": 80, "https": 443}[address.scheme]
