@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
@@ -103,16 +102,20 @@ def log_likelihoods(model: Any, pair: PlainPair) -> Tensor:
 
 
 def plain_dpo(likelihoods: Tensor, reference: Tensor, beta: float, smoothing: float) -> Tensor:
-    """The loss of one pair."""
-    logits = (likelihoods[0] - likelihoods[1]) - (reference[0] - reference[1])
-    return -logsigmoid(beta * logits) * (1 - smoothing) - logsigmoid(-beta * logits) * smoothing
+    """The loss of one pair: equation 7 of Rafailov et al. 2023 (arXiv 2305.18290).
+
+    With the probability `smoothing` the answers are swapped (conservative DPO, Mitchell 2023).
+    """
+    chosen, rejected = beta * (likelihoods - reference)
+    preferred = torch.sigmoid(chosen - rejected)
+    return -(1 - smoothing) * preferred.log() - smoothing * (1 - preferred).log()
 
 
 def plain_orpo(likelihoods: Tensor, tokens: Tensor, beta: float) -> Tensor:
-    """The loss of one pair."""
-    means = likelihoods / tokens
-    log_odds = (means[0] - means[1]) - (torch.log1p(-means[0].exp()) - torch.log1p(-means[1].exp()))
-    return -means[0] - beta * logsigmoid(log_odds)
+    """The loss of one pair: equations 3 to 7 of Hong et al. 2024 (arXiv 2403.07691)."""
+    means = (likelihoods / tokens).exp()
+    odds = means / (1 - means)
+    return -means[0].log() - beta * torch.sigmoid((odds[0] / odds[1]).log()).log()
 
 
 @dataclass(frozen=True)

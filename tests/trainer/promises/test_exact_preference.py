@@ -56,11 +56,8 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize(
     ("objective", "preference"),
-    [
-        pytest.param("dpo", {}, id="dpo"),
-        pytest.param("dpo", {"beta": 0.5, "labelSmoothing": 0.2}, id="smoothed", marks=pytest.mark.slow),
-        pytest.param("orpo", {"beta": 0.3}, id="orpo", marks=pytest.mark.slow),
-    ],
+    [("dpo", {"labelSmoothing": 0.2}), ("orpo", {"beta": 0.3})],
+    ids=["dpo", "orpo"],
 )
 def test_a_whole_run_is_that_of_a_plain_loop(
     objective: str, preference: dict[str, float], make_context: MakeContext, tiny_llama: Path, tmp_path: Path
