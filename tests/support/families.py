@@ -128,7 +128,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"mamba_num_heads": 16, "moe_shared_expert_intermediate_size": 128},
     "qwen3_5_moe_text": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
     "qwen3_next": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
-    "zaya": {"head_dim": 32, "router_hidden_size": 16},
+    "zaya": {"head_dim": 32, "router_hidden_size": 32},
 }
 # More than 2 % of the weights would be outside linear layers and experts.
 _WIDER: dict[str, dict[str, Any]] = {

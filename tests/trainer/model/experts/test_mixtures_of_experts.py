@@ -260,6 +260,8 @@ def test_all_layers_of_a_router_stay_in_16_bit_and_get_no_adapter(tmp_path: Path
         "router_mlp.out_proj",
     }
     assert {type(base.get_submodule(name)) for name in routers} == {nn.Linear}
+    gates = [module for name, module in base.named_modules() if name.endswith(".mlp.gate")]
+    assert {type(gate).__name__ for gate in gates} == {"ExactZayaRouter"}
     assert not set(routers) & set(family.target_modules)
 
 
