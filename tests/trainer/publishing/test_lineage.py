@@ -14,14 +14,22 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from devcluster import toolchain
 from devcluster.layout import from_environment
+from qlora_api.artifact_status import GateStatus, InitialAdapterStatus
 from qlora_api.contract import ENV_IMAGE, ExitCode
+from qlora_api.schema import replace
+from qlora_api.status import DatasetStatus
 from qlora_cli.__main__ import main
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.trained_job import TrainedJob
+from qlora_trainer.publishing.lineage import lineage_file
 from qlora_trainer.publishing.signing import PrivateKey
+from qlora_trainer.stores.contents import PublishedFile
+from tests.support import training
 from tests.support.commands.command import Files
 from tests.support.models.tiny import JOB_UID
-from tests.support.runs.published import published
+from tests.support.runs.published import MANIFEST, published
 from tests.support.servers import registry
 from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 
@@ -49,6 +57,73 @@ def statement(bundle: Path) -> Any:
     return json.loads(base64.b64decode(json.loads(bundle.read_text())["dsseEnvelope"]["payload"]))
 
 
+def test_every_field_of_the_statement_is_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of step 4, the best, of 6, with a gate, an initial adapter and a continued run."""
+    monkeypatch.setenv(ENV_IMAGE, IMAGE)
+    initial = {"source": "hf://acme/earlier@c0ffee", "sha256": "a" * 64}
+    gate = {"passed": True, "adapterSha256": "b" * 64, "evalLoss": 1.25, "scoreRows": 3}
+    prepared = PrepareRecord.model_construct(
+        model_revision="sha256:revision",
+        base_sha256="sha of prepare",
+        fingerprint="of the data",
+        dataset=DatasetStatus(format="text", rows=20, used_rows=11, eval_rows=5, sha256="c" * 64),
+        initial_adapter=InitialAdapterStatus.model_validate(initial),
+    )
+    trained = TrainRecord(
+        fingerprint="of the adapter",
+        adapter_path="trained",
+        adapter_sha256="b" * 64,
+        attempts=2,
+        training_step=6,
+        total_steps=9,
+        adapter_step=4,
+        base_sha256="d" * 64,
+        loss=1.5,
+        initial_eval_loss=2.5,
+        eval_loss=1.25,
+    )
+    held_out = {"source": "hf://a/held-out", "fraction": None}
+    spec = training.job({"continues": "earlier", "dataset": {"eval": held_out}}).spec
+    made = TrainedJob("tiny", JOB_UID, spec, "", prepared, trained, GateStatus.model_validate(gate))
+    files = {"adapter.bin": PublishedFile(sha256="e" * 64, size=4)}
+    manifest = replace(MANIFEST, files=files, libraries={"torch": "2.9"})
+
+    stated = json.loads(lineage_file(made, manifest, "team", None, {"oci://r/a:v1": "f" * 64}).content)
+
+    assert stated["subject"] == [
+        {"name": "adapter.bin", "digest": {"sha256": "e" * 64}},
+        {"name": "oci://r/a:v1", "digest": {"sha256": "f" * 64}},
+    ]
+    settings = stated["predicate"].pop("settings")
+    assert settings == {name: getattr(spec, name).dump() for name in ("quantization", "lora", "training")}
+    assert (settings["lora"]["rank"], settings["training"]["optimizer"]) == (4, "paged_adamw_32bit")
+    assert stated["predicate"] == {
+        "job": {"name": "tiny", "namespace": "team", "uid": JOB_UID},
+        "base": {"source": "pvc://models/tiny", "revision": "sha256:revision", "sha256": "d" * 64},
+        "initialAdapter": initial,
+        "continues": "earlier",
+        "data": {
+            "sources": ["pvc://data/rows.jsonl", "hf://a/held-out"],
+            "sha256": "c" * 64,
+            "prepared": "of the data",
+            "rows": 11,
+            "evalRows": 5,
+        },
+        "trainer": {"image": IMAGE, "digest": f"sha256:{'5' * 64}", "libraries": {"torch": "2.9"}},
+        "fingerprint": "of the adapter",
+        "specSha256": MANIFEST.spec_sha256,
+        "result": {
+            "steps": 6,
+            "adapterStep": 4,
+            "attempts": 2,
+            "loss": 1.5,
+            "initialEvalLoss": 2.5,
+            "evalLoss": 1.25,
+            "gate": {**gate, "criteria": []},
+        },
+    }
+
+
 def test_a_signed_adapter_verifies_with_its_key_until_it_is_changed(
     trained: Files, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -67,12 +142,7 @@ def test_a_signed_adapter_verifies_with_its_key_until_it_is_changed(
     assert {entry["name"]: entry["digest"]["sha256"] for entry in stated["subject"]}[
         "adapter_model.safetensors"
     ] == record.adapter.sha256
-    predicate = stated["predicate"]
-    assert predicate["job"] == {"name": "tiny", "namespace": "default", "uid": JOB_UID}
-    assert predicate["base"]["revision"] == record.adapter.base_revision
-    assert predicate["trainer"]["digest"] == f"sha256:{'5' * 64}"
-    assert predicate["settings"]["lora"]["rank"] == 4
-    assert predicate["result"]["evalLoss"] < predicate["result"]["initialEvalLoss"]
+    assert stated["predicate"]["job"] == {"name": "tiny", "namespace": "default", "uid": JOB_UID}
 
     (tmp_path / "other").mkdir()
     _, other = write_key(tmp_path / "other", Ed25519PrivateKey.generate())
