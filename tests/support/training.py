@@ -232,6 +232,7 @@ def interrupted_at(context: StepContext, step: int) -> None:
 def history(context: StepContext) -> list[dict[str, float]]:
     """Return metrics.jsonl without speed and memory, which no two runs share."""
     lines = (context.workspace.report / "metrics.jsonl").read_text().splitlines()
+    assert lines
     return [
         {name: value for name, value in json.loads(line).items() if name not in ("tokensPerSecond", "memoryBytes")}
         for line in lines

@@ -70,6 +70,7 @@ def require_quantized_experts(base: nn.Module, whole: nn.Module) -> None:
     """Check that a 4-bit base has transformers' experts, quantized matrix by matrix."""
     stacks = {name: stack for name, stack in expert_stacks(base) if isinstance(stack, ExpertStack)}
     originals = expert_weights(whole)
+    assert originals
     assert stacks.keys() == originals.keys()
     assert not stacks.keys() & {name for name, _ in base.named_parameters()}
     for name, original in originals.items():

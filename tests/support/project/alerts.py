@@ -19,4 +19,6 @@ def groups() -> list[dict[str, Any]]:
 
 def alerts() -> dict[str, dict[str, Any]]:
     """Each rule, by the name of its alert."""
-    return {rule["alert"]: rule for group in groups() for rule in group["rules"]}
+    found = {rule["alert"]: rule for group in groups() for rule in group["rules"]}
+    assert found, FILE
+    return found

@@ -22,12 +22,16 @@ def dashboards() -> dict[str, Object]:
 
 def panels(dashboard: Mapping[str, Any]) -> list[Object]:
     """Its panels without the headings of its rows."""
-    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    found = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert found, "a dashboard that shows nothing"
+    return found
 
 
 def queries(panel: Mapping[str, Any]) -> list[str]:
     """Its queries, with Grafana's variables replaced."""
-    return [replace_variables(target["expr"]) for target in panel["targets"]]
+    found = [replace_variables(target["expr"]) for target in panel["targets"]]
+    assert found, panel.get("title")
+    return found
 
 
 def replace_variables(expression: str) -> str:

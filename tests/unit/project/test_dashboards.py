@@ -46,6 +46,7 @@ def test_a_team_sees_its_own_namespace_in_every_panel() -> None:
         for query in queries(panel):
             # The join is on the namespace of the other selected series.
             selectors = [one for one in selected(promql.parse(query)) if "and on" not in query or one.name in KUBELET]
+            assert selectors, query
             for selector in selectors:
                 matchers = [(one.name, one.value) for one in selector.matchers.matchers]
                 assert ("namespace", "team") in matchers, f"{panel['title']}: {query}"

@@ -19,6 +19,7 @@ def rows(name: str) -> list[tuple[str, str]]:
         system, user, assistant = json.loads(line)["messages"]
         assert (system["role"], user["role"], assistant["role"]) == ("system", "user", "assistant")
         pairs.append((user["content"], assistant["content"]))
+    assert pairs, name
     return pairs
 
 

@@ -16,7 +16,9 @@ README, PAGE = ROOT / "README.md", ROOT / "docs" / "walk.md"
 
 
 def commands() -> list[str]:
-    return [command for step in WALK for command in step.with_values({"steps": "8"}).commands]
+    found = [command for step in WALK for command in step.with_values({"steps": "8"}).commands]
+    assert found
+    return found
 
 
 def readme_commands() -> list[str]:

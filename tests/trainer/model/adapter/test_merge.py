@@ -102,6 +102,7 @@ def test_each_weight_is_the_dequantized_one_and_the_adapters_part_rounded_once(
     layers = dict(peft.get_base_model().named_modules())
     found = load_file(context.workspace.merged / "model.safetensors")
 
+    assert held
     for name, weight in held.items():
         layer, expected = layers[name], weight.float()
         if hasattr(layer, "lora_A"):

@@ -101,13 +101,13 @@ def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path, in_4_bit
     convert(model, tmp_path / "base", NF4)
     content = (tmp_path / "base" / WEIGHTS).read_bytes()
     length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
+    tensors = {name: entry for name, entry in json.loads(content[8 : 8 + length]).items() if name != "__metadata__"}
+    assert tensors
     sizes = {"F32": 4, "BF16": 2, "U8": 1}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin = 8 + length + entry["data_offsets"][0]
-            # Packed weights are read as another type too.
-            assert begin % (4 if name.endswith("_proj.weight") else sizes[entry["dtype"]]) == 0, name
+    for name, entry in tensors.items():
+        begin = 8 + length + entry["data_offsets"][0]
+        # Packed weights are read as another type too.
+        assert begin % (4 if name.endswith("_proj.weight") else sizes[entry["dtype"]]) == 0, name
     require_equal(in_plain_transformers(tmp_path / "base"), load_base(original, NF4, "cpu"))
 
 

@@ -97,6 +97,7 @@ def test_experts_that_are_stored_as_stacks_become_the_same_base(tiny_qwen3_moe: 
         dict(expert_stacks(load_base(folder, NF4, "cpu")))
         for folder in (tmp_path / "apart", tmp_path / "stacks", as_stacks)
     )
+    assert first
     for name, stack in first.items():
         assert all(map(torch.equal, stack.buffers(), second[name].buffers()))
         assert all(map(torch.equal, stack.buffers(), direct[name].buffers()))
