@@ -10,13 +10,11 @@ import hashlib
 import hmac
 import json
 import re
-import ssl
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
@@ -24,6 +22,8 @@ from xml.sax.saxutils import escape
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from tests.support.services.serving import serving
 
 BUCKET = "team"
 ACCOUNT = "qloratest"
@@ -140,29 +140,12 @@ def serve_cloud(cloud: FakeCloud, kind: str, *, tls: tuple[Path, Path] | None = 
     `tls`: the server's certificate and its key, in PEM.
     """
     base = {"google": _Google, "azure": _Azure, "aws": _Aws}[kind]
-    handler = type("Handler", (base,), {"cloud": cloud})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        if tls is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*tls)
-            server.socket = context.wrap_socket(server.socket, server_side=True)
-        cloud.address = f"127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield cloud
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(base, tls=tls, cloud=cloud) as cloud.address:
+        yield cloud
 
 
 class _Handler(BaseHTTPRequestHandler):
     cloud: FakeCloud
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        """Nothing: the requests are kept."""
 
     def _any(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

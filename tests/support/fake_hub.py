@@ -7,14 +7,14 @@ import base64
 import hashlib
 import json
 import re
-import ssl
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from tests.support.services.serving import serving
 
 COMMIT = "c0ffee00" * 5
 OTHER_COMMIT = "deadbeef" * 5
@@ -42,8 +42,6 @@ class FakeHub:
     """What the token is for, as the hub describes it."""
     reject: Callable[[str, str], Rejection | None] = lambda _method, _path: None
     """Called with each request's method and path."""
-    truncate: Callable[[str], int | None] = lambda _path: None
-    """How many bytes of a file to send before the connection ends."""
     corrupt: Callable[[str], bool] = lambda _path: False
     """Whether to send other bytes than the listing says."""
     folder: Path | None = None
@@ -54,14 +52,9 @@ class FakeHub:
     """Content of large files by SHA-256, uploaded and perhaps not committed."""
     pointers: dict[Path, dict[str, Any]] = field(default_factory=dict)
     """SHA-256 and size of large files as a commit has stated them, which is what is listed, whatever is kept."""
-    lose: Callable[[str], bool] = lambda _path: False
-    """Whether a file of a commit is kept with another last byte."""
-    elsewhere: Callable[[str], str | None] = lambda _name: None
-    """The address, if any, at which a file's content is to be had instead, as that of a large one of the real hub."""
     tokens: set[str] = field(default_factory=set)
     """Authorization headers that came in."""
     requests: list[str] = field(default_factory=list)
-    ranges: list[str] = field(default_factory=list)
     endpoint: str = ""
 
     @property
@@ -76,40 +69,13 @@ def serve(hub: FakeHub, host: str = "127.0.0.1", *, tls: tuple[Path, Path] | Non
 
     `tls`: the server's certificate and its key, in PEM.
     """
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    with ThreadingHTTPServer((host, 0), handler) as server:
-        hub.endpoint = f"{'https' if tls else 'http'}://{host}:{server.server_port}"
-        if tls is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*tls)
-            server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(_Handler, host, tls=tls, hub=hub) as address:
+        hub.endpoint = f"{'https' if tls else 'http'}://{address}"
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: the requests are kept in the hub."""
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_PUT(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
 
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
@@ -135,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(f"{match[1] or 'models/'}{match[2]}", match[4])
         else:
             self._send(404, b"{}", {})
+
+    do_HEAD = do_GET = do_PUT = do_POST = _answer  # noqa: N815 - names of http.server
 
     def _write(self, path: str, content: bytes) -> None:
         if path == "/api/repos/create":
@@ -177,7 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply({"url": url, "name": key.partition("/")[2]})
 
     def _action(self, file: dict[str, Any]) -> dict[str, Any]:
-        upload = {"upload": {"href": f"{self.hub.endpoint}/large/{file['oid']}"}}
+        # By the way that the client has taken.
+        address = f"{self.hub.endpoint.partition('://')[0]}://{self.headers['Host']}"
+        upload = {"upload": {"href": f"{address}/large/{file['oid']}"}}
         return file | ({} if file["oid"] in self.hub.large else {"actions": upload})
 
     def _commit(self, key: str, lines: list[dict[str, Any]]) -> None:
@@ -201,8 +171,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{key}/commit/{oid}"})
 
     def _keep(self, key: str, name: str, content: bytes) -> Path:
-        if self.hub.lose(name):
-            content = content[:-1] + bytes([content[-1] ^ 1])
         path = self.hub.repositories[key] / name
         path.write_bytes(content)
         return path
@@ -240,30 +208,23 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Repo-Commit": self.hub.commits.get(key, self.hub.commit),
             "ETag": f'"{described["sha256"]}"',
         }
-        if location := self.hub.elsewhere(name):
-            linked = {"X-Linked-Etag": headers.pop("ETag"), "X-Linked-Size": str(described["size"])}
-            self._send(302, b"", headers | linked | {"Location": location})
-            return
         if self.hub.corrupt(name):
             content = content[:-1] + bytes([content[-1] ^ 1])
         status = 200
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if wanted and self.command == "GET":
-            self.hub.ranges.append(f"{name} {wanted[0]}")
             headers["Content-Range"] = f"bytes {wanted[1]}-{len(content) - 1}/{len(content)}"
             status, content = 206, content[int(wanted[1]) :]
-        self._send(status, content, headers, self.hub.truncate(name) if self.command == "GET" else None)
+        self._send(status, content, headers)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:sent])
-            if sent is not None:
-                self.close_connection = True
+            self.wfile.write(body)
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from http.server import BaseHTTPRequestHandler
+
+from tests.support.services.serving import serving
 
 _OF_ONE_CONNECTION = frozenset({"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"})
 
@@ -28,8 +29,12 @@ class Fault:
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    drop: bool = False
+    """Whether the connection ends without an answer, and without the request at the real server."""
     cut: int | None = None
     """Bytes of the body that arrive before the connection ends."""
+    missing: int = 0
+    """Bytes at the body's end that are left out of an answer that looks whole."""
     stall: bool = False
     """Whether the connection stays open, and silent, where it is cut."""
     corrupt: bool = False
@@ -61,34 +66,24 @@ class FaultProxy:
 @contextmanager
 def serve_proxy(proxy: FaultProxy) -> Iterator[FaultProxy]:
     """Answer on a free port until the block ends."""
-    handler = type("Handler", (_Handler,), {"proxy": proxy})
-    with ThreadingHTTPServer((proxy.host, 0), handler) as server:
-        server.daemon_threads = True
-        proxy.address = f"{proxy.host}:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with serving(_Handler, proxy.host, proxy=proxy) as proxy.address:
         try:
             yield proxy
         finally:
             proxy.ended.set()
-            server.shutdown()
-            thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):
     proxy: FaultProxy
-    protocol_version = "HTTP/1.1"
-    # Header and body are two writes, and a client that waits before it acknowledges the first costs 40 ms.
-    disable_nagle_algorithm = True
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: the requests are kept."""
 
     def _handle(self) -> None:
         request = Request(self.command, self.path, dict(self.headers.items()))
         self.proxy.seen.append(request)
         content = self._content()
         fault = self.proxy.rule(request) or Fault()
+        if fault.drop:
+            self.close_connection = True
+            return
         if fault.status is not None:
             self._answer(fault.status, fault.headers, fault.body, fault)
             return
@@ -117,6 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         return content
 
     def _answer(self, status: int, headers: Mapping[str, str], body: bytes, fault: Fault) -> None:
+        body = body[: len(body) - fault.missing]
         length = str(len(body))
         self.send_response(status)
         for name, value in headers.items():

@@ -10,27 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import obstore
 import pytest
 from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode
-from qlora_api.sources import HubSource, ObjectStoreSource
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.spec.training import LoraSpec
-from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.families.rejection import entries
 from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.stores.contents import parse_manifest
-from qlora_trainer.stores.destinations.bucket import ObjectDestination
-from qlora_trainer.stores.destinations.hub import HubDestination
 from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
-from tests.support.fake_hub import FakeHub, serve
 from tests.support.runs.hostile import Payload, bounded
 from tests.support.runs.published import MANIFEST
-from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
 
 NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 # Valid, and blanks to its end.
@@ -128,29 +121,6 @@ def test_an_endless_manifest_is_not_read(tmp_path: Path, make: Callable[[Path], 
     with bounded():
         assert destination.read_manifest() is None
     assert not destination.is_free()
-
-
-def test_a_large_manifest_in_a_bucket_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in (("AWS_ACCESS_KEY_ID", ACCESS_KEY), ("AWS_SECRET_ACCESS_KEY", SECRET_KEY)):
-        (tmp_path / key).write_text(value)
-    with s3_server(tmp_path / "store") as address:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
-        secret = Secret(tmp_path, "spec.output.secretRef", "push")
-        destination = ObjectDestination(ObjectStoreSource(BUCKET, "folder"), secret)
-        for name in ("manifest.json", ".manifest.partial.json"):
-            obstore.put(s3_bucket(address), f"folder/{name}", MANIFEST.text())
-            assert destination.holders() == (MANIFEST,)
-            obstore.put(s3_bucket(address), f"folder/{name}", LARGE_MANIFEST)
-            assert destination.holders() == ()
-
-
-def test_a_large_manifest_in_a_repository_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "manifest.json").write_bytes(LARGE_MANIFEST)
-    with serve(FakeHub({"models/org/tuned": tmp_path})) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        destination = HubDestination(HubSource("org/tuned"), Secret(tmp_path, "spec.output.secretRef", None))
-        assert destination.read_manifest() is None
-        assert hub.fetched == []
 
 
 @pytest.mark.parametrize(

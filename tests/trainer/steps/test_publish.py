@@ -229,15 +229,6 @@ def test_a_destination_on_another_claim_gets_the_same_files(trained: Files, fini
     assert not (trained.workspace / "adapter").exists()
 
 
-def test_the_adapter_of_another_job_is_never_replaced(trained: Files) -> None:
-    files = to(trained, "pvc://data/adapter")
-    published(files, uid=OTHER_UID)
-    (files.workspace / "records" / "publish.json").unlink()
-    before = content(files.data / "adapter")
-    rejected(files, ExitCode.BAD_CONFIGURATION, "holds another adapter, of job 'tiny'", OTHER_UID)
-    assert content(files.data / "adapter") == before
-
-
 def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(tmp_path: Path) -> None:
     """Both jobs found the folder free; the other one ends while this one still copies."""
     manifests = [

@@ -10,8 +10,9 @@ from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.stores.registry import Blob, Registry, digest_of
+from tests.support.failures import failing
 from tests.support.servers import LOGIN, give_login
-from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.services.fault_proxy import Fault, FaultProxy, serve_proxy
 
 
 def opened(registry_proxy: FaultProxy, folder: Path) -> Registry:
@@ -29,35 +30,23 @@ def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path:
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=expected))) as registry_proxy:
         assert opened(registry_proxy, tmp_path).read(blob) == expected
         registry_proxy.rule = lambda _request: Fault(200, body=b'{"rank": 8}')
-        with pytest.raises(StepFailure) as failure:
+        with failing(ExitCode.UNSAFE_ARTIFACT, f"{blob.digest} has content that does not match its digest"):
             opened(registry_proxy, tmp_path).read(blob)
-    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
-    assert f"{blob.digest} has content that does not match its digest" in failure.value.message
 
 
-@pytest.mark.parametrize("ranges", [True, False], ids=["a server with ranges", "a server without"])
-def test_a_download_resumes_to_the_same_bytes_with_and_without_ranges(ranges: bool, tmp_path: Path) -> None:
+def test_a_download_resumes_from_a_server_without_ranges(tmp_path: Path) -> None:
     content = random.Random(0).randbytes(300_000)
     blob, path = Blob(digest_of(content), len(content)), tmp_path / "model.safetensors"
     arrived: list[int] = []
-
-    def serve(request: Request) -> Fault:
-        wanted = request.headers.get("Range", "")
-        if not (ranges and wanted):
-            return Fault(200, body=content)
-        return Fault(206, body=content[int(wanted.removeprefix("bytes=").rstrip("-")) :])
-
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=content, cut=200_000))) as registry_proxy:
-        with pytest.raises(StepFailure) as failure:
+        with failing(ExitCode.UNREACHABLE):
             opened(registry_proxy, tmp_path).download(blob, path, arrived.append)
-        assert failure.value.exit_code is ExitCode.UNREACHABLE
         assert not path.exists()
         kept = arrived[-1]
-        registry_proxy.seen.clear()
-        registry_proxy.rule = serve
+        registry_proxy.rule = lambda _request: Fault(200, body=content)
         opened(registry_proxy, tmp_path).download(blob, path, arrived.append)
     assert 0 < kept < 200_000
-    assert [request.headers.get("Range") for request in registry_proxy.seen] == [f"bytes={kept}-"]
+    assert registry_proxy.seen[-1].headers["Range"] == f"bytes={kept}-"
     assert path.read_bytes() == content
     assert arrived == sorted(arrived)
     assert arrived[-1] == len(content)

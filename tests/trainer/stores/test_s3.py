@@ -3,10 +3,12 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import obstore
 import pytest
 from obstore.store import S3Store
+from safetensors.torch import save_file
 
 from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
@@ -14,9 +16,13 @@ from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.data.read.files import DataFiles
+from qlora_trainer.data.read.hub_splits import training_part
+from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.stores.objects import ObjectFolder
-from tests.support.models.four_bit import require_made_of
+from qlora_trainer.stores.access import StoreAccess
+from qlora_trainer.stores.objects import ObjectFolder, StoredObject
+from tests.support.models.four_bit import large_weights, require_made_of
 from tests.support.models.tiny import Recorded, write_rows
 from tests.support.s3_jobs import (
     MODEL,
@@ -28,7 +34,7 @@ from tests.support.s3_jobs import (
     rejection,
     require_no_canary,
 )
-from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY
+from tests.support.servers import BUCKET, SECRET_KEY
 from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.conftest import MakeContext
 
@@ -190,30 +196,6 @@ def test_a_wrong_key_is_rejected_by_the_real_server(
     assert "HTTP 403 (SignatureDoesNotMatch)" in message
 
 
-@pytest.mark.usefixtures("store", "model")
-def test_a_missing_secret_is_waited_for(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
-    give_secret(tmp_path, "model", {"AWS_ACCESS_KEY_ID": ACCESS_KEY})
-    message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
-    assert message.startswith("Secret 'store' with AWS_SECRET_ACCESS_KEY (spec.model.secretRef) does not exist")
-
-
-def test_without_a_secret_nothing_is_signed_and_no_metadata_service_is_used(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, model: str
-) -> None:
-    spec = {"model": {"source": f"s3://{BUCKET}/{model}"}}
-    message = rejection(make_context(spec), records, ExitCode.MODEL_UNAVAILABLE)
-    assert "with no credentials (spec.model.secretRef)" in message
-    assert not any("authorization" in map(str.lower, request.headers) for request in store.seen)
-
-
-def test_a_store_that_does_not_answer_is_tried_again(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
-    assert message.startswith("http://127.0.0.1:9 cannot be reached")
-
-
 def test_a_second_address_of_the_store_is_rejected(
     make_context: MakeContext, records: Recorded, store: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,14 +203,6 @@ def test_a_second_address_of_the_store_is_rejected(
     message = rejection(make_context(MODEL), records, ExitCode.BAD_CONFIGURATION)
     assert message.startswith(f"AWS_ENDPOINT_URL_S3 is set, but not to http://{store.address}")
     assert "set AWS_ENDPOINT_URL, and unset the other" in message
-
-
-def test_a_burst_of_errors_is_outlasted(
-    make_context: MakeContext, records: Recorded, store: FaultProxy, model: str
-) -> None:
-    burst = iter([answering(503, "SlowDown")] * 3 + [answering(429, "SlowDown")])
-    store.rule = lambda _request: next(burst, None)
-    assert prepare(make_context(MODEL), records).model_revision.startswith("sha256:")
 
 
 def test_no_credential_follows_a_redirect(
@@ -243,3 +217,82 @@ def test_no_credential_follows_a_redirect(
     assert elsewhere.seen == []
     assert {request.headers["x-amz-security-token"] for request in store.seen} == {SESSION_TOKEN}
     assert not any(canary in request.path for request in store.seen for canary in (SECRET_KEY, SESSION_TOKEN))
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["kept", "replaced"])
+def test_data_of_an_interrupted_attempt_are_loaded_once_unless_they_were_replaced(
+    make_context: MakeContext,
+    records: Recorded,
+    store: FaultProxy,
+    bucket: S3Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_replaced: bool,
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS).read_bytes()
+    for name in ("a", "b"):
+        obstore.put(bucket, f"many/{name}.jsonl", rows)
+    context = make_context({"dataset": {"source": f"s3://{BUCKET}/many", "secretRef": {"name": "store"}}})
+    store.rule = lambda request: answering(503, "SlowDown") if "many/b.jsonl" in request.path else None
+    rejection(context, records, ExitCode.UNREACHABLE)
+    store.rule = lambda _request: None
+    if is_replaced:
+        obstore.put(bucket, "many/a.jsonl", rows.swapcase())
+    else:
+        # As on a volume that the two files fill.
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=len(rows)))
+    files = find_stored(context).files
+    assert [file.path.read_bytes() for file in files] == [rows.swapcase() if is_replaced else rows, rows]
+
+
+def find_stored(context: StepContext) -> DataFiles:
+    """The job's data, downloaded where prepare has them."""
+    source = context.spec.dataset.training_sources["spec.dataset"]
+    return find_data(
+        source.source,
+        training_part(source),
+        StoreAccess(context.mounts, lambda: pytest.fail("no hub is needed"), context.secret("dataset")),
+        context.workspace.data / ".download-train.partial",
+    )
+
+
+def of_weights(request: Request) -> bool:
+    return request.method == "GET" and request.path.partition("?")[0].endswith("model.safetensors")
+
+
+def test_the_weights_of_an_interrupted_attempt_are_resumed(
+    make_context: MakeContext,
+    records: Recorded,
+    store: FaultProxy,
+    bucket: S3Store,
+    model: str,
+    tmp_path: Path,
+    tiny_llama: Path,
+) -> None:
+    """Within an attempt by the client, and in the next one by us. The weights have 20 MB."""
+    save_file(large_weights(tiny_llama), tmp_path / "large.safetensors")
+    obstore.put(bucket, f"{model}/model.safetensors", tmp_path / "large.safetensors")
+    cuts = iter([Fault(cut=9 * 10**6), Fault(cut=2 * 10**6)])
+    store.rule = lambda request: next(cuts, answering(503, "SlowDown")) if of_weights(request) else None
+    context = make_context(MODEL)
+    rejection(context, records, ExitCode.UNREACHABLE)
+    (partial,) = context.workspace.models.glob("*.partial/*.partial")
+    kept = partial.stat().st_size
+    assert 8 * 10**6 < kept <= 11 * 10**6
+
+    store.seen.clear()
+    store.rule = lambda _request: None
+    record = prepare(context, records)
+    assert [request.headers["range"] for request in store.seen if of_weights(request)] == [f"bytes={kept}-"]
+    require_made_of(context, record, (tmp_path / "large.safetensors").read_bytes())
+    assert not [*context.workspace.root.rglob("*.partial")]
+
+
+def test_an_etag_that_is_no_digest_is_no_reason_to_reject(store: FaultProxy, tmp_path: Path) -> None:
+    """A store that encrypts with private keys gives such ETags."""
+    headers = {"ETag": f'"{"0" * 32}"', "Last-Modified": "Wed, 01 Jul 2026 00:00:00 GMT"}
+    store.rule = lambda _request: Fault(200, headers, b"{}")
+    secret = Secret(tmp_path / "credentials" / "dataset", "spec.dataset.secretRef", "store")
+    folder = ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, reject=bad_dataset)
+    folder.download(StoredObject("a.jsonl", 2, headers["ETag"]), tmp_path / "a.jsonl", lambda _done: None)
+    assert (tmp_path / "a.jsonl").read_bytes() == b"{}"
