@@ -18,7 +18,6 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.stores import registry_auth as oci_auth
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.destinations.registry import RegistryDestination
 from qlora_trainer.stores.registry import MANIFEST_TYPE
@@ -122,24 +121,6 @@ def test_a_layer_that_the_registry_no_longer_has_is_not_taken_from_the_cache(
     registry_proxy.rule = lambda request: Fault(404) if wanted(replace(request, method="GET")) else None
     message = unusable(in_cache(context, tmp_path, "second"), ExitCode.MODEL_UNAVAILABLE)
     assert "has no blob for model.safetensors" in message
-
-
-def test_a_stalled_transfer_is_aborted(
-    context: StepContext, registry_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, wanted: Wanted
-) -> None:
-    monkeypatch.setattr(oci_auth, "_TIMEOUTS", (1, 0.2))
-    registry_proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
-    message = unusable(context, ExitCode.UNREACHABLE)
-    assert "cannot be reached, or broke off" in message
-
-
-def test_a_layer_that_arrives_changed_is_loaded_again(
-    context: StepContext, registry_proxy: FaultProxy, wanted: Wanted
-) -> None:
-    registry_proxy.rule = lambda request: Fault(corrupt=wanted(request))
-    assert "model.safetensors has another SHA-256 than its digest" in unusable(context, ExitCode.UNREACHABLE)
-    registry_proxy.rule = lambda _request: None
-    assert prepare(context, Recorded()).model_revision.startswith("sha256:")
 
 
 @pytest.mark.parametrize(
