@@ -10,7 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
+
 from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
+from qlora_cli.__main__ import main
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID, chat_row, write_rows
 
@@ -164,6 +167,14 @@ def qlora(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[s
         timeout=TIMEOUT_S,
         check=False,
     )
+
+
+def invoked(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The same in this process, which suffices where no step is started."""
+    done = CliRunner().invoke(main, arguments, env={"COLUMNS": "200"})
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def _environment(changes: dict[str, str]) -> dict[str, str]:

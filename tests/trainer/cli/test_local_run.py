@@ -20,12 +20,12 @@ from qlora_cli.__main__ import main
 from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
-from tests.support.commands.command import MANIFEST, SPEC, Files, new_files, qlora
+from tests.support.commands.command import MANIFEST, SPEC, Files, invoked, new_files, qlora
 
 
 def test_a_run_of_several_nodes_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(MANIFEST + "  resources: {nodes: 2}\n")
-    done = qlora("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
+    done = invoked("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
     assert done.returncode == 10
     assert "spec.resources.nodes is 2, and this command runs a job on one machine" in done.stderr
 
@@ -48,7 +48,7 @@ def test_a_run_without_its_volumes_names_them_and_leaves_nothing(tmp_path: Path)
         "    source: pvc://data/train.jsonl\n", "    mix:\n      - source: pvc://data/train.jsonl\n"
     )
     (tmp_path / "job.yaml").write_text(mixed + "  output:\n    merged:\n      destination: pvc://whole/model\n")
-    done = qlora("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
+    done = invoked("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
     assert done.returncode == 10
     assert "--volume models=DIR" in done.stderr
     assert "spec.dataset.mix[0].source is pvc://data/train.jsonl: give a folder for the claim" in done.stderr
@@ -61,11 +61,11 @@ def test_a_run_that_continues_another_one_is_given_its_workspace(tmp_path: Path)
     manifest, work = tmp_path / "job.yaml", tmp_path / "work"
     volumes = [f"--volume={name}={tmp_path}" for name in ("models", "data", "adapters")]
     manifest.write_text(f"{MANIFEST}  continues: first\n")
-    done = qlora("run", str(manifest), "--workspace", str(work), *volumes)
+    done = invoked("run", str(manifest), "--workspace", str(work), *volumes)
     assert "spec.continues is first: give the workspace of that run with --continues DIR" in done.stderr
     initial = MANIFEST.replace("    rank: 8\n", "    rank: 8\n    from: {source: pvc://adapters/first}\n")
     manifest.write_text(initial)
-    done = qlora("run", str(manifest), "--workspace", str(work), f"--continues={tmp_path}", *volumes[:2])
+    done = invoked("run", str(manifest), "--workspace", str(work), f"--continues={tmp_path}", *volumes[:2])
     assert "spec.lora.from.source is pvc://adapters/first: give a folder for the claim with --volume" in done.stderr
     assert "--continues is for a job that names another one in spec.continues: set that in FILE" in done.stderr
     assert not work.exists()
@@ -145,7 +145,7 @@ def test_resume_without_a_run_is_rejected(tmp_path: Path, leftover: str | None) 
     if leftover is not None:
         records.mkdir(parents=True)
         (records / "job.json").write_text(leftover)
-    done = qlora("run", "--resume", "--workspace", str(tmp_path / "work"))
+    done = invoked("run", "--resume", "--workspace", str(tmp_path / "work"))
     assert done.returncode == 10
     assert f"{tmp_path / 'work'}" in done.stderr
     assert "holds no" in done.stderr
@@ -159,7 +159,7 @@ def test_a_run_whose_locations_cannot_be_read_is_not_resumed(tmp_path: Path, loc
     document = {**new_files(tmp_path / "job", tmp_path).document, "metadata": {"name": "tiny"}}
     (records / "job.json").write_text(json.dumps(document))
     (records / "run.json").write_text(locations)
-    done = qlora("run", "--resume", "--workspace", str(tmp_path / "work"))
+    done = invoked("run", "--resume", "--workspace", str(tmp_path / "work"))
     assert done.returncode == 10
     assert done.stderr.startswith(f"Error: {records} holds no readable run: ")
     assert "give FILE instead of --resume" in done.stderr
@@ -167,7 +167,7 @@ def test_a_run_whose_locations_cannot_be_read_is_not_resumed(tmp_path: Path, loc
 
 
 def test_a_run_needs_a_manifest_or_an_earlier_run(tmp_path: Path) -> None:
-    done = qlora("run", "--workspace", str(tmp_path / "work"))
+    done = invoked("run", "--workspace", str(tmp_path / "work"))
     assert done.returncode == 2
     assert "--resume" in done.stderr
 

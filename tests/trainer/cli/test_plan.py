@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands.command import MANIFEST, qlora
+from tests.support.commands.command import MANIFEST, invoked, qlora
 from tests.support.models.model_configs import LLAMA_3_8B
 
+# A dry run of all 32 takes ten times as long.
+FOUR_BLOCKS = LLAMA_3_8B | {"num_hidden_layers": 4}
 LLAMA_65B = {
     "model_type": "llama",
     "hidden_size": 8192,
@@ -58,17 +60,17 @@ LLAMA_65B = {
 def test_an_error_in_a_manifest_names_file_line_and_field(tmp_path: Path, found: str, instead: str, error: str) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(MANIFEST.replace(found, instead))
-    done = qlora("plan", str(file))
+    done = invoked("plan", str(file))
     assert done.returncode == 10
     assert f"{file}:{error}" in done.stderr
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("content", ["", "# nothing\n", "- a list\n", "\x00", "{" * 3000])
+@pytest.mark.parametrize("content", ["", "# nothing\n", "- a list\n", "\x00", "{" * 1500])
 def test_a_file_that_is_no_manifest_is_rejected_in_one_sentence(tmp_path: Path, content: str) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(content)
-    done = qlora("plan", str(file))
+    done = invoked("plan", str(file))
     assert done.returncode == 10
     assert done.stderr.startswith(f"Error: {file}")
     assert "Traceback" not in done.stderr
@@ -77,17 +79,17 @@ def test_a_file_that_is_no_manifest_is_rejected_in_one_sentence(tmp_path: Path, 
 def test_several_errors_are_reported_together(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(MANIFEST.replace("rank", "rnk").replace("maxSteps: 3", "maxSteps: none"))
-    lines = qlora("plan", str(file)).stderr.splitlines()
+    lines = invoked("plan", str(file)).stderr.splitlines()
     assert len(lines) == 2
 
 
 def planned(
-    tmp_path: Path, *arguments: str, manifest: str = MANIFEST, config: dict[str, Any] = LLAMA_3_8B
+    tmp_path: Path, *arguments: str, manifest: str = MANIFEST, config: dict[str, Any] = FOUR_BLOCKS
 ) -> "subprocess.CompletedProcess[str]":
     """`qlora plan` of a model."""
     (tmp_path / "job.yaml").write_text(manifest)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), *arguments)
+    return invoked("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), *arguments)
 
 
 def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
@@ -97,29 +99,30 @@ def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
     sizes = {row[1]: float(row[2]) for row in rows if row and row[3] != "not at the peak"}
     expected = sizes.pop("Expected peak")
     assert sum(sizes.values()) == pytest.approx(expected, abs=0.05)
-    assert sizes["Base weights in 4-bit"] == pytest.approx(3.35, abs=0.01)
+    assert sizes["Base weights in 4-bit"] == pytest.approx(0.42, abs=0.01)
     assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
 
 
 def test_a_plan_that_does_not_fit_advises_changes(tmp_path: Path) -> None:
     done = planned(
-        tmp_path, "--gpu-memory", "16", manifest=MANIFEST + "    maxSequenceLength: 8192\n    microBatchSize: 4\n"
+        tmp_path, "--gpu-memory", "8", manifest=MANIFEST + "    maxSequenceLength: 8192\n    microBatchSize: 4\n"
     )
     assert done.returncode == 17
-    assert "exceeds: the run cannot fit on a GPU of 16 GiB" in done.stdout
+    assert "exceeds: the run cannot fit on a GPU of 8 GiB" in done.stdout
     assert "spec.training.microBatchSize: 4 → 2" in done.stdout
 
 
 def test_a_plan_that_barely_fits_reports_the_margin_and_the_first_advice(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "8", manifest=MANIFEST + "    maxSequenceLength: 2048\n")
+    done = planned(tmp_path, "--gpu-memory", "4", manifest=MANIFEST + "    maxSequenceLength: 2048\n")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
-    assert "fits: the run fits on a GPU of 8 GiB" in said
+    assert "fits: the run fits on a GPU of 4 GiB" in said
     assert "GiB are left" in said
     assert re.search(r"To free \d+\.\d\d GiB more, first change: spec\.training\.", said)
     assert "spec.training." in said
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_65b_job_on_48_gb_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
     job = MANIFEST.replace("rank: 8", "rank: 64") + "    maxSequenceLength: 512\n"
     done = planned(tmp_path, "--gpu-memory", "48", manifest=job, config=LLAMA_65B)
@@ -153,10 +156,10 @@ def test_a_plan_of_several_nodes_counts_all_gpus_and_names_uneven_batches(tmp_pa
 
 def test_a_plan_reads_the_configuration_from_a_volume(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "job.yaml").write_text(MANIFEST)
-    missing = qlora("plan", str(tmp_path / "job.yaml"))
+    missing = invoked("plan", str(tmp_path / "job.yaml"))
     assert missing.returncode == 10
     assert "--volume models=DIR" in missing.stderr
-    assert qlora("plan", str(tmp_path / "job.yaml"), "--volume", f"models={tiny_llama.parent}").returncode == 0
+    assert invoked("plan", str(tmp_path / "job.yaml"), "--volume", f"models={tiny_llama.parent}").returncode == 0
 
 
 @pytest.mark.parametrize(

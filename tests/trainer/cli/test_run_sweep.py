@@ -12,7 +12,7 @@ import pytest
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_completion
-from tests.support.commands.command import SPEC, Files, new_files, qlora
+from tests.support.commands.command import SPEC, Files, invoked, new_files, qlora
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.manifests import merged
 
@@ -73,7 +73,7 @@ def test_cells_are_run_one_by_one_and_the_best_is_published(tmp_path: Path, tiny
     adapters.mkdir()
     output = {"output": {"destination": "pvc://adapters/best"}}
     command = [*arguments(files, output, cellsPerPod=1, publish="best")]
-    missing = qlora(*command)
+    missing = invoked(*command)
     assert missing.returncode == 10
     assert "spec.output.destination is pvc://adapters/best: give a folder for the claim" in missing.stderr
     done = qlora(*command, "--volume", f"adapters={adapters}")
@@ -121,16 +121,16 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_published(tmp_pat
 
 def test_what_cannot_be_run_here_is_rejected_before_anything_is_written(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "jobs", tiny_llama.parent)
-    same = qlora(*arguments(files, cells=[{"rank": 8}, {"rank": 8}]))
+    same = invoked(*arguments(files, cells=[{"rank": 8}, {"rank": 8}]))
     assert same.returncode == 10
     assert "spec.cells[1] (rank=8) is the same as spec.cells[0]" in same.stderr
     halved = {"training": {"evalEverySteps": 1, "maxSteps": 4}}
-    stopped = qlora(*arguments(files, halved, halving={"minSteps": 2}, cellsPerPod=1, cells=[{"rank": 8}, {}]))
+    stopped = invoked(*arguments(files, halved, halving={"minSteps": 2}, cellsPerPod=1, cells=[{"rank": 8}, {}]))
     assert "spec.halving stops cells in a cluster only: remove it from FILE" in stopped.stderr
-    missing = qlora("run", manifest(files), "--workspace", str(files.workspace))
+    missing = invoked("run", manifest(files), "--workspace", str(files.workspace))
     assert "spec.model.source is pvc://models/model: give a folder for the claim" in missing.stderr
     assert not files.workspace.exists()
-    twice = qlora("run", manifest(files), manifest(files), "--workspace", str(files.workspace))
+    twice = invoked("run", manifest(files), manifest(files), "--workspace", str(files.workspace))
     assert twice.returncode == 2, "one FILE at a time"
 
 
@@ -141,12 +141,12 @@ def test_a_job_is_not_run_in_the_folder_of_a_sweep(tmp_path: Path, tiny_llama: P
     (files.workspace / "sweep.json").write_text(json.dumps(sweep))
     job = files.root / "job.yaml"
     job.write_text(json.dumps({**files.document, "metadata": {"name": "plain"}, "spec": SPEC}))
-    again = qlora("run", "--resume", "--workspace", str(files.workspace))
+    again = invoked("run", "--resume", "--workspace", str(files.workspace))
     assert again.returncode == 10
     assert "rates-00 holds no run to resume" in again.stderr
     for name in NAMES:
         (files.workspace / name / "records").mkdir(parents=True)
-    found = qlora("run", manifest(files), "--resume", "--workspace", str(tmp_path / "other"))
+    found = invoked("run", manifest(files), "--resume", "--workspace", str(tmp_path / "other"))
     assert "holds no run of a sweep to resume" in found.stderr
-    alone = qlora("run", str(job), "--workspace", str(files.workspace))
+    alone = invoked("run", str(job), "--workspace", str(files.workspace))
     assert alone.returncode == 10
