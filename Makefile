@@ -52,10 +52,10 @@ walk: $(VENV)/.synced ## Record in docs/walk.md what a newcomer types, from inst
 	@$(PYTHON) -m examples.walk $(WALK_OPTIONS)
 
 .PHONY: test
-test: no-cluster suites ## Check, and run the tests but the slowest and most of those in pods: up to 40 minutes on two cores, later 20
+test: no-cluster suites ## Check, and run the suites of every change: up to 40 minutes on two cores, 20 when all is built
 
 .PHONY: test-cluster
-test-cluster: no-cluster test-tools ## Run the tests that need pods or images, but the slowest: 25 minutes, with what `make test` has built
+test-cluster: no-cluster test-tools ## Run the tests that need pods or images, but the slowest: 25 minutes, when all is built
 	@rm -rf $(SPENT)
 	failed=0
 	$(PYTEST) $(SELECTION) --spent=$(SPENT)/pods.json tests/cluster || failed=1
