@@ -17,7 +17,7 @@ from devcluster.layout import from_environment
 from qlora_api.artifact_status import GateStatus, InitialAdapterStatus
 from qlora_api.contract import ENV_IMAGE, ExitCode
 from qlora_api.schema import replace
-from qlora_api.status import DatasetStatus
+from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_cli.__main__ import main
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Mounts
@@ -62,10 +62,17 @@ def test_every_field_of_the_statement_is_the_runs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(ENV_IMAGE, IMAGE)
     initial = {"source": "hf://acme/earlier@c0ffee", "sha256": "a" * 64}
     gate = {"passed": True, "adapterSha256": "b" * 64, "evalLoss": 1.25, "scoreRows": 3}
-    prepared = PrepareRecord.model_construct(
+    prepared = PrepareRecord(
+        model_path="model",
         model_revision="sha256:revision",
+        base_path="base",
         base_sha256="sha of prepare",
+        data_path="data/rows",
         fingerprint="of the data",
+        target_modules=("q_proj",),
+        packed=True,
+        model_type="llama",
+        memory=MemoryStatus(estimate_bytes=1, low_bytes=1, high_bytes=1, verdict="unknown"),
         dataset=DatasetStatus(format="text", rows=20, used_rows=11, eval_rows=5, sha256="c" * 64),
         initial_adapter=InitialAdapterStatus.model_validate(initial),
     )
