@@ -4,6 +4,9 @@ Only the leader works; another candidate takes over when it ends or is cut off.
 
 No wall clock decides: a candidate waits until it has seen the Lease unchanged for the Lease's duration, and the leader
 stops by its clock before that. Clocks of different nodes need not agree.
+
+A request may take a sixth of the duration. While none takes longer, the leader stays: from the read of a free Lease to
+its second renewal there are three requests and a pause, two thirds of the duration.
 """
 
 import asyncio
@@ -16,13 +19,15 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.kube.errors import ClusterError, ConflictError
+from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError
 
 logger = logging.getLogger(__name__)
 
-# Parts of the Lease's duration: after how long without a renewal the leader stops, and how often it renews.
+# Parts of the Lease's duration: after how long without a renewal the leader stops, how often it renews, and the longest
+# request that it waits for.
 _STOP_AFTER = 2 / 3
 _RENEW_EVERY = 1 / 6
+_LONGEST_REQUEST = 1 / 6
 _JITTER = 0.2
 # Longer than the work needs to stop on request.
 _STOPPING_SECONDS = 30.0
@@ -106,6 +111,7 @@ class Election:
         self._version = ""
         self._changed_at = monotonic()
         self._renewed_at: float | None = None
+        self._written: Object | None = None
         self._tried_at = monotonic()
         self._failing_since: float | None = None
         self._holder = ""
@@ -177,26 +183,24 @@ class Election:
     async def _keep(self) -> None:
         """Renew until another holds the Lease, or could soon take it."""
         while True:
-            await asyncio.sleep(self._settings.duration * _RENEW_EVERY)
-            leads = await self._try()
-            if leads is False or (leads is None and self._now() >= self._deadline()):
+            await asyncio.sleep(min(self._settings.duration * _RENEW_EVERY, max(0.0, self._left())))
+            left = self._left()
+            if left <= 0 or await self._try(left) is False:
                 return
 
-    def _deadline(self) -> float:
-        return (self._renewed_at or 0.0) + self._settings.duration * _STOP_AFTER
+    def _left(self) -> float:
+        """Seconds until the leader has to stop."""
+        return (self._renewed_at or 0.0) + self._settings.duration * _STOP_AFTER - self._now()
 
-    async def _try(self) -> bool | None:
+    async def _try(self, limit: float | None = None) -> bool | None:
         """Read the Lease, write it if that helps, and return whether this operator leads.
 
-        Returns None if unknown.
+        Returns None if unknown. `limit`: seconds until it gives up.
         """
         self._tried_at = self._now()
-        limit = self._settings.duration * _STOP_AFTER / 2
-        if self._renewed_at is not None:
-            limit = min(limit, max(self._settings.duration * _RENEW_EVERY, self._deadline() - self._now()))
         try:
             async with asyncio.timeout(limit):
-                leads = await self._step()
+                leads = await self._renew() or await self._step()
         except ConflictError:
             # Another candidate has written the Lease in between: the next try reads it.
             return None
@@ -206,23 +210,51 @@ class Election:
         self._recover()
         return leads
 
+    async def _renew(self) -> bool:
+        """Write the Lease as last written, in one request.
+
+        Returns whether it has not changed meanwhile.
+        """
+        if self._written is None:
+            return False
+        asked_at = self._now()
+        try:
+            self._take(await self._replace(self._manifest(self._written, taken=False)), asked_at)
+        except (ConflictError, NotFoundError):
+            self._written = None
+        return self._written is not None
+
     async def _step(self) -> bool:
         asked_at = self._now()
         settings = self._settings
-        lease = await self._leases.get_lease(settings.namespace, settings.name)
+        lease = await self._get()
         # It may have been renewed just before the answer: only from now on has it been seen unchanged.
         self._notice(lease, self._now())
         match decide(lease, self._identity, asked_at - self._changed_at, settings.duration):
             case Step.WAIT:
                 return False
             case Step.CREATE:
-                written = await self._leases.create_lease(settings.namespace, self._manifest(None, taken=True))
+                async with self._request():
+                    written = await self._leases.create_lease(settings.namespace, self._manifest(None, taken=True))
             case step:
-                manifest = self._manifest(lease, taken=step is Step.TAKE)
-                written = await self._leases.replace_lease(settings.namespace, settings.name, manifest)
-        self._notice(written, asked_at)
-        self._renewed_at = asked_at
+                written = await self._replace(self._manifest(lease, taken=step is Step.TAKE))
+        self._take(written, asked_at)
         return True
+
+    def _request(self) -> asyncio.Timeout:
+        return asyncio.timeout(self._settings.duration * _LONGEST_REQUEST)
+
+    async def _get(self) -> Object | None:
+        async with self._request():
+            return await self._leases.get_lease(self._settings.namespace, self._settings.name)
+
+    async def _replace(self, manifest: Object) -> Object:
+        async with self._request():
+            return await self._leases.replace_lease(self._settings.namespace, self._settings.name, manifest)
+
+    def _take(self, written: Object, asked_at: float) -> None:
+        self._notice(written, asked_at)
+        self._renewed_at, self._written = asked_at, written
 
     def _notice(self, lease: Object | None, now: float) -> None:
         version = lease["metadata"]["resourceVersion"] if lease else ""
@@ -251,13 +283,12 @@ class Election:
         """Give the Lease up, so that another candidate need not wait until it has expired."""
         settings = self._settings
         try:
-            async with asyncio.timeout(settings.duration * _STOP_AFTER / 2):
-                lease = await self._leases.get_lease(settings.namespace, settings.name)
-                if lease is None or decide(lease, self._identity, 0, settings.duration) is not Step.RENEW:
-                    return
-                manifest = self._manifest(lease, taken=False)
-                spec = {**manifest["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
-                await self._leases.replace_lease(settings.namespace, settings.name, {**manifest, "spec": spec})
+            lease = await self._get()
+            if lease is None or decide(lease, self._identity, 0, settings.duration) is not Step.RENEW:
+                return
+            manifest = self._manifest(lease, taken=False)
+            spec = {**manifest["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
+            await self._replace({**manifest, "spec": spec})
         except (ClusterError, TimeoutError) as error:
             logger.warning("the Lease cannot be given up, it expires in %d s: %s", settings.duration, error)
 

@@ -79,7 +79,8 @@ class LeaderElectionSettings(ApiModel):
         ge=3,
         le=300,
         description="Seconds after which another operator takes over from one that has ended without giving up the "
-        "Lease. The leader stops its work after two thirds of it without a renewal.",
+        "Lease. The leader stops its work after two thirds of it without a renewal. An answer of the API server may "
+        "take a sixth of it.",
     )
 
 
