@@ -43,7 +43,7 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
             continue  # counted with the end of its Job, which follows immediately
         if pod.stopping and child is not None and not child.deleting and not child.suspended:
             continue  # counted with its end: that its Job was suspended before may be seen after the pod's deletion
-        on_purpose = is_stopped_on_purpose(child, job) or _was_stopped_by_a_queue(pod, child)
+        on_purpose = is_stopped_on_purpose(child, job, pod)
         status = _count(status, job, pod, step.name, on_purpose=on_purpose)
     return _count_vanished(status, job, child, pods, now)
 
@@ -82,7 +82,7 @@ def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, n
         return status
     if ending is not None and (is_own_failure(ending) or ending.missed_peers):
         return _with_failure(charge_running(status, observed, now), job, ending)
-    if is_stopped_on_purpose(child, job) or (ending is None and _ran_before_a_queue_resumed(step, child)):
+    if is_stopped_on_purpose(child, job, ending or _running_since(step)):
         return status
     if ending is not None and ending.lost_peer:
         # No pod may ever report the cause: the lost connection is the only evidence.
@@ -151,25 +151,21 @@ def _with_failure(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobSt
     return status if pod.unsupported else replace(status, failures=status.failures + failed, step=step)
 
 
-def is_stopped_on_purpose(child: ChildJob | None, job: QLoRAJob) -> bool:
-    """Whether pods end because their Job is stopped: that is no disruption."""
-    stopped = child is None or child.deleting or child.suspended or child.complete or child.expired
-    return stopped or job.spec.suspend
+def is_stopped_on_purpose(child: ChildJob | None, job: QLoRAJob, pod: Pod | datetime | None) -> bool:
+    """Whether a pod ended because its Job was stopped: that is no disruption.
 
-
-def _was_stopped_by_a_queue(pod: Pod, child: ChildJob | None) -> bool:
-    """Whether the pod ended because a queue suspended its Job, resumed since."""
-    return child is not None and child.resumed is not None and pod.stopped_by(child.resumed)
-
-
-def _ran_before_a_queue_resumed(step: StepStatus, child: ChildJob | None) -> bool:
-    """Whether a vanished pod was running before a queue resumed its Job.
-
-    Only its start time is known.
+    `pod`: of one that has vanished, since when it ran.
     """
-    if child is None or child.resumed is None or step.running_since is None:
+    if child is None or child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:
+        return True
+    if child.resumed is None or pod is None:
         return False
-    return parse_time(step.running_since) < child.resumed
+    # A queue has suspended the Job, and resumed it since.
+    return pod < child.resumed if isinstance(pod, datetime) else pod.stopped_by(child.resumed)
+
+
+def _running_since(step: StepStatus) -> datetime | None:
+    return parse_time(step.running_since) if step.running_since else None
 
 
 def _count_vanished(
@@ -179,7 +175,7 @@ def _count_vanished(
     step = status.step
     if step is None or step.running_since is None or not _has_vanished(status, pods):
         return status
-    on_purpose = is_stopped_on_purpose(child, job) or _ran_before_a_queue_resumed(step, child)
+    on_purpose = is_stopped_on_purpose(child, job, _running_since(step))
     counted = replace(step, counted_pod=step.running_pod)
     status = _charge_vanished(status, child, pods, now)
     return replace(status, disruptions=status.disruptions + (0 if on_purpose else 1), step=counted)

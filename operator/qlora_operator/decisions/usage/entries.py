@@ -77,9 +77,7 @@ def _end_of(pod: Pod, job: QLoRAJob, observed: Observed) -> PodEnd:
     if pod.exited_well:
         return "completed"
     if pod.interrupted or pod.lost_peer:
-        child = owner_of(pod, observed)
-        resumed = child is not None and child.resumed is not None and pod.stopped_by(child.resumed)
-        return "suspension" if resumed or is_stopped_on_purpose(child, job) else "disruption"
+        return "suspension" if is_stopped_on_purpose(owner_of(pod, observed), job, pod) else "disruption"
     return "failure"
 
 

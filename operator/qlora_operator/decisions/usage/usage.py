@@ -202,14 +202,14 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
     for entry in before.pods:
         if entry.uid in there or entry.end is not None or not entry.name.startswith(own):
             continue
-        seen, step = last_counted(entry), facts.job.status.step
+        since, seen, step = entry.since, last_counted(entry), facts.job.status.step
         if step is not None and step.running_pod == entry.uid and step.progressed_at is not None:
-            seen = max(seen, parse_time(step.progressed_at))
+            since, seen = step.running_since or since, max(seen, parse_time(step.progressed_at))
         later = [pod.created for pod in facts.observed.pods if pod.created > seen]
         until = min(facts.now, seen + LONGEST_WITHOUT_NEWS, *later)
         seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
         jobs = (child for child in facts.observed.children if f"{entry.name}-".startswith(f"{child.name}-"))
-        on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job)
+        on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job, parse_time(since))
         end: PodEnd = "suspension" if on_purpose else "disruption"
         yield with_end(replace(entry, seconds=seconds), end, status, None)
 

@@ -115,6 +115,12 @@ def evicted(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"status": body["status"] | {"phase": "Failed", "reason": "Evicted", "conditions": conditions}}
 
 
+def resumed(at: float) -> dict[str, Any]:
+    """The train Job, which a queue has resumed then."""
+    conditions = [{"type": "Suspended", "status": "False"}]
+    return child("train") | {"status": {"startTime": time(at), "conditions": conditions}}
+
+
 @pytest.mark.parametrize(
     ("bodies", "spec", "expected"),
     [
@@ -129,6 +135,11 @@ def evicted(body: dict[str, Any]) -> dict[str, Any]:
         ([child("train"), evicted(train_pod())], {}, {"disruption": 100}),
         # It vanishes with its node: it was last heard of at 0.
         ([child("train")], {}, {"disruption": 100}),
+        # A queue has suspended its Job, and resumed it since.
+        ([resumed(20), deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {}, {"suspension": 100}),
+        ([resumed(20)], {}, {"suspension": 100}),
+        ([resumed(-95), deleted(ended(train_pod(), 137, start=-90, end=20), 10)], {}, {"disruption": 100}),
+        ([resumed(-95)], {}, {"disruption": 100}),
     ],
 )
 def test_time_in_no_checkpoint_is_lost_to_the_cause_of_the_pods_end(
