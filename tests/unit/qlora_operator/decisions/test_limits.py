@@ -114,6 +114,12 @@ def test_a_requested_restart_counts_as_a_failure() -> None:
     assert (status.phase, reason_of(status)) == ("Failed", "ProgressDeadlineExceeded")
 
 
+def test_a_suspended_job_without_progress_has_not_failed() -> None:
+    spec: dict[str, Any] = {"retry": {"onNoProgress": "restart"}, "suspend": True}
+    status = look(watched(), 3600, log_read=True, **spec)
+    assert (status.failures, conditions_of(status)["Progressing"]) == (0, "True")
+
+
 def test_a_deleted_job_is_not_replaced_before_its_pods_count() -> None:
     stored = watched(activeDeadlineSeconds=100)
     # The Job is deleted, its pod is not yet marked.

@@ -71,7 +71,7 @@ def test_cells_are_created_in_order_and_no_more_at_a_time_than_asked_for() -> No
     assert created(make(), cell(0)) == []
     assert created(make(parallelism=3)) == ["rates-00", "rates-01", "rates-02"]
     assert created(make(parallelism=3), done(0, 1.0), cell(1), cell(2, "Failed")) == ["rates-03"]
-    assert created(make(parallelism=3), *(cell(number) for number in range(4))) == []
+    assert created(make(parallelism=1), cell(0), cell(1)) == [], "parallelism was lowered"
     assert created(make(), objection=Reason("ProfileNotFound", "")) == []
 
 

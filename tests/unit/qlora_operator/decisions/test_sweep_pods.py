@@ -179,6 +179,14 @@ def test_the_next_job_is_created_after_the_one_before_is_deleted() -> None:
     assert found.then(*between, at=30).actions == (DeleteJob(CHILD, f"uid-{CHILD}"),)
 
 
+def test_the_sweep_counts_the_part_of_a_cell_whose_deletion_is_held_up() -> None:
+    found = started()
+    assert found.gpu_seconds() == 0
+    found.cells[FIRST] = deleting(found.cells[FIRST])
+    found.then(child("train"), running(pod("train")), at=900)
+    assert found.gpu_seconds() == 300
+
+
 def test_a_pod_of_which_no_cell_is_left_is_stopped() -> None:
     found = started()
     for name in NAMES:
