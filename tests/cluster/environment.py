@@ -25,6 +25,8 @@ SHORT, LONG = 30, 800
 # Of a training that a test stops.
 ENDLESS = 1_000_000
 INPUTS = "inputs"
+# For what a job or a sweep does: several times as much as a machine needs that has much else to do.
+SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Tenant:
         """The condition of that type; empty if it is not set."""
         return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
 
-    def wait(self, name: str, probe: Callable[[Object], object], *, seconds: float = 180, what: str = "") -> Object:
+    def wait(self, name: str, probe: Callable[[Object], object], *, what: str = "") -> Object:
         """The status as soon as `probe` holds for it. Fails if the job ends before."""
 
         def holds() -> Object:
@@ -130,37 +132,35 @@ class Tenant:
             return status if probe(status) else {}
 
         try:
-            return eventually(holds, seconds=seconds, what=what)
+            return eventually(holds, seconds=SECONDS, what=what)
         except AssertionError as late:
             raise AssertionError(f"{late}\n{self.kubectl('describe', 'qlorajob', name)}") from late
 
-    def wait_for_phase(self, name: str, *phases: str, seconds: float = 180) -> Object:
+    def wait_for_phase(self, name: str, *phases: str) -> Object:
         """The status as soon as the phase is one of these."""
-        return self.wait(
-            name, lambda s: s.get("phase") in phases, seconds=seconds, what=f"{name}: {' or '.join(phases)}"
-        )
+        return self.wait(name, lambda s: s.get("phase") in phases, what=f"{name}: {' or '.join(phases)}")
 
-    def wait_for_checkpoint(self, name: str, *, seconds: float = 180) -> Object:
+    def wait_for_checkpoint(self, name: str) -> Object:
         """The status of the job that trains, once it has a checkpoint."""
 
         def saved(status: Object) -> bool:
             return status.get("checkpoint", {}).get("step", 0) > 0 and status["phase"] == "Training"
 
-        return self.wait(name, saved, seconds=seconds, what=f"a checkpoint of {name}")
+        return self.wait(name, saved, what=f"a checkpoint of {name}")
 
-    def wait_for_end(self, name: str, *, seconds: float = 300) -> Object:
+    def wait_for_end(self, name: str) -> Object:
         """The status of the ended job."""
-        return self.wait_for_phase(name, *ENDED, seconds=seconds)
+        return self.wait_for_phase(name, *ENDED)
 
-    def succeed(self, name: str, *, seconds: float = 600) -> Object:
+    def succeed(self, name: str) -> Object:
         """The status of the job, which must have succeeded."""
-        status = self.wait_for_end(name, seconds=seconds)
+        status = self.wait_for_end(name)
         assert status["phase"] == "Succeeded", self.kubectl("describe", "qlorajob", name)
         return status
 
     def require_rejected(self, name: str, reason: str, said: str) -> None:
         """`prepare` has failed for good, and its user reads why."""
-        status = self.wait_for_end(name, seconds=180)
+        status = self.wait_for_end(name)
         assert status["phase"] == "Failed", status
         failed = self.condition(name, "Failed")
         assert failed["reason"] == reason
@@ -177,7 +177,7 @@ class Tenant:
             status = self.get("qlorasweep", name).get("status", {})
             return status if status.get("phase") in ENDED else None
 
-        status = eventually(ended, seconds=900, every=2, what="the end of the sweep") or {}
+        status = eventually(ended, seconds=SECONDS, every=2, what="the end of the sweep") or {}
         assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
         return status
 

@@ -1,4 +1,4 @@
-"""Features on top of one job: sweeps, gates, continued jobs, preferences, groups.
+"""Features on top of one job: sweeps, gates, continued jobs and preferences.
 
 For cells of one pod see test_life.py.
 """
@@ -7,7 +7,6 @@ import json
 
 import pytest
 
-from qlora_api.naming import STEP_LABEL
 from tests.cluster.environment import ENDLESS, INPUTS, SHORT, Tenant, tiny_job, tiny_sweep
 from tests.support.waiting import eventually
 
@@ -64,21 +63,19 @@ def test_a_loosened_gate_releases_an_adapter_without_training_again(tenant: Tena
     assert status["gate"]["passed"] is False
     assert "adapter" not in status
     tenant.patch(name, gate={"maxEvalLoss": 100}, retry={"request": 1})
-    status = tenant.wait(name, lambda s: s.get("phase") == "Succeeded", seconds=300, what="the gate passes")
+    status = tenant.wait(name, lambda s: s.get("phase") == "Succeeded", what="the gate passes")
     assert status["gate"]["adapterSha256"] == status["adapter"]["sha256"]
     assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
 
 
 def test_a_job_that_continues_a_failed_one_begins_at_its_checkpoint(tenant: Tenant) -> None:
     first = tenant.apply(tiny_job("first", steps=ENDLESS, activeDeadlineSeconds=3600))
-    tenant.wait(first, lambda s: s.get("checkpoint", {}).get("step", 0) >= 20, seconds=300, what="a checkpoint")
+    tenant.wait(first, lambda s: s.get("checkpoint", {}).get("step", 0) >= 20, what="a checkpoint")
     tenant.patch(first, suspend=True)
-    status = tenant.wait_for_phase(first, "Suspended", seconds=300)
+    status = tenant.wait_for_phase(first, "Suspended")
     saved = status["checkpoint"]["step"]
     second = tenant.apply(tiny_job("second", steps=ENDLESS, continues=first))
-    progress = tenant.wait(
-        second, lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=300, what="the second job trains"
-    )
+    progress = tenant.wait(second, lambda s: s.get("progress", {}).get("step", 0) > 0, what="the second job trains")
     assert progress["progress"]["step"] >= saved
     tenant.kubectl("delete", "qlorajob", first, second, "--wait=false")
 
@@ -97,22 +94,3 @@ def test_a_job_that_compares_answers_reports_how_often_it_prefers_the_chosen(ten
     assert status["dataset"]["format"] == "preference"
     assert status["progress"]["evalAccuracy"] > 0.5
     assert status["adapter"]["baseModel"] == f"pvc://{INPUTS}/model"
-
-
-def test_jobs_of_a_group_are_trained_by_one_pod_and_each_publishes_its_adapter(tenant: Tenant) -> None:
-    tenant.claim("together")
-    names = ["group-a", "group-b", "group-c"]
-    for number, name in enumerate(names):
-        lora = {"rank": 4 * (number + 1), "alpha": 8}
-        training = {**tiny_job(name)["spec"]["training"], "maxSteps": SHORT + 10 * number}
-        group = {"name": "ranks", "size": len(names)}
-        workspace = {"claimName": "together"}
-        tenant.apply(tiny_job(name, lora=lora, training=training, group=group, workspace=workspace))
-    statuses = {name: tenant.succeed(name, seconds=900) for name in names}
-    assert {status["group"]["leader"] for status in statuses.values()} == {"group-a"}
-    (pod,) = [each for each in tenant.children("group-a", "pods") if each["metadata"]["labels"][STEP_LABEL] == "train"]
-    for number, name in enumerate(names):
-        adapter = statuses[name]["adapter"]
-        assert (adapter["rank"], adapter["step"]) == (4 * (number + 1), SHORT + 10 * number)
-        assert [attempt["podUid"] for attempt in tenant.attempts(name)] == [pod["metadata"]["uid"]], name
-        assert tenant.adapter_sum(statuses[name]) == adapter["sha256"]

@@ -52,22 +52,22 @@ def test_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(
     # The queue has one of the node's two GPUs, and this job does not use the queue.
     undisturbed = tenant.apply(tiny_job("alone", steps=LONG))
     low = tenant.apply(queued_job("low", "low", QUEUE))
-    tenant.wait_for_checkpoint(low, seconds=300)
+    tenant.wait_for_checkpoint(low)
     preempted = tenant.running_pod(low, "train")
     assert preempted is not None
 
     queues.local_queue(LATE, QUEUE)
 
-    status = tenant.wait_for_phase(low, "Queued", seconds=300)
+    status = tenant.wait_for_phase(low, "Queued")
     tenant.wait(low, lambda _: "Kueue: Preempted to accommodate a workload" in said(tenant, low))
     assert tenant.condition(low, "Succeeded")["reason"] == "WaitingForQueue"
-    tenant.wait_for_phase(high, "Training", seconds=300)
+    tenant.wait_for_phase(high, "Training")
     for waiting in (low, also_low):
         assert tenant.running_pod(waiting, "train") is None
     tenant.wait(also_low, lambda _: "insufficient unused quota" in said(tenant, also_low))
     assert status["checkpoint"]["step"] > 0
 
-    statuses = {name: tenant.succeed(name, seconds=900) for name in (high, low, also_low, undisturbed)}
+    statuses = {name: tenant.succeed(name) for name in (high, low, also_low, undisturbed)}
 
     assert {name: status.get("disruptions", 0) for name, status in statuses.items()} == dict.fromkeys(statuses, 0)
     train_pods = tenant.get("pods", f"--selector=qlora.dev/job={low},qlora.dev/step=train")["items"]

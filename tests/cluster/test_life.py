@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from devcluster.product import SHARED_PROFILE
-from qlora_api.naming import STEP_LABEL
+from qlora_api.naming import SWEEP_LABEL
 from tests.cluster.conftest import row
 from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job, tiny_sweep
 from tests.support.commands.typed import typed
@@ -56,7 +56,7 @@ def deleted(tenant: Tenant) -> Object:
     }
     tenant.apply(sweep)
     tenant.apply(tiny_job(INTERRUPTED, steps=LONG))
-    tenant.wait_for_checkpoint(INTERRUPTED, seconds=300)
+    tenant.wait_for_checkpoint(INTERRUPTED)
     pod = tenant.running_pod(INTERRUPTED, "train")
     assert pod is not None
     tenant.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
@@ -81,7 +81,7 @@ def finished(tenant: Tenant, deleted: Object, tmp_path_factory: pytest.TempPathF
                 typed("watch", NAME, *options, terminal=True) as watched,
                 typed("logs", NAME, "--follow", *options, terminal=False) as logs,
             ):
-                status = tenant.succeed(NAME, seconds=600)
+                status = tenant.succeed(NAME)
                 tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=10s")
                 assert (watched.end(), logs.end()) == (0, 0)
                 eventually(lambda: "Succeeded" in output.read_text(), seconds=60, what="the row of the end")
@@ -261,8 +261,7 @@ def test_cells_of_a_pod_are_trained_by_it_together(tenant: Tenant) -> None:
     status = tenant.sweep_succeeded(SWEEP)
     cells = [cell["name"] for cell in status["cells"]]
     assert cells == [f"{SWEEP}-00", f"{SWEEP}-01"]
-    assert {tenant.status(name)["group"]["leader"] for name in cells} == {cells[0]}
-    (pod,) = [each for each in tenant.children(cells[0], "pods") if each["metadata"]["labels"][STEP_LABEL] == "train"]
+    (pod,) = tenant.get("pods", f"--selector={SWEEP_LABEL}={SWEEP}")["items"]
     for name in cells:
         assert [attempt["podUid"] for attempt in tenant.attempts(name)] == [pod["metadata"]["uid"]], name
     assert status["best"]["sha256"] == tenant.status(status["best"]["cell"])["adapter"]["sha256"]

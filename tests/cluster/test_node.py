@@ -36,7 +36,7 @@ def training(tenant: Tenant, name: str) -> Object:
 
 def require_one_disruption(tenant: Tenant, name: str, undisturbed: Object) -> None:
     """The job has ended in the same bytes, and one pod has been counted."""
-    status = tenant.succeed(name, seconds=600)
+    status = tenant.succeed(name)
     assert (status.get("disruptions", 0), status.get("failures", 0)) == (1, 0)
     assert tenant.adapter_sum(status) == tenant.adapter_sum(undisturbed)
 

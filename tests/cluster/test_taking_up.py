@@ -59,7 +59,7 @@ def test_a_step_that_hangs_is_reported_and_restarted_from_its_checkpoint(tenant:
     assert pod is not None
     stop_processes_of(pod)
 
-    status = tenant.wait(name, lambda status: status.get("failures", 0) == 1, seconds=240)
+    status = tenant.wait(name, lambda status: status.get("failures", 0) == 1)
 
     assert status["lastFailure"]["reason"] == "ProgressDeadlineExceeded"
     status = tenant.succeed(name)
