@@ -45,13 +45,13 @@ def same_numbers(found: StepContext, expected: StepContext, tolerance: float) ->
         assert [line[name] for line in ours if name in line] == pytest.approx(values, rel=tolerance)
 
 
-def until(process: "subprocess.Popen[str]", step: int) -> str:
+def until(process: "subprocess.Popen[str]", step: int, pod: str = POD_UID) -> str:
     """Output of the process until `step` steps are done."""
     assert process.stdout is not None
     said = ""
     for line in process.stdout:
         said += line
-        record = decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID)
+        record = decode_record(line, job_uid=JOB_UID, pod_uid=pod)
         if isinstance(record, ProgressRecord) and record.training_step >= step:
             return said
     raise AssertionError(f"it ended before step {step}: {said}")
@@ -130,6 +130,13 @@ def limit_second_gpu(rows: int) -> None:
         return loss(model, batch)
 
     vars(objective)["batch_loss"] = limited
+
+
+def waiting_at(folder: Path, step: int, *ranks: int, code: str = "") -> dict[str, str]:
+    """Return an environment in which these ranks wait for a signal after so many steps."""
+    place = ", ".join(map(str, (step, *ranks)))
+    wait = f"from tests.support.runs.waiting_step import wait_at\nwait_at({place})\n"
+    return beginning_with(folder, wait + code)
 
 
 def beginning_with(folder: Path, code: str) -> dict[str, str]:

@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from devcluster.addresses import free_port
+from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.process import log_to
+from qlora_trainer.core.failures import StopRequest
+from qlora_trainer.core.outcome import classify
+from qlora_trainer.core.process import log_to, on_termination
 from qlora_trainer.training.distributed.launch import RankInfo
 from tests.support.runs import checkpoints
 from tests.support.training import run
@@ -26,7 +31,7 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def train_ranks(context: StepContext, change: Change | None = None) -> None:
+def train_ranks(context: StepContext, change: Change | None = None, *, ends: ExitCode = ExitCode.DONE) -> None:
     """Train the job in a process for each GPU, as torchrun starts them. Each has its log."""
     size, port = context.spec.resources.gpus, free_port()
     ranks = [RankInfo(rank, size, rank, size, "127.0.0.1", port) for rank in range(size)]
@@ -35,7 +40,7 @@ def train_ranks(context: StepContext, change: Change | None = None) -> None:
         process.start()
     for process in processes:
         process.join(TIMEOUT_S)
-    assert [process.exitcode for process in processes] == [0] * size, logs(context)
+    assert [process.exitcode for process in processes] == [ends] * size, logs(context)
 
 
 def logs(context: StepContext) -> list[str]:
@@ -50,11 +55,15 @@ def _log(context: StepContext, rank: int) -> Path:
 def _train(context: StepContext, rank: RankInfo, change: Change | None) -> NoReturn:
     os.environ |= rank.environment() | {"GLOO_SOCKET_IFNAME": "lo"}
     log_to(_log(context, rank.rank), "")
+    # As in a step's process: another number of threads adds in another order.
+    torch.set_num_threads(1)
+    stop = StopRequest()
+    on_termination(stop.set)
     try:
         if change is not None:
             change()
-        run(context)
-    except BaseException:  # noqa: BLE001 - it is in the log, which the test shows
+        run(context, stop=stop)
+    except BaseException as error:  # noqa: BLE001 - it is in the log, which the test shows
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        os._exit(classify(error).exit_code)
+    os._exit(ExitCode.DONE)

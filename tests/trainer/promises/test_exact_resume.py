@@ -23,7 +23,6 @@ import torch
 from transformers import LlamaConfig
 
 import qlora_trainer
-from qlora_api.contract import ProgressRecord, decode_record
 from qlora_trainer.core import cpu
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
@@ -33,7 +32,8 @@ from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.training.checkpoints import attempts
 from tests.support.commands.command import Files, new_files
 from tests.support.manifests import merged
-from tests.support.models.tiny import JOB_UID, POD_UID, SHAPE, chat_row, save_model, write_rows
+from tests.support.models.tiny import SHAPE, chat_row, save_model, write_rows
+from tests.support.ranks import until, waiting_at
 from tests.support.training import adapter_bytes, history, prepared, run
 
 Site = tuple[str, str, int, str, str]
@@ -221,12 +221,8 @@ def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
 
 def signalled(files: Files, step: int, *signals: signal.Signals, threads: str = "1") -> int:
     """Exit code of the train step's command line, sent `signals` after `step` steps."""
-    process = files.start("train", OMP_NUM_THREADS=threads)
-    assert process.stdout is not None
-    for line in process.stdout:
-        record = decode_record(line.rstrip(), job_uid=JOB_UID, pod_uid=POD_UID)
-        if isinstance(record, ProgressRecord) and record.training_step >= step:
-            break
+    process = files.start("train", **waiting_at(files.root / "code", step, 0), OMP_NUM_THREADS=threads)
+    until(process, step)
     for number in signals:
         process.send_signal(number)
     process.communicate()

@@ -1,4 +1,4 @@
-"""Each ending of a step, through the command line: exit code, record, and files."""
+"""Each ending of a step: exit code, record, and files; by the command line where the process matters."""
 
 import json
 import os
@@ -14,10 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, decode_record
+from qlora_api.contract import ExitCode, ResultRecord
+from qlora_trainer.steps.prepare import prepare
 from tests.support.commands.command import Done, Files, new_files
-from tests.support.models.tiny import JOB_UID, POD_UID
-from tests.support.ranks import beginning_with
+from tests.support.failures import failing
+from tests.support.models.tiny import POD_UID, Recorded
+from tests.support.ranks import beginning_with, until, waiting_at
+from tests.support.runs.published import context
+from tests.support.training import run
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def files(tmp_path: Path, tiny_llama: Path) -> Files:
 @pytest.fixture
 def prepared(tmp_path: Path, finished: Files) -> Files:
     """A prepared job."""
-    files = finished.copied(tmp_path / "job")
+    files = finished.copied(tmp_path / "job").with_spec({"training": {"samples": 0}})
     for folder in ("checkpoints", "trained", "adapter", "report"):
         shutil.rmtree(files.workspace / folder)
     for step in ("train", "publish"):
@@ -57,10 +61,11 @@ def test_10_a_workspace_that_cannot_be_written(files: Files) -> None:
     failed(files.run("prepare"), ExitCode.BAD_CONFIGURATION, str(files.workspace), "cannot be written")
 
 
-def test_11_a_file_with_an_undecodable_name_next_to_the_data(files: Files) -> None:
+def test_11_a_file_with_an_undecodable_name_next_to_the_data(files: Files, records: Recorded) -> None:
     Path(os.fsdecode(bytes(files.data) + b"/caf\xe9.jsonl")).touch()
-    done = files.with_spec({"dataset": {"source": "pvc://data/other.jsonl"}}).run("prepare")
-    failed(done, ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl")
+    with failing(ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl") as failure:
+        prepare(context(files.with_spec({"dataset": {"source": "pvc://data/other.jsonl"}})), records)
+    assert failure.value.message.isprintable()
 
 
 def test_13_the_gpu_runs_out_of_memory(prepared: Files) -> None:
@@ -91,6 +96,7 @@ def test_16_the_volume_does_not_take_the_file(files: Files) -> None:
     failed(files.run("prepare", prefix=limit), ExitCode.STORAGE_FULL, "full", "spec.workspace.size")
 
 
+@pytest.mark.slow
 def test_16_the_volume_is_full(prepared: Files) -> None:
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     volume, content = prepared.workspace, prepared.workspace.with_name("content")
@@ -104,12 +110,12 @@ def test_16_the_volume_is_full(prepared: Files) -> None:
     failed(done, ExitCode.STORAGE_FULL, "full")
 
 
-def test_17_a_run_that_cannot_fit_the_card(files: Files) -> None:
+def test_17_a_run_that_cannot_fit_the_card(files: Files, records: Recorded) -> None:
     spec = {"resources": {"gpuMemory": 1}, "training": {"microBatchSize": 1024, "maxSequenceLength": 512}}
-    done = files.with_spec(spec).run("prepare")
-    failed(done, ExitCode.DOES_NOT_FIT, "spec.resources.gpuMemory", "spec.training.microBatchSize")
-    assert done.result.memory is not None
-    assert done.result.memory.verdict == "exceeds"
+    with failing(ExitCode.DOES_NOT_FIT, "spec.resources.gpuMemory", "spec.training.microBatchSize"):
+        prepare(context(files.with_spec(spec)), records)
+    assert records.findings.memory is not None
+    assert records.findings.memory.verdict == "exceeds"
     assert not (files.workspace / "data").exists()
 
 
@@ -123,30 +129,24 @@ def test_18_attempts_that_are_killed_without_a_new_checkpoint(prepared: Files) -
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    failed(prepared.run("train"), ExitCode.RETRIES_EXHAUSTED, "5 attempts in a row", "spec.retry.request")
+    with failing(ExitCode.RETRIES_EXHAUSTED, "5 attempts in a row", "spec.retry.request"):
+        run(context(prepared))
 
 
-def test_143_interrupted_training_continues_to_the_same_adapter(prepared: Files, finished: Files) -> None:
-    process = prepared.start("train")
-    read = ""
-    for line in process.stdout or ():
-        read += line
-        record = decode_record(line.rstrip(), job_uid=JOB_UID, pod_uid=POD_UID)
-        if isinstance(record, ProgressRecord) and record.training_step >= 2:
-            process.send_signal(signal.SIGTERM)
-            break
+@pytest.mark.usefixtures("one_thread")
+def test_143_interrupted_training_continues_to_the_same_adapter(
+    tmp_path: Path, prepared: Files, finished: Files, records: Recorded
+) -> None:
+    process = prepared.start("train", **waiting_at(tmp_path / "code", 2, 0))
+    read = until(process, 2)
+    process.terminate()
     done = prepared.finish(process, read)
     assert (done.exit_code, done.result.outcome, done.result.reason) == (143, "interrupted", "Interrupted")
-    step = done.result.training_step
-    assert step is not None
-    assert 2 <= step < 30
-    assert (prepared.workspace / "checkpoints" / f"step-{step}").is_dir()
+    assert done.result.training_step == 2
+    assert (prepared.workspace / "checkpoints" / "step-2").is_dir()
 
-    again = prepared.run("train")
-    assert again.exit_code == 0, again.stdout
-    first = again.records[0]
-    assert isinstance(first, ProgressRecord)
-    assert first.training_step == step
+    run(context(prepared), records=records)
+    assert records.written[0]["trainingStep"] == 2
     adapters = [files.workspace / "trained" / "adapter_model.safetensors" for files in (prepared, finished)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
@@ -177,9 +177,9 @@ def test_200_a_hub_that_cannot_be_reached(files: Files) -> None:
     failed(done, ExitCode.UNREACHABLE, "acme/tiny")
 
 
-def test_200_a_claim_that_does_not_exist_yet(files: Files) -> None:
-    done = files.with_spec({"dataset": {"source": "pvc://other/train.jsonl"}}).run("prepare")
-    failed(done, ExitCode.UNREACHABLE, "other")
+def test_200_a_claim_that_does_not_exist_yet(files: Files, records: Recorded) -> None:
+    with failing(ExitCode.UNREACHABLE, "other"):
+        prepare(context(files.with_spec({"dataset": {"source": "pvc://other/train.jsonl"}})), records)
 
 
 def test_203_an_unexpected_error(tmp_path: Path, finished: Files) -> None:

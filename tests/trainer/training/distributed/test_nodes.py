@@ -24,12 +24,12 @@ from tests.support.commands.command import Files
 from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.models.tiny import POD_UID
-from tests.support.ranks import EXACT, TWO, Pods, other, runs, succeeded, until, workspace
+from tests.support.ranks import EXACT, TWO, Pods, other, runs, succeeded, until, waiting_at, workspace
 from tests.support.runs.lost_nodes import Case, Ended, endings
 from tests.support.training import adapter_bytes, history
 
 NODES: dict[str, Any] = {"resources": {"nodes": 2}}
-MANY_STEPS: dict[str, Any] = {"training": {"maxSteps": 24, "saveEverySteps": 5, "evalEverySteps": 50}}
+SHORT: dict[str, Any] = {"training": {"maxSteps": 8, "saveEverySteps": 5, "evalEverySteps": 50}}
 
 
 def spec_of(*parts: dict[str, Any]) -> dict[str, Any]:
@@ -45,9 +45,9 @@ def ran(pods: Pods, name: str = POD_UID, **environment: str) -> None:
 
 
 @pytest.fixture
-def long_job(tmp_path: Path, tiny_llama: Path) -> tuple[Pods, StepContext]:
-    """A job of many steps on two nodes, which can be disturbed in their midst."""
-    files, context = workspace(tmp_path / "job", tiny_llama, merged(NODES, MANY_STEPS))
+def job(tmp_path: Path, tiny_llama: Path) -> tuple[Pods, StepContext]:
+    """A job of a few steps on two nodes."""
+    files, context = workspace(tmp_path / "job", tiny_llama, merged(NODES, SHORT))
     return Pods.of(files), context
 
 
@@ -85,9 +85,9 @@ def test_two_pods_with_two_processes_each_train_the_adapter_of_four_in_one(tmp_p
     assert adapter_bytes(apart) == adapter_bytes(whole)
 
 
-def test_the_pod_whose_peer_is_killed_ends_by_itself(long_job: tuple[Pods, StepContext]) -> None:
-    pods, _ = long_job
-    first, second = (pods.start(node) for node in range(2))
+def test_the_pod_whose_peer_is_killed_ends_by_itself(tmp_path: Path, job: tuple[Pods, StepContext]) -> None:
+    pods, _ = job
+    first, second = (pods.start(node, **waiting_at(tmp_path / "code", 3, 1)) for node in range(2))
     said = until(first.process, 3)
     second.process.kill()
 
@@ -100,10 +100,10 @@ def test_the_pod_whose_peer_is_killed_ends_by_itself(long_job: tuple[Pods, StepC
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_pod_whose_peer_is_killed_ends_by_itself_and_the_resume_is_exact(
-    tmp_path: Path, tiny_llama: Path, long_job: tuple[Pods, StepContext], killed: int
+    tmp_path: Path, tiny_llama: Path, job: tuple[Pods, StepContext], killed: int
 ) -> None:
-    pods, context = long_job
-    started = [pods.start(node) for node in range(2)]
+    pods, context = job
+    started = [pods.start(node, **waiting_at(tmp_path / "code", 7, killed)) for node in range(2)]
     said = until(started[0].process, 7)
     started[killed].process.kill()
 
@@ -112,7 +112,7 @@ def test_the_pod_whose_peer_is_killed_ends_by_itself_and_the_resume_is_exact(
     assert done.exit_code == ExitCode.PEER_LOST, done.stdout + done.stderr
     assert "lost another process of this run" in done.result.message
     ran(pods, "the next attempt")
-    files, undisturbed = workspace(tmp_path / "whole", tiny_llama, merged(TWO, MANY_STEPS))
+    files, undisturbed = workspace(tmp_path / "whole", tiny_llama, merged(TWO, SHORT))
     succeeded(files.run("train"))
     assert adapter_bytes(context) == adapter_bytes(undisturbed)
 
@@ -128,8 +128,8 @@ def test_a_pod_whose_peers_never_come_reports_it(tmp_path: Path, tiny_llama: Pat
     assert "spec.resources.nodes" in done.result.message
 
 
-def test_sigterm_while_it_waits_ends_a_pod_as_interrupted(long_job: tuple[Pods, StepContext]) -> None:
-    pods, _ = long_job
+def test_sigterm_while_it_waits_ends_a_pod_as_interrupted(job: tuple[Pods, StepContext]) -> None:
+    pods, _ = job
     first = pods.start(0)
     assert first.process.stdout is not None
     said = first.process.stdout.readline()
@@ -154,14 +154,11 @@ def test_a_pod_does_not_join_those_that_its_predecessor_had_joined() -> None:
 
 
 @pytest.mark.slow
-def test_a_replacement_pod_waits_for_new_peers(long_job: tuple[Pods, StepContext]) -> None:
+def test_a_replacement_pod_waits_for_new_peers(tmp_path: Path, job: tuple[Pods, StepContext]) -> None:
     """A resumed Job may have its second pod before the old first one has ended."""
-    pods, _ = long_job
-    first, second = (pods.start(node, "old") for node in range(2))
-    until_old = first.process.stdout
-    assert until_old is not None
-    while "training" not in until_old.readline():
-        pass
+    pods, _ = job
+    first, second = (pods.start(node, "old", **waiting_at(tmp_path / "code", 2, 1)) for node in range(2))
+    until(first.process, 2, "old")
     successor = pods.start(1, "new")
     os.kill(second.process.pid, signal.SIGTERM)
     assert second.done().exit_code == ExitCode.INTERRUPTED
@@ -174,9 +171,10 @@ def test_a_replacement_pod_waits_for_new_peers(long_job: tuple[Pods, StepContext
 
 @pytest.mark.slow
 def test_a_killed_process_of_a_pod_is_that_pods_failure_and_ends_both(tmp_path: Path, tiny_llama: Path) -> None:
-    files, _ = workspace(tmp_path / "job", tiny_llama, merged(MANY_STEPS, {"resources": {"gpus": 2, "nodes": 2}}))
+    files, _ = workspace(tmp_path / "job", tiny_llama, merged(SHORT, {"resources": {"gpus": 2, "nodes": 2}}))
     pods = Pods.of(files)
-    first, second = (pods.start(node) for node in range(2))
+    # The second process of the second pod.
+    first, second = (pods.start(node, **waiting_at(tmp_path / "code", 3, 3)) for node in range(2))
     said = until(first.process, 3)
     child = other(second.process)
     os.kill(child, signal.SIGKILL)

@@ -4,12 +4,12 @@ import os
 import re
 import select
 import signal
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
@@ -19,42 +19,34 @@ from tests.support.ranks import (
     SHARDED,
     TWO,
     beginning_with,
+    limit_second_gpu,
     other,
     runs,
-    succeeded,
     until,
+    waiting_at,
     workspace,
 )
-from tests.support.training import adapter_bytes, history
+from tests.support.runs.forked_ranks import logs, train_ranks
+from tests.support.runs.waiting_step import stop_at
+from tests.support.training import adapter_bytes, history, prepared
 
-MANY_STEPS: dict[str, Any] = {"training": {"maxSteps": 60, "saveEverySteps": 5, "evalEverySteps": 50}}
-LONG = merged(TWO, MANY_STEPS)
-LONG_SHARDED = merged(SHARDED, MANY_STEPS)
+SHORT: dict[str, Any] = {"training": {"maxSteps": 8, "saveEverySteps": 3, "evalEverySteps": 50}}
+PLAIN, SPREAD = merged(TWO, SHORT), merged(SHARDED, SHORT)
 
 
 @pytest.fixture
-def long_job(tmp_path: Path, tiny_llama: Path) -> tuple[Files, StepContext]:
-    """A job of many steps for two processes, which can be disturbed in their midst."""
-    return workspace(tmp_path / "job", tiny_llama, LONG)
+def job(tmp_path: Path, tiny_llama: Path) -> tuple[Files, StepContext]:
+    """A job for two processes."""
+    return workspace(tmp_path / "job", tiny_llama, PLAIN)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callable[[str], StepContext]:
-    """Ending of an undisturbed job, by its spec.training.sharding."""
-
-    @cache
-    def make(sharding: str) -> StepContext:
-        spec = LONG_SHARDED if sharding == "full" else LONG
-        files, context = workspace(tmp_path_factory.mktemp(sharding) / "job", tiny_llama, spec)
-        succeeded(files.run("train"))
-        return context
-
-    return make
-
-
-def logs(files: Files) -> list[str]:
-    """Logs of the two processes of the latest attempt, the main one's first."""
-    return [(files.workspace / "records" / name).read_text() for name in ("train.log", "train.rank-1.log")]
+def require_undisturbed(context: StepContext, root: Path, model: Path) -> None:
+    """Resume the job, which ends as a job that is not disturbed."""
+    undisturbed = prepared(root / "undisturbed", model, context.spec.dump())
+    for each in (undisturbed, context):
+        train_ranks(each)
+    assert adapter_bytes(context) == adapter_bytes(undisturbed)
+    assert history(context) == history(undisturbed)
 
 
 def saves(log: str, step: int) -> int:
@@ -63,43 +55,36 @@ def saves(log: str, step: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("sharding", "signalled"),
-    [
-        pytest.param("none", {"main"}, id="main", marks=pytest.mark.slow),
-        pytest.param("none", {"child"}, id="child"),
-        pytest.param("none", {"main", "child"}, id="both", marks=pytest.mark.slow),
-        pytest.param("full", {"child"}, id="sharded"),
-    ],
+    "signalled",
+    [pytest.param((0,), marks=pytest.mark.slow), (1,), pytest.param((0, 1), marks=pytest.mark.slow)],
+    ids=["main", "child", "both"],
 )
 def test_sigterm_on_any_process_saves_once_and_ends_both_and_the_resume_is_exact(
-    tmp_path: Path,
-    tiny_llama: Path,
-    undisturbed: Callable[[str], StepContext],
-    sharding: str,
-    signalled: set[str],
+    tmp_path: Path, tiny_llama: Path, job: tuple[Files, StepContext], signalled: tuple[int, ...]
 ) -> None:
-    spec = LONG_SHARDED if sharding == "full" else LONG
-    files, context = workspace(tmp_path / "job", tiny_llama, spec)
-
-    process = files.start("train")
+    files, context = job
+    process = files.start("train", **waiting_at(tmp_path / "code", 5, *signalled))
     said = until(process, 5)
     child = other(process)
-    for name in signalled:
-        os.kill(process.pid if name == "main" else child, signal.SIGTERM)
+    for rank in signalled:
+        os.kill((process.pid, child)[rank], signal.SIGTERM)
     interrupted = files.finish(process, said)
 
     assert interrupted.exit_code == ExitCode.INTERRUPTED, interrupted.stderr
     assert not runs(child)
-    step = interrupted.result.training_step
-    assert step is not None
-    assert 5 <= step < 60
-    assert f"the checkpoint of step {step} is saved" in interrupted.result.message
-    main_log, child_log = logs(files)
+    assert interrupted.result.training_step == 5
+    assert "the checkpoint of step 5 is saved" in interrupted.result.message
+    main_log, child_log = logs(context)
     assert "INFO qlora_trainer.training.distributed.launch: rank 1 of 2 ended with status 143" in main_log
-    assert [saves(log, step) for log in (main_log, child_log)] == [1, 0]
-    succeeded(files.run("train"))
-    assert adapter_bytes(context) == adapter_bytes(undisturbed(sharding))
-    assert history(context) == history(undisturbed(sharding))
+    assert [saves(log, 5) for log in (main_log, child_log)] == [1, 0]
+    require_undisturbed(context, tmp_path, tiny_llama)
+
+
+def test_ranks_of_a_sharded_base_save_the_same_step(tmp_path: Path, tiny_llama: Path) -> None:
+    context = prepared(tmp_path / "job", tiny_llama, SPREAD)
+    train_ranks(context, partial(stop_at, 5, 1), ends=ExitCode.INTERRUPTED)
+    assert [saves(log, 5) for log in logs(context)] == [1, 0]
+    require_undisturbed(context, tmp_path, tiny_llama)
 
 
 CRASH_AT_THE_END = """
@@ -111,26 +96,26 @@ if os.environ.get("RANK") == "1":
 
 
 def test_a_process_that_crashes_after_the_save_changes_no_ending_and_is_logged(
-    tmp_path: Path, long_job: tuple[Files, StepContext]
+    tmp_path: Path, job: tuple[Files, StepContext]
 ) -> None:
-    files, _ = long_job
+    files, context = job
 
-    process = files.start("train", **beginning_with(tmp_path / "code", CRASH_AT_THE_END))
+    process = files.start("train", **waiting_at(tmp_path / "code", 5, 0, code=CRASH_AT_THE_END))
     said = until(process, 5)
     process.terminate()
     done = files.finish(process, said)
 
     assert done.exit_code == ExitCode.INTERRUPTED, done.stderr
-    assert f"the checkpoint of step {done.result.training_step} is saved" in done.result.message
+    assert "the checkpoint of step 5 is saved" in done.result.message
     assert (
         "WARNING qlora_trainer.training.distributed.launch: rank 1 of 2 ended with status 99; its log is records/"
-        in logs(files)[0]
+        in logs(context)[0]
     )
 
 
-def test_a_killed_process_ends_the_other_for_another_attempt(long_job: tuple[Files, StepContext]) -> None:
-    files, _ = long_job
-    process = files.start("train")
+def test_a_killed_process_ends_the_other_for_another_attempt(tmp_path: Path, job: tuple[Files, StepContext]) -> None:
+    files, _ = job
+    process = files.start("train", **waiting_at(tmp_path / "code", 5, 1))
     said = until(process, 5)
     os.kill(other(process), signal.SIGKILL)
 
@@ -140,9 +125,9 @@ def test_a_killed_process_ends_the_other_for_another_attempt(long_job: tuple[Fil
     assert "rank 1 of 2 was killed by SIGKILL" in done.result.message
 
 
-def test_no_process_outlives_the_main_one(long_job: tuple[Files, StepContext]) -> None:
-    files, _ = long_job
-    process = files.start("train")
+def test_no_process_outlives_the_main_one(tmp_path: Path, job: tuple[Files, StepContext]) -> None:
+    files, _ = job
+    process = files.start("train", **waiting_at(tmp_path / "code", 5, 0))
     until(process, 5)
     child = os.pidfd_open(other(process))
     process.kill()
@@ -169,18 +154,14 @@ def test_a_failure_of_one_process_ends_both_with_its_exit_code(tmp_path: Path, t
     assert "spec.training.maxSequenceLength" in done.result.message
 
 
-SUM_WITHOUT_ANSWER = """
-import os
-if os.environ.get("RANK") != "1":
-    import torch.distributed
-    torch.distributed.all_reduce = lambda *_: os._exit(99)
-"""
+def fail_as_the_second_and_sum_as_the_first() -> None:
+    limit_second_gpu(0)
+    if os.environ["RANK"] == "0":
+        torch.distributed.all_reduce = lambda *_: os._exit(99)
 
 
 def test_no_process_starts_a_sum_that_a_failed_process_will_never_join(tmp_path: Path, tiny_llama: Path) -> None:
     """NCCL, other than gloo, would wait for half an hour."""
-    files, _ = workspace(tmp_path / "job", tiny_llama, merged(TWO, {"dataset": {"eval": None}}))
+    context = prepared(tmp_path, tiny_llama, merged(TWO, {"dataset": {"eval": None}}))
 
-    done = files.run("train", **beginning_with(tmp_path / "card", FULL_SECOND_GPU + SUM_WITHOUT_ANSWER))
-
-    assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stderr
+    train_ranks(context, fail_as_the_second_and_sum_as_the_first, ends=ExitCode.GPU_OUT_OF_MEMORY)
