@@ -64,9 +64,12 @@ def _up(layout: Layout, gpus: int, *, network_policies: bool, for_tests: bool) -
 
 def _down(layout: Layout, *, for_tests: bool) -> None:
     with cluster.locked(layout):
-        if for_tests:
+        if not for_tests:
+            cleanup.down(layout)
+        elif layout.cluster.exists():
             cluster.reject_other(layout, for_tests=True)
-        cleanup.down(layout)
+            with cluster.used_by_tests(layout):
+                cleanup.down(layout)
 
 
 def _prepare(layout: Layout, *, slow: bool) -> None:

@@ -109,6 +109,17 @@ def reject_other(layout: Layout, *, for_tests: bool) -> None:
     )
 
 
+@contextmanager
+def used_by_tests(layout: Layout) -> Iterator[None]:
+    """Keep others from the tests' cluster. Raises ClusterError if tests use it."""
+    with layout.for_tests.open() as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ClusterError("other tests use the embedded cluster: wait for their end") from None
+        yield
+
+
 class _Start:
     """One run of `up`: a started program that dies is reported while later ones start."""
 

@@ -178,12 +178,16 @@ def _build_together(layout: Layout, go: Path, names: Sequence[str], position: st
         missing = [name for name in names if not binary(layout, name).exists()]
         if not missing:
             return
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            _compile(layout, go, missing, Path(unfinished), position)
-            for name in missing:
-                if ALL_TOOLS[name].manifests:
-                    _copy_manifests(go, ALL_TOOLS[name], manifests(layout, name))
-                (Path(unfinished) / name).replace(folder / name)
+        unfinished = folder / ".unfinished"
+        # A build that was cut short has left one.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        _compile(layout, go, missing, unfinished, position)
+        for name in missing:
+            if ALL_TOOLS[name].manifests:
+                _copy_manifests(go, ALL_TOOLS[name], manifests(layout, name))
+            (unfinished / name).replace(folder / name)
+        unfinished.rmdir()
 
 
 def _compile(layout: Layout, go: Path, names: Sequence[str], folder: Path, position: str) -> None:

@@ -25,13 +25,14 @@ def installed() -> Iterator[Cluster]:
     ran_before = where.ready.exists() and not cluster.trouble(where)
     with cluster.locked(where):
         cluster.up(where, cluster.DEFAULT_GPUS, for_tests=True)
-    product.load_images(where, images)
-    product.install(where, where.kubeconfig, images)
-    yield Cluster(cluster.kubectl_of(where), images, where.audit_log)
-    if not ran_before:
-        with cluster.locked(where):
-            cleanup.down(where)
-        assert cleanup.leftovers(where) == []
+    with cluster.used_by_tests(where):
+        product.load_images(where, images)
+        product.install(where, where.kubeconfig, images)
+        yield Cluster(cluster.kubectl_of(where), images, where.audit_log)
+        if not ran_before:
+            with cluster.locked(where):
+                cleanup.down(where)
+            assert cleanup.leftovers(where) == []
 
 
 @pytest.fixture(scope="session")

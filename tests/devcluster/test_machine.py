@@ -93,7 +93,7 @@ def test_a_cache_folder_too_deep_for_sockets_is_rejected() -> None:
 def test_users_and_tests_reject_each_others_cluster(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started_by_tests: bool, reason: str
 ) -> None:
-    # Who is not root starts none, should it be accepted.
+    # Should it be accepted, a user who is not root starts none.
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     where = layout.Layout(tmp_path)
     work = where.volumes / "adapter"
@@ -117,4 +117,7 @@ def test_tests_stop_only_their_own_cluster(monkeypatch: pytest.MonkeyPatch, caps
         assert main(["down", "--for-tests"]) == 1
         assert "`make cluster-down` stops it" in capsys.readouterr().err
         where.for_tests.touch()
+        with cluster.used_by_tests(where):
+            assert main(["down", "--for-tests"]) == 1
+        assert "other tests use" in capsys.readouterr().err
         assert (main(["down", "--for-tests"]), stopped) == (0, [where])
