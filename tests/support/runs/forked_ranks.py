@@ -35,25 +35,34 @@ def train_ranks(context: StepContext, change: Change | None = None, *, ends: Exi
     """Train the job in a process for each GPU, as torchrun starts them. Each has its log."""
     size, port = context.spec.resources.gpus, free_port()
     ranks = [RankInfo(rank, size, rank, size, "127.0.0.1", port) for rank in range(size)]
-    processes = [server().Process(target=_train, args=(context, rank, change), daemon=True) for rank in ranks]
+    # The server has the environment of the test that started it.
+    given = dict(os.environ) | {"GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        server().Process(target=_train, args=(context, rank, change, given | rank.environment())) for rank in ranks
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(TIMEOUT_S)
-    assert [process.exitcode for process in processes] == [ends] * size, logs(context)
+    exit_codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert exit_codes == [ends] * size, logs(context)
 
 
 def logs(context: StepContext) -> list[str]:
     """The logs of the ranks, the main one's first."""
-    return [_log(context, rank).read_text() for rank in range(context.spec.resources.gpus)]
+    found = [_log(context, rank) for rank in range(context.spec.resources.gpus)]
+    return [log.read_text() if log.exists() else "" for log in found]
 
 
 def _log(context: StepContext, rank: int) -> Path:
     return context.workspace.records / ("train.log" if rank == 0 else f"train.rank-{rank}.log")
 
 
-def _train(context: StepContext, rank: RankInfo, change: Change | None) -> NoReturn:
-    os.environ |= rank.environment() | {"GLOO_SOCKET_IFNAME": "lo"}
+def _train(context: StepContext, rank: RankInfo, change: Change | None, environment: dict[str, str]) -> NoReturn:
+    os.environ.clear()
+    os.environ.update(environment)
     log_to(_log(context, rank.rank), "")
     # As in a step's process: another number of threads adds in another order.
     torch.set_num_threads(1)

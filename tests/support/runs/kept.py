@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from devcluster.layout import from_environment
 
 _UNUSED_SECONDS = 24 * 3600
 _SUPPORT = Path(__file__).parents[1]
-_LIBRARIES = _SUPPORT.parents[1] / "uv.lock"
+_OTHERS = (_SUPPORT.parent / "trainer" / "conftest.py", _SUPPORT.parents[1] / "uv.lock")
 
 
 @contextmanager
@@ -46,8 +46,10 @@ def _sources() -> str:
     """A digest of what decides the bytes of a run on this machine."""
     digest = hashlib.sha256(f"{platform.python_version()} {_processor()}".encode())
     folders = (_SUPPORT, *(Path(package.__path__[0]) for package in (qlora_api, qlora_trainer)))
-    for path in (*sorted(path for folder in folders for path in folder.rglob("*.py")), _LIBRARIES):
-        digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    found = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix != ".pyc"]
+    for path in (*found, *_OTHERS):
+        if path.is_file():
+            digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -67,5 +69,7 @@ def _remove_unused(home: Path) -> None:
     """Remove what no run of the last day has used."""
     os.utime(home)
     for other in home.parent.iterdir():
-        if time.time() - other.stat().st_mtime > _UNUSED_SECONDS:
-            shutil.rmtree(other, ignore_errors=True)
+        # Another process may remove the same folder.
+        with suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > _UNUSED_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
