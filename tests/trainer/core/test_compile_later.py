@@ -19,14 +19,17 @@ def test_no_step_loads_the_compiler(step: str, finished: Files) -> None:
     assert "torch._inductor.compile_fx" not in loaded
 
 
-def test_a_function_is_compiled_once_when_it_is_first_called() -> None:
+@pytest.mark.parametrize("as_decorator", [False, True])
+def test_a_function_is_compiled_once_when_it_is_first_called(as_decorator: bool) -> None:
     def double(tensor: torch.Tensor) -> torch.Tensor:
         """Twice the tensor."""
         return tensor + tensor
 
+    torch._dynamo.reset()
     graphs = counters["stats"]
     before = graphs["unique_graphs"]
-    late = compile_later(partial(torch.compile, backend="eager"), double, dynamic=False)
+    decorate = partial(compile_later, partial(torch.compile, backend="eager"))
+    late = decorate(dynamic=False)(double) if as_decorator else decorate(double)
     assert (late.__doc__, graphs["unique_graphs"]) == ("Twice the tensor.", before)
     for _ in range(2):
         assert late(torch.ones(2)).tolist() == [2.0, 2.0]

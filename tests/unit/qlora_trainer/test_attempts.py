@@ -186,7 +186,7 @@ def test_the_report_has_time_and_cost_of_each_attempt() -> None:
 
 
 def test_the_estimate_is_drawn_with_the_measured_peaks() -> None:
-    assert estimated_peaks(MEMORY) == {"estimate": 10.0, "estimate, high": 11.0}
+    assert estimated_peaks(MEMORY) == (("estimate", 10.0), ("estimate, high", 11.0))
 
 
 def test_only_the_latest_attempts_are_listed_and_all_are_counted() -> None:

@@ -1,13 +1,10 @@
-"""Imports bitsandbytes without PyTorch's compiler, which it needs where it has no kernels of its own only."""
+"""Imports bitsandbytes without PyTorch's compiler, which it needs only where it has no kernels of its own."""
 
 import functools
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+from typing import Any, cast
 
 
 def load_bitsandbytes() -> None:
@@ -30,16 +27,18 @@ def load_bitsandbytes() -> None:
 
 
 def compile_later(
-    compiler: Callable[..., Callable[Arguments, Result]], function: Callable[Arguments, Result], **options: object
-) -> Callable[Arguments, Result]:
-    """Return a function that compiles `function` at its first call."""
+    compiler: Callable[..., Any], function: Callable[..., Any] | None = None, **options: Any
+) -> Callable[..., Any]:
+    """Return a function that compiles `function` at its first call, or a decorator if there is none."""
+    if function is None:
+        return functools.partial(compile_later, compiler, **options)
 
     @functools.cache
-    def compiled() -> Callable[Arguments, Result]:
-        return compiler(function, **options)
+    def compiled() -> Callable[..., Any]:
+        return cast("Callable[..., Any]", compiler(function, **options))
 
     @functools.wraps(function)
-    def call(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+    def call(*arguments: object, **named: object) -> Any:
         return compiled()(*arguments, **named)
 
     return call

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Set
 from functools import lru_cache
 from io import BytesIO
+from typing import ParamSpec, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -17,8 +18,13 @@ _BLUE, _ORANGE, _GREY, _LIGHT = "#2563eb", "#d9480f", "#6b7280", "#e5e7eb"
 _SMOOTHED_SHARE = 0.05
 # The others have no room in a legend.
 _LISTED_CURVES = 12
-# A drawing takes a tenth of a second, and most are on the page of the workspace and on the published one.
-_drawn_once = lru_cache(maxsize=16)
+Parameters = ParamSpec("Parameters")
+
+
+def _drawn_once(draw: Callable[Parameters, str]) -> Callable[Parameters, str]:
+    """Keep the last drawings: most are on the workspace's page and the published one."""
+    # `lru_cache` drops the types of the parameters.
+    return cast("Callable[Parameters, str]", lru_cache(maxsize=16)(draw))
 
 
 def loss_picture(history: MetricsHistory, title: str, subtitle: str, kept_step: int | None = None) -> bytes:
