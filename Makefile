@@ -11,16 +11,16 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 DEVCLUSTER := $(PYTHON) -m devcluster
 PYTEST := $(PYTHON) -m pytest -rfEs --durations=15
-# Processes that test at the same time: `make test WORKERS=8`. Each takes a core and up to 4 GB of memory.
+# Processes that test the trainer at the same time: `make test WORKERS=8`. Each takes a core and up to 4 GB of memory.
 WORKERS := 2
 TOGETHER := --numprocesses=$(WORKERS) --dist=worksteal
 # For tests that mostly wait. Those of a file share slow fixtures, such as a control plane.
-BY_FILE := --numprocesses=$(shell expr $(WORKERS) + 1) --dist=loadfile
-SELECTION := -m 'not slow'
+BY_FILE := --numprocesses=3 --dist=loadfile
+export SELECTION ?= -m 'not slow'
 # What each suite has cost and skipped.
 SPENT := $(CACHE)/spent
 # Targets at the same time: the others go on if one fails, and all after Ctrl-C end before make does.
-BESIDE = $(MAKE) --no-print-directory --keep-going --jobs=3 SELECTION="$(SELECTION)"
+BESIDE = $(MAKE) --no-print-directory --keep-going --jobs=3
 CHECKS = $(BESIDE) --output-sync=target check-types check-text check-units
 
 # Installers print to the log file that devcluster uses too (console.py), which is shown when they fail.
@@ -68,7 +68,6 @@ test-all: PREPARE := --slow
 test-all: PODS := tests/cluster
 test-all: LIMITS := --no-limits
 test-all: no-cluster test-tools types suites fuzz mutants demo ## Run everything: all types, every test, fuzzing, the mutants, the demo
-	@$(DEVCLUSTER) down
 
 # Tests delete all work on the embedded cluster: this fails if a contributor has started it, and stops one that tests
 # have left.
