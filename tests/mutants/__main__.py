@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.mutants.mutant import Mutant, Verdict, copy_sources, read_catalog, run_tests, tail, try_mutant
+from tests.mutants.mutant import Mutant, Verdict, copy_sources, node_ids, read_catalog, run_tests, tail, try_mutant
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -23,11 +23,9 @@ def replay(mutants: Sequence[Mutant], checkout: Path) -> int:
     """Try each mutant and print its verdict. Return 0 if each is caught, else 1."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy, log = Path(folder) / "copy", Path(folder) / "pytest.log"
-        copy.mkdir()
         copy_sources(checkout, copy)
         # A test that fails anyway would catch everything.
-        tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-        code = run_tests(copy, tests, log)
+        code = run_tests(copy, node_ids(copy, [test for mutant in mutants for test in mutant.tests]), log)
         if code != 0:
             print(f"the tests do not pass without a mutant:\n{tail(log)}", flush=True)  # noqa: T201
             return 1

@@ -1,20 +1,20 @@
 """Reads the catalog, applies a mutant to a copy of the sources and reports whether the tests notice."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 CATALOG = Path(__file__).with_name("catalog.toml")
-SOURCES = (
-    *("benchmarks", "cli", "crds", "devcluster", "docs", "examples", "helm", "operator", "tests", "trainer_image"),
-    "pyproject.toml",
-)
-"""Files and folders of the checkout that the tests of a mutant read."""
+NOT_COPIED = (".git", ".*_cache", "__pycache__", ".venv", "fuzz-crashes", "shared", "site")
 PACKAGES = ("crds", "cli", "operator", "trainer_image", ".")
 """Folders to import from, relative to the copy."""
 TIMEOUT_S = 600
@@ -36,7 +36,7 @@ class Mutant:
     new: str
     """What replaces it."""
     tests: tuple[str, ...]
-    """pytest node IDs, `path::function`, of which at least one must fail."""
+    """Names of test functions, of which at least one must fail."""
 
 
 class Verdict(StrEnum):
@@ -57,19 +57,26 @@ class DriftError(ValueError):
 def read_catalog() -> tuple[Mutant, ...]:
     """All mutants, in the catalog's order."""
     return tuple(
-        Mutant(name, file, entry["old"], entry["new"], tuple(entry["tests"]))
+        Mutant(name, file, old, new, tuple(tests))
         for file, entries in tomllib.loads(CATALOG.read_text()).items()
-        for name, entry in entries.items()
+        for name, (old, new, *tests) in entries.items()
     )
 
 
 def copy_sources(checkout: Path, copy: Path) -> None:
-    """Copy the tests' files into the empty folder `copy`, without a mutant's bytecode."""
-    for name in SOURCES:
-        if (checkout / name).is_dir():
-            shutil.copytree(checkout / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
-        elif (checkout / name).exists():
-            shutil.copy2(checkout / name, copy / name)
+    """Copy the checkout without what is built, so also without a mutant's bytecode."""
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(*NOT_COPIED), symlinks=True)
+
+
+def node_ids(checkout: Path, functions: Iterable[str]) -> tuple[str, ...]:
+    """The pytest node IDs of test functions. Raises DriftError if one is missing."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((checkout / "tests").rglob("test_*.py")):
+        for function in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE):
+            found.setdefault(function, []).append(f"{path.relative_to(checkout)}::{function}")
+    if missing := [function for function in functions if function not in found]:
+        raise DriftError(f"no test is named {', '.join(missing)}: update the entry in tests/mutants/catalog.toml")
+    return tuple(dict.fromkeys(test for function in functions for test in found[function]))
 
 
 def mutated(mutant: Mutant, text: str) -> str:
@@ -83,41 +90,52 @@ def mutated(mutant: Mutant, text: str) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def run_tests(copy: Path, tests: tuple[str, ...], log: Path, *, seconds: float | None = None) -> int | None:
+def run_tests(copy: Path, tests: Sequence[str], log: Path, *, seconds: float | None = None) -> int | None:
     """Return pytest's exit code for these tests of the copy, or None on a timeout."""
     # Bytecode is trusted by its source's size and time in seconds, and a mutant may have both of its original.
     changes = {"PYTHONPATH": os.pathsep.join(str(copy / folder) for folder in PACKAGES), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
     with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=copy,
+            env={**os.environ, **changes},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            return subprocess.run(
-                command,
-                cwd=copy,
-                env={**os.environ, **changes},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            ).returncode
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
+            # With the processes that the tests have started.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             return None
+
+
+@contextmanager
+def with_text(path: Path, text: str) -> Iterator[None]:
+    """Give a file another text for a while."""
+    original = path.read_text()
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_text(original)
 
 
 def try_mutant(mutant: Mutant, copy: Path, log: Path) -> tuple[Verdict, str]:
     """Try the mutant, restore the copy, return the verdict and a survivor's output."""
     path = copy / mutant.file
-    original = path.read_text() if path.is_file() else ""
     try:
-        defect = mutated(mutant, original)
+        tests = node_ids(copy, mutant.tests)
+        defect = mutated(mutant, path.read_text() if path.is_file() else "")
     except DriftError as error:
         return Verdict.DRIFTED, str(error)
-    path.write_text(defect)
-    try:
-        code = run_tests(copy, mutant.tests, log, seconds=TIMEOUT_S)
-    finally:
-        path.write_text(original)
-    return verdict_of(code), "" if code == _FAILED else f"{' '.join(mutant.tests)}: {tail(log)}"
+    with with_text(path, defect):
+        code = run_tests(copy, tests, log, seconds=TIMEOUT_S)
+    return verdict_of(code), "" if code == _FAILED else f"{' '.join(tests)}: {tail(log)}"
 
 
 def verdict_of(code: int | None) -> Verdict:
