@@ -1,9 +1,11 @@
-"""Puts defects that the product once had back into the code, and reports any that the tests miss.
+"""Puts defects into the code, and reports any that the tests miss.
 
     python -m tests.mutants [NAME…]
+    python -m tests.mutants --sample 60 --seed 1 [--package operator …]
 
-Works on a copy in a temporary folder; the checkout is only read. Ends with 1 if a mutant survives, or if an entry no
-longer fits the code. Tests of the trainer take seconds each, because every mutant starts PyTorch again.
+The first form replays the catalog: defects that the product once had. It ends with 1 if one survives, or if an entry no
+longer fits the code. The second draws small changes of the product and prints the rate that the tests catch, with the
+survivors. Both work on a copy in a temporary folder; the checkout is only read.
 """
 
 import argparse
@@ -14,6 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from devcluster.layout import from_environment
+from tests.mutants import sample
 from tests.mutants.mutant import Mutant, Verdict, copy_sources, node_ids, read_catalog, run_tests, tail, try_mutant
 
 CHECKOUT = Path(__file__).parents[2]
@@ -49,14 +53,22 @@ def summary(verdicts: Counter[Verdict]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Replay the named mutants, or all."""
+    """Replay the named mutants, or all, or measure a sample."""
     known = {mutant.name: mutant for mutant in read_catalog()}
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Replay defects: each must be caught.")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="mutants to replay (default: all)")
-    names = parser.parse_args(arguments).names
-    if unknown := [name for name in names if name not in known]:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Put defects into the code.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="defects of the catalog to replay (default: all)")
+    parser.add_argument("--sample", type=int, help="draw so many small changes instead, and print the rate caught")
+    parser.add_argument("--seed", type=int, default=1, help="which changes are drawn (default: %(default)s)")
+    parser.add_argument("--package", action="append", choices=sample.PRODUCT, help="draw from this one (default: all)")
+    options = parser.parse_args(arguments)
+    if options.sample is not None:
+        packages = options.package or list(sample.PRODUCT)
+        tried = sample.measure(CHECKOUT, from_environment().cache / "reach", packages, options.sample, options.seed)
+        print(sample.table(tried))  # noqa: T201
+        return 0
+    if unknown := [name for name in options.names if name not in known]:
         parser.error(f"no mutant named {', '.join(unknown)}; there are: {', '.join(known)}")
-    return replay([known[name] for name in names] or list(known.values()), CHECKOUT)
+    return replay([known[name] for name in options.names] or list(known.values()), CHECKOUT)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ class Verdict(StrEnum):
 
     CAUGHT = "caught"
     SURVIVED = "SURVIVED"
+    UNREACHED = "UNREACHED"
+    """No test runs the line of a sample's change."""
+    EQUIVALENT = "equivalent"
+    """A list says why no test can notice it."""
     DRIFTED = "DRIFTED"
     """The old text is not in the file exactly once: the entry has to follow the code."""
     BROKEN = "BROKEN"
@@ -90,14 +94,17 @@ def mutated(mutant: Mutant, text: str) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def run_tests(copy: Path, tests: Sequence[str], log: Path, *, seconds: float | None = None) -> int | None:
+def run_tests(
+    copy: Path, tests: Sequence[str], log: Path, *, seconds: float | None = None, coverage: Path | None = None
+) -> int | None:
     """Return pytest's exit code for these tests of the copy, or None on a timeout."""
     # Bytecode is trusted by its source's size and time in seconds, and a mutant may have both of its original.
     changes = {"PYTHONPATH": os.pathsep.join(str(copy / folder) for folder in PACKAGES), "PYTHONDONTWRITEBYTECODE": "1"}
+    measured = ["coverage", "run", f"--rcfile={coverage}", "-m"] if coverage else []
     options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *tests],
+            [sys.executable, "-m", *measured, "pytest", *options, *tests],
             cwd=copy,
             env={**os.environ, **changes},
             stdin=subprocess.DEVNULL,
