@@ -82,8 +82,8 @@ def test_llama_cpp_with_the_file_matches_peft_with_the_adapter(tmp_path: Path, f
     base = base_gguf(model, tmp_path / "base.gguf")
     found = log_probabilities(base, TOKENS, len(wanted), file)
 
-    assert torch.allclose(log_probabilities(base, TOKENS, len(wanted)), without, atol=0.02)
-    assert torch.allclose(found, wanted, atol=0.02)
+    assert torch.allclose(log_probabilities(base, TOKENS, len(wanted)), without, atol=0.01)
+    assert torch.allclose(found, wanted, atol=0.01)
     assert not torch.allclose(wanted, without, atol=0.5)
 
 
@@ -91,10 +91,11 @@ def test_shorter_numbers_give_nearly_the_same_answers(tmp_path: Path) -> None:
     model, lora = made(FAMILIES["llama"], tmp_path / "model"), LoraSpec(rank=32, alpha=16)
     wanted, _ = adapted(model, lora, tmp_path / "adapter")
     base = base_gguf(model, tmp_path / "base.gguf")
-    for kind in (GgufSpec(), GgufSpec(type="q8_0")):
+    # Measured for four families: 0.003 and 0.013.
+    for kind, most in ((GgufSpec(), 0.01), (GgufSpec(type="q8_0"), 0.03)):
         file = converted(model, lora, tmp_path / kind.type, tmp_path / "adapter", kind)
         assert {tensor.tensor_type.name.lower() for tensor in GGUFReader(file).tensors} == {kind.type}
-        assert torch.allclose(log_probabilities(base, TOKENS, len(wanted), file), wanted, atol=0.1)
+        assert torch.allclose(log_probabilities(base, TOKENS, len(wanted), file), wanted, atol=most)
 
 
 def test_publish_writes_the_file_next_to_the_adapter_and_reports_it(trained: Files) -> None:
