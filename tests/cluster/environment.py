@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +21,12 @@ from tests.support.waiting import eventually
 Object = dict[str, Any]
 
 ENDED = ("Succeeded", "Failed")
-# Steps of a training that takes some seconds, and of one that leaves time to watch or interrupt it: at 30 steps a
-# second 800 take 27 seconds, and the operator shows its progress every ten.
+# Steps of a training that takes some seconds, and of one that a test holds (`Tenant.held`) before its end.
 SHORT, LONG = 30, 800
 # Of a training that a test stops.
 ENDLESS = 1_000_000
+CHECKPOINT = r'"checkpointStep": ?[1-9]'
+"""In the log of a train pod, once it has saved."""
 INPUTS = "inputs"
 # For what a job or a sweep does: several times as much as a machine needs that has much else to do.
 SECONDS = 1800
@@ -63,24 +66,29 @@ class Cluster:
         return self.kubectl("logs", f"--namespace={OPERATOR_NAMESPACE}", "deployment/qlora-operator", "--tail=-1")
 
 
-def stop_processes_of(pod: Object) -> None:
-    """Stop the processes of a trainer's pod, as if they hung."""
-    signal_processes_of(pod, signal.SIGSTOP)
-
-
-def signal_processes_of(pod: Object, number: signal.Signals) -> None:
-    """Send a signal to the processes of a trainer's pod: they know their pod's UID."""
+def processes_of(pod: Object) -> Iterator[Path]:
+    """Folders in /proc of the processes of a trainer's pod: they know their pod's UID."""
     marker = f"QLORA_POD_UID={pod['metadata']['uid']}".encode()
-    signaled = 0
-    for environment in Path("/proc").glob("[0-9]*/environ"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            found = marker in environment.read_bytes().split(b"\0")
+            if marker in (process / "environ").read_bytes().split(b"\0"):
+                yield process
         except OSError:
             continue  # it has ended, or is a thread of the kernel
-        if found:
-            os.kill(int(environment.parent.name), number)
-            signaled += 1
-    assert signaled, "the pod has no process"
+
+
+def signal_processes_of(pod: Object, number: signal.Signals) -> int:
+    """Send a signal to the processes of a trainer's pod, and return their number."""
+    processes = [int(process.name) for process in processes_of(pod)]
+    for process in processes:
+        os.kill(process, number)
+    return len(processes)
+
+
+def is_asked_to_end(pod: Object) -> bool:
+    """Whether SIGTERM waits for a process of the pod that stands still."""
+    pending = [re.search(r"ShdPnd:\s(\w+)", (process / "status").read_text()) for process in processes_of(pod)]
+    return any(found and int(found[1], 16) & 1 << signal.SIGTERM - 1 for found in pending)
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,10 @@ class Tenant:
         """Change these fields of the job."""
         self.kubectl("patch", "qlorajob", name, "--type=merge", f"--patch={json.dumps({'spec': spec})}")
 
+    def delete_pod(self, pod: Object, *options: str) -> None:
+        """Ask the kubelet to end the pod."""
+        self.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false", *options)
+
     def job(self, name: str) -> Object:
         """The QLoRAJob."""
         return self.get("qlorajob", name)
@@ -139,14 +151,6 @@ class Tenant:
     def wait_for_phase(self, name: str, *phases: str) -> Object:
         """The status as soon as the phase is one of these."""
         return self.wait(name, lambda s: s.get("phase") in phases, what=f"{name}: {' or '.join(phases)}")
-
-    def wait_for_checkpoint(self, name: str) -> Object:
-        """The status of the job that trains, once it has a checkpoint."""
-
-        def saved(status: Object) -> bool:
-            return status.get("checkpoint", {}).get("step", 0) > 0 and status["phase"] == "Training"
-
-        return self.wait(name, saved, what=f"a checkpoint of {name}")
 
     def wait_for_end(self, name: str) -> Object:
         """The status of the ended job."""
@@ -191,20 +195,51 @@ class Tenant:
         running = [p for p in pods if p["status"]["phase"] == "Running" and "deletionTimestamp" not in p["metadata"]]
         return running[0] if running else None
 
-    @contextmanager
-    def stopped(self, name: str, step: str) -> Iterator[Object]:
-        """The step's running pod, whose processes stand still."""
+    def started_pod(self, name: str, step: str) -> Object:
+        """Wait for the step's pod whose container runs."""
 
         def running() -> Object | None:
             pod = self.running_pod(name, step)
             return pod if pod and pod["status"].get("podIP") else None
 
-        pod = eventually(running, seconds=180, every=0.1, what=f"a running pod of {step}") or {}
-        signal_processes_of(pod, signal.SIGSTOP)
+        return eventually(running, seconds=SECONDS, every=0.1, what=f"a running pod of {step}") or {}
+
+    @contextmanager
+    def stopped(self, name: str, step: str) -> Iterator[Object]:
+        """The step's running pod, whose processes stand still."""
+        pod = self.started_pod(name, step)
+        assert signal_processes_of(pod, signal.SIGSTOP), "the pod has no process"
         try:
             yield pod
         finally:
             signal_processes_of(pod, signal.SIGCONT)
+
+    @contextmanager
+    def held(self, name: str, at: str = CHECKPOINT) -> Iterator[Object]:
+        """The job's train pod, whose processes stand still from a line of its log on that matches `at`.
+
+        So there is time to act, however fast the machine is. The status has its progress.
+        """
+        pod, kubectl = self.started_pod(name, "train"), self.cluster.kubectl
+        logs: list[str | Path] = [kubectl.program, "--kubeconfig", kubectl.kubeconfig, "logs", "--follow"]
+        logs += [f"--namespace={self.namespace}", pod["metadata"]["name"]]
+        with subprocess.Popen(logs, stdout=subprocess.PIPE, text=True) as log:
+            is_there = any(re.search(at, line) for line in log.stdout or ())
+            signal_processes_of(pod, signal.SIGSTOP)
+            log.kill()
+        try:
+            assert is_there, f"{name} has ended without {at}"
+            self.wait(name, lambda status: status.get("progress", {}).get("loss"), what=f"progress of {name}")
+            yield pod
+        finally:
+            signal_processes_of(pod, signal.SIGCONT)
+
+    def held_until_asked(self, name: str, act: Callable[[Object], object]) -> Object:
+        """Hold the job while `act` makes the kubelet end its train pod, which is returned."""
+        with self.held(name) as pod:
+            act(pod)
+            eventually(lambda: is_asked_to_end(pod), every=0.1, what=f"SIGTERM for the pod of {name}")
+        return pod
 
     @contextmanager
     def volume(self, name: str) -> Iterator[FilePod]:

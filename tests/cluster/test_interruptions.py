@@ -13,8 +13,7 @@ def undisturbed(tenant: Tenant) -> str:
 
 def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: Tenant, undisturbed: str) -> None:
     name = tenant.apply(tiny_job("suspended", steps=LONG))
-    tenant.wait_for_checkpoint(name)
-    tenant.patch(name, suspend=True)
+    tenant.held_until_asked(name, lambda _: tenant.patch(name, suspend=True))
     status = tenant.wait_for_phase(name, "Suspended")
     assert tenant.running_pod(name, "train") is None
     assert status["checkpoint"]["step"] > 0

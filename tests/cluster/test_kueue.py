@@ -52,11 +52,8 @@ def test_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(
     # The queue has one of the node's two GPUs, and this job does not use the queue.
     undisturbed = tenant.apply(tiny_job("alone", steps=LONG))
     low = tenant.apply(queued_job("low", "low", QUEUE))
-    tenant.wait_for_checkpoint(low)
-    preempted = tenant.running_pod(low, "train")
-    assert preempted is not None
 
-    queues.local_queue(LATE, QUEUE)
+    preempted = tenant.held_until_asked(low, lambda _: queues.local_queue(LATE, QUEUE))
 
     status = tenant.wait_for_phase(low, "Queued")
     tenant.wait(low, lambda _: "Kueue: Preempted to accommodate a workload" in said(tenant, low))

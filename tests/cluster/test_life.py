@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from devcluster.product import SHARED_PROFILE
 from qlora_api.naming import SWEEP_LABEL
 from tests.cluster.conftest import row
-from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job, tiny_sweep
+from tests.cluster.environment import CHECKPOINT, INPUTS, LONG, Object, Tenant, tiny_job, tiny_sweep
 from tests.support.commands.typed import typed
 from tests.support.waiting import eventually
 
@@ -56,11 +57,7 @@ def deleted(tenant: Tenant) -> Object:
     }
     tenant.apply(sweep)
     tenant.apply(tiny_job(INTERRUPTED, steps=LONG))
-    tenant.wait_for_checkpoint(INTERRUPTED)
-    pod = tenant.running_pod(INTERRUPTED, "train")
-    assert pod is not None
-    tenant.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
-    return pod
+    return tenant.held_until_asked(INTERRUPTED, tenant.delete_pod)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +78,9 @@ def finished(tenant: Tenant, deleted: Object, tmp_path_factory: pytest.TempPathF
                 typed("watch", NAME, *options, terminal=True) as watched,
                 typed("logs", NAME, "--follow", *options, terminal=False) as logs,
             ):
+                for count, at in enumerate((CHECKPOINT, rf'"checkpointStep": ?{LONG // 2}\b'), 1):
+                    with tenant.held(NAME, at):
+                        eventually(partial(shows_progress, output, count), what=f"a row of {at}")
                 status = tenant.succeed(NAME)
                 tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=10s")
                 assert (watched.end(), logs.end()) == (0, 0)
@@ -88,8 +88,20 @@ def finished(tenant: Tenant, deleted: Object, tmp_path_factory: pytest.TempPathF
         finally:
             watch.terminate()
             watch.wait()
-    seen = [line.split() for line in output.read_text().splitlines()]
-    return Finished(status, seen, watched.shown, logs.shown)
+    return Finished(status, rows(output), watched.shown, logs.shown)
+
+
+def rows(output: Path) -> list[list[str]]:
+    return [line.split() for line in output.read_text().splitlines()]
+
+
+def training_rows(seen: list[list[str]]) -> list[list[str]]:
+    return [words for words in seen if words[1:2] == ["Training"] and len(words) == 7]
+
+
+def shows_progress(output: Path, count: int) -> bool:
+    """Whether the watch has shown so many different percentages."""
+    return len({words[2] for words in training_rows(rows(output))}) >= count
 
 
 def test_the_watch_shows_every_phase_and_progress(finished: Finished) -> None:
@@ -97,7 +109,7 @@ def test_the_watch_shows_every_phase_and_progress(finished: Finished) -> None:
     order = ["Preparing", "Queued", "Training", "Publishing", "Succeeded"]
     assert [phase for phase in phases if phase in order] == [phase for phase in order if phase in phases]
     assert {"Preparing", "Training", "Publishing", "Succeeded"} <= set(phases)
-    training = [words for words in finished.seen if words[1] == "Training" and len(words) == 7]
+    training = training_rows(finished.seen)
     assert len({words[2] for words in training}) >= 2, f"the percentage never moved: {finished.seen}"
     assert all(words[2].endswith("%") and words[3].endswith(f"/{LONG}") for words in training)
     assert all(float(words[4]) > 0 for words in training)

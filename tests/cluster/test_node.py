@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,15 +26,6 @@ def undisturbed(tenant: Tenant) -> Object:
     return tenant.succeed(tenant.apply(tiny_job("undisturbed", steps=LONG)))
 
 
-def training(tenant: Tenant, name: str) -> Object:
-    """The train pod of a job that has a checkpoint."""
-    job = tenant.apply(tiny_job(name, steps=LONG))
-    tenant.wait_for_checkpoint(job)
-    pod = tenant.running_pod(job, "train")
-    assert pod is not None
-    return pod
-
-
 def require_one_disruption(tenant: Tenant, name: str, undisturbed: Object) -> None:
     """The job has ended in the same bytes, and one pod has been counted."""
     status = tenant.succeed(name)
@@ -42,17 +34,21 @@ def require_one_disruption(tenant: Tenant, name: str, undisturbed: Object) -> No
 
 
 def test_a_drained_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
-    training(tenant, "drained")
+    name = tenant.apply(tiny_job("drained", steps=LONG))
     kubectl = tenant.cluster.kubectl
+    # Only the job's pods: the cluster has no second node for the system pods.
+    chosen = f"--pod-selector=qlora.dev/job={name}"
+    command: list[str | Path] = [kubectl.program, "--kubeconfig", kubectl.kubeconfig, "drain", addresses.NODE, chosen]
+    drains: list[subprocess.Popen[bytes]] = []
     try:
-        # Only the job's pods: the cluster has no second node for the system pods.
-        chosen = "--pod-selector=qlora.dev/job=drained"
-        kubectl("drain", addresses.NODE, chosen, "--delete-emptydir-data", "--timeout=300s")
-        waiting = tenant.wait("drained", lambda s: s["phase"] == "Queued", what="a job that waits for a node")
+        # It waits for the pod, which stands still until it is asked to end.
+        tenant.held_until_asked(name, lambda _: drains.append(subprocess.Popen([*command, "--delete-emptydir-data"])))
+        assert [drain.wait(300) for drain in drains] == [0]
+        waiting = tenant.wait(name, lambda s: s["phase"] == "Queued", what="a job that waits for a node")
         assert waiting["checkpoint"]["step"] > 0
     finally:
         kubectl("uncordon", addresses.NODE)
-    require_one_disruption(tenant, "drained", undisturbed)
+    require_one_disruption(tenant, name, undisturbed)
 
 
 def test_a_full_claim_is_named_and_a_retry_with_room_continues(tenant: Tenant) -> None:
@@ -126,9 +122,9 @@ def test_two_gpus_of_one_job_keep_the_next_job_waiting(tenant: Tenant) -> None:
 
 def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
     """End kubelet and containers immediately, and delete the Node, as a cloud does."""
-    pod = training(tenant, "lost")
+    name = tenant.apply(tiny_job("lost", steps=LONG))
     where, kubectl = layout.from_environment(), tenant.cluster.kubectl
-    with cluster.locked(where):
+    with tenant.held(name) as pod, cluster.locked(where):
         (kubelet,) = (record for record in processes.records(where.records) if record.name == "kubelet")
         processes.stop(kubelet, grace=0)
         try:
@@ -136,11 +132,11 @@ def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> N
             kubectl("delete", "node", addresses.NODE)
 
             def gone() -> bool:
-                left = tenant.get("pods", "--selector=qlora.dev/job=lost,qlora.dev/step=train")["items"]
+                left = tenant.get("pods", f"--selector=qlora.dev/job={name},qlora.dev/step=train")["items"]
                 return pod["metadata"]["uid"] not in {one["metadata"]["uid"] for one in left}
 
             eventually(gone, seconds=180, what="the lost pod deleted")
         finally:
             cluster.start_node_again(where)
     tenant.cluster.wait_for_operator()
-    require_one_disruption(tenant, "lost", undisturbed)
+    require_one_disruption(tenant, name, undisturbed)

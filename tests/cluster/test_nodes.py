@@ -51,14 +51,19 @@ def train_pods(tenant: Tenant, name: str, attempt: int) -> list[Object]:
     return sorted(pods, key=lambda pod: str(pod["metadata"]["name"]))
 
 
+def is_running(pod: Object) -> bool:
+    return bool(pod["status"]["phase"] == "Running")
+
+
 @pytest.mark.parametrize("options", [[], ["--grace-period=0", "--force"]], ids=["deleted", "killed"])
 def test_losing_one_of_two_pods_is_one_disruption_and_keeps_the_adapters_bytes(
     tenant: Tenant, shared: str, undisturbed: Object, options: list[str]
 ) -> None:
     name = tenant.apply(job_of_two(f"lost-{len(options)}", shared))
-    tenant.wait_for_checkpoint(name)
+    eventually(lambda: [is_running(pod) for pod in train_pods(tenant, name, 1)] == [True] * 2, what="two running pods")
     first, second = train_pods(tenant, name, 1)
-    tenant.kubectl("delete", "pod", second["metadata"]["name"], "--wait=false", *options)
+    with tenant.held(name):
+        tenant.delete_pod(second, *options)
     # The other one ends too, and both start again.
     eventually(lambda: len(train_pods(tenant, name, 2)) == 2, seconds=120, what="two new pods")
     uids = {pod["metadata"]["uid"] for pod in train_pods(tenant, name, 2)}
@@ -78,7 +83,7 @@ def undisturbed(tenant: Tenant, shared: str) -> Object:
 
 def test_no_other_pod_of_the_namespace_reaches_the_train_pods(tenant: Tenant, shared: str) -> None:
     name = tenant.apply(job_of_two("closed", shared, ENDLESS))
-    tenant.wait_for_checkpoint(name)
+    tenant.wait(name, lambda status: status.get("progress", {}).get("loss"), what="two pods that train")
     first = tenant.get("pod", train_pods(tenant, name, 1)[0]["metadata"]["name"])
     uid = tenant.job(name)["metadata"]["uid"]
     (policy,) = [

@@ -4,14 +4,13 @@ import json
 
 import pytest
 
-from tests.cluster.environment import LONG, Tenant, stop_processes_of, tiny_job
+from tests.cluster.environment import LONG, Tenant, tiny_job
 from tests.support.waiting import eventually
 
 
 def test_a_retried_job_continues_from_its_checkpoint_with_the_fixed_spec(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("taken-up", steps=LONG))
-    tenant.wait_for_checkpoint(name)
-    tenant.patch(name, activeDeadlineSeconds=1)
+    tenant.held_until_asked(name, lambda _: tenant.patch(name, activeDeadlineSeconds=1))
     failed = tenant.wait_for_end(name)
     assert (failed["phase"], failed["lastFailure"]["reason"]) == ("Failed", "DeadlineExceeded")
     eventually(lambda: tenant.running_pod(name, "train") is None, seconds=60)
@@ -54,12 +53,9 @@ def test_late_data_is_waited_for_and_costs_no_retry(tenant: Tenant) -> None:
 def test_a_step_that_hangs_is_reported_and_restarted_from_its_checkpoint(tenant: Tenant) -> None:
     retry = {"onNoProgress": "restart", "maxFailures": 1}
     name = tenant.apply(tiny_job("hangs", steps=LONG, progressDeadlineSeconds=60, retry=retry))
-    tenant.wait_for_checkpoint(name)
-    pod = tenant.running_pod(name, "train")
-    assert pod is not None
-    stop_processes_of(pod)
 
-    status = tenant.wait(name, lambda status: status.get("failures", 0) == 1)
+    with tenant.held(name):
+        status = tenant.wait(name, lambda status: status.get("failures", 0) == 1)
 
     assert status["lastFailure"]["reason"] == "ProgressDeadlineExceeded"
     status = tenant.succeed(name)
