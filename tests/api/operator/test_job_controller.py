@@ -90,7 +90,7 @@ def test_a_job_whose_deletion_a_finalizer_delays_stops_and_is_deleted_later(oper
     eventually(lambda: name not in operated.children("audited", "pods"), seconds=60, every=0.2, what="its end")
     # Another job's life is longer than the operator would need to replace the Job.
     train(operated, "after-audited")
-    assert [child for child in operated.children("audited") if "-prepare-" not in child] == []
+    eventually(lambda: all("-prepare-" in child for child in operated.children("audited")), what="no other Job")
     assert operated.job("audited")["status"]["step"]["attempt"] == 1
 
     operated.kubectl("patch", "qlorajob", "audited", here, "--type=merge", finalizers % "[]")

@@ -62,6 +62,8 @@ def test_it_waits_for_the_definition_of_its_release(site: Site) -> None:
     del properties["status"]["properties"]["disruptions"]
     try:
         site.plane.kubectl("apply", "--filename=-", input_text=json.dumps(older))
+        about = ("explain", "qlorajob.status")
+        eventually(lambda: "disruptions" not in site.plane.kubectl(*about), what="the older definition")
         with site.operator() as operator:
             eventually(lambda: "status.disruptions" in operator.get("/readyz")[1], seconds=60, every=0.2)
             assert operator.get("/readyz")[0] == 503
@@ -85,6 +87,7 @@ def test_an_older_definition_stops_status_writes_until_the_right_one_is_back(sit
         site.tenant.wait_for_phase("before", "Preparing")
         try:
             site.plane.kubectl("apply", "--filename=-", input_text=json.dumps(older))
+            eventually(lambda: "resolved" not in site.tenant.status("before"), what="the older definition")
             site.tenant.create("during")
             eventually(lambda: operator.metric("qlora_operator_schema_outdated") == 1, seconds=60, every=0.2)
             status, text = operator.get("/readyz")

@@ -169,6 +169,7 @@ def a_job_that_the_job_of_another_owns(t: Tenants) -> None:
 def a_job_that_says_it_is_a_step(t: Tenants) -> None:
     """The operator stops it: it is not the Job that it has created."""
     job, _ = running(t, "forged-step")
+    t.wait("forged-step", phase="Preparing")
     owner = controller(job, "qlora.dev/v1alpha1", "QLoRAJob")
     t.tenant.create(TENANT, "jobs", batch_job(forged("forged-step-publish-1", job, "publish", ownerReferences=owner)))
     eventually(lambda: len(t.admin.list(TENANT, "jobs", f"{JOB_LABEL}=forged-step")) == 1, seconds=30)
