@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+_PATIENCE = 120.0
+"""The shortest timeout. It delays failures only, and on a busy machine everything takes long."""
 
 
-def eventually(probe: Callable[[], T], *, seconds: float, every: float = 0.5, what: str = "") -> T:
+def eventually(probe: Callable[[], T], *, seconds: float = _PATIENCE, every: float = 0.5, what: str = "") -> T:
     """The first truthy answer of `probe`. Raises AssertionError after a timeout."""
+    seconds = max(seconds, _PATIENCE)
     deadline = time.monotonic() + seconds
     while True:
         failure: Exception | None = None

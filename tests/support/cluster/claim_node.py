@@ -88,10 +88,10 @@ def claim_node(plane: ControlPlane, folder: Path, namespace: str) -> Iterator[Cl
         try:
             yield node
             # Pods that are bound to a node end once its kubelet has reported it.
-            eventually(lambda: not _remove_deleted(node), seconds=30, what="readers that are gone")
+            eventually(lambda: not _remove_deleted(node), what="readers that are gone")
         finally:
             ended.set()
-            thread.join(timeout=30)
+            thread.join(timeout=120)
             plane.kubectl("delete", "node", NODE)
 
 

@@ -32,7 +32,7 @@ class Typed:
 
     def wait_for(self, text: str) -> None:
         """Return once it has printed that."""
-        eventually(lambda: text in self.shown, seconds=60, every=0.05, what=f"{text!r} in {self.shown[-2000:]!r}")
+        eventually(lambda: text in self.shown, every=0.05, what=f"{text!r} in {self.shown[-2000:]!r}")
 
     def interrupt(self) -> None:
         """Ctrl-C."""
@@ -40,7 +40,7 @@ class Typed:
 
     def end(self) -> int:
         """Its exit code."""
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=300)
 
     def _read(self) -> None:
         while True:
@@ -88,9 +88,9 @@ def typed(*arguments: str, terminal: bool, columns: int = 120, **environment: st
     reader.start()
     try:
         yield command
-        reader.join(timeout=30)
+        reader.join(timeout=120)
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait(timeout=30)
+        process.wait()
         os.close(reading)

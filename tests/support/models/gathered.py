@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-_LOOKS = 20
+_LOOKS = 1000
 _SECONDS_BETWEEN_LOOKS = 0.01
 
 

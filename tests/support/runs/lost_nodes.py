@@ -24,7 +24,7 @@ _SLOW_S = 8.0
 """How late a slow node is: later than nodes may be that connect to one another."""
 _HURRIED_S = 4.0
 """How long it takes for a loss to be noticed that only a timeout shows. Two busy cores may delay a node that long."""
-_LONGEST_S = 120.0
+_LONGEST_S = 600.0
 _AT_A_TIME = 6
 
 Point = Literal["waiting", "connecting", "start", "loading", "pass", "saving", "end", "over"]

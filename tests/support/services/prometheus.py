@@ -46,7 +46,7 @@ class Prometheus:
         return [alert for alert in self._get("alerts")["alerts"] if alert["state"] == "firing"]
 
     def _get(self, path: str, **parameters: str) -> Object:
-        with _OPENER.open(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=10) as answer:
+        with _OPENER.open(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=60) as answer:
             content = json.load(answer)
         assert content["status"] == "success", content
         assert not content.get("warnings"), content

@@ -133,7 +133,7 @@ def test_the_checks_of_rows_are_used_in_turn_and_none_holds_up_the_next() -> Non
 
 
 def test_the_time_limit_of_an_answer_is_processor_time() -> None:
-    with AnswerChecker(score(check="regex", pattern="pods"), seconds=0.05) as checker:
+    with AnswerChecker(score(check="regex", pattern="pods"), seconds=0.3) as checker:
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid or 0, signal.SIGSTOP)
         wake = threading.Timer(0.5, os.kill, (worker.pid, signal.SIGCONT))

@@ -26,7 +26,7 @@ from tests.support.bad_bases import (
     rename_tensors,
     write,
 )
-from tests.support.commands.command import new_files
+from tests.support.commands.command import TIMEOUT_S, new_files
 from tests.support.failures import failing
 from tests.support.fake_hub import Rejection
 from tests.support.models.tiny import Recorded
@@ -42,7 +42,7 @@ def test_concurrent_jobs_wait_for_the_one_that_makes_the_base(cache: SharedCache
     def hold(method: str, path: str) -> Rejection | None:
         if method == "GET" and path.endswith(WEIGHTS):
             started.set()
-            go_on.wait(180)
+            go_on.wait(TIMEOUT_S)
         return None
 
     cache.hub.reject = hold
@@ -51,12 +51,12 @@ def test_concurrent_jobs_wait_for_the_one_that_makes_the_base(cache: SharedCache
         file.start("prepare", QLORA_MODEL_CACHE=str(cache.folder), QLORA_POD_UID=f"pod-{n}")
         for n, file in enumerate(files)
     ]
-    assert started.wait(180)
+    assert started.wait(TIMEOUT_S)
     logs = [file.workspace / "records" / "prepare.log" for file in files]
-    eventually(lambda: all(log.exists() for log in logs), seconds=60, every=0.05, what="three steps that run")
+    eventually(lambda: all(log.exists() for log in logs), seconds=TIMEOUT_S, every=0.05, what="three steps that run")
     go_on.set()
     for process in running:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0, stdout + stderr
     assert cache.hub.fetched.count(WEIGHTS) == 1
     assert (cache.base / WEIGHTS).is_file()
@@ -92,13 +92,13 @@ def test_the_next_pod_of_a_killed_job_fetches_the_missing_files(cache: SharedCac
     def hold(method: str, path: str) -> Rejection | None:
         if method == "GET" and path.endswith(parts[1]):
             stuck.set()
-            go_on.wait(60)
+            go_on.wait(TIMEOUT_S)
         return None
 
     cache.hub.reject = hold
     files = new_files(tmp_path / "job", tmp_path, MODEL)
     process = files.start("prepare", QLORA_MODEL_CACHE=str(cache.folder), QLORA_POD_UID="killed")
-    assert stuck.wait(60), process.communicate()
+    assert stuck.wait(TIMEOUT_S), process.communicate()
     process.kill()
     process.communicate()
     cache.hub.reject = lambda _method, _path: None

@@ -171,7 +171,7 @@ def test_an_archive_that_holds_a_model_is_rejected_with_a_remedy(
 def test_documentation_in_an_archive_does_no_harm(context: StepContext, registry_proxy: FaultProxy, model: str) -> None:
     place = model.removeprefix("oci://").partition("/")[2].replace(":", "/manifests/")
     address, accept = f"http://{registry_proxy.address}/v2/{place}", {"Accept": MANIFEST_TYPE}
-    found = requests.get(address, auth=(USER, PASSWORD), headers=accept, timeout=10).json()
+    found = requests.get(address, auth=(USER, PASSWORD), headers=accept, timeout=60).json()
     docs = {**layer("doc.v1.tar", "docs"), "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"}
     found["layers"] += [layer("doc.v1.tar", "README.md"), docs]
     body = json.dumps(found).encode()

@@ -45,7 +45,7 @@ def test_oras_pull_gives_the_folder_of_a_model_pack(store: Store, real_registry:
 
 
 def manifest_at(url: str) -> dict[str, Any]:
-    answer = requests.get(url, auth=(USER, PASSWORD), headers={"Accept": MANIFEST_TYPE}, timeout=10)
+    answer = requests.get(url, auth=(USER, PASSWORD), headers={"Accept": MANIFEST_TYPE}, timeout=60)
     return dict(answer.json())
 
 
@@ -55,7 +55,7 @@ def add_layer(real_registry: str, tag: str) -> None:
     manifest = manifest_at(url)
     manifest["layers"].append({**manifest["layers"][0], "annotations": {"org.cncf.model.filepath": "modeling.py"}})
     kind = {"Content-Type": MANIFEST_TYPE}
-    requests.put(url, auth=(USER, PASSWORD), headers=kind, json=manifest, timeout=10).raise_for_status()
+    requests.put(url, auth=(USER, PASSWORD), headers=kind, json=manifest, timeout=60).raise_for_status()
 
 
 def test_an_artifact_with_an_extra_layer_is_rejected(store: Store, real_registry: str) -> None:

@@ -152,7 +152,7 @@ def test_a_request_waits_for_its_turn_to_read_the_answer_and_not_to_be_sent(tmp_
         turn = asyncio.Semaphore(1)
         async with turn:
             asking = asyncio.create_task(cluster._transport.send("GET", "/", headers={}, turn=turn))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await server.asked.wait()
             await asyncio.sleep(0.1)
             assert not asking.done()
