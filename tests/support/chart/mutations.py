@@ -9,7 +9,7 @@ import yaml
 
 from tests.support.chart.rendered import Rendered, place
 
-# The golden renderings show these, and whoever reads metrics or uses the definitions sees what is wrong.
+# The golden renderings show these, and other tests use them: definitions, metrics, alerts and dashboards.
 SHOWN = {"CustomResourceDefinition", "ConfigMap", "PrometheusRule", "Service", "ServiceMonitor"}
 HARMLESS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("harmless.yaml").read_text())
 
