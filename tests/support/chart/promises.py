@@ -1,6 +1,7 @@
 """What the chart promises with any values; the rest is in the golden renderings."""
 
 from collections.abc import Callable, Iterable, Iterator
+from ipaddress import ip_address, ip_network
 from itertools import product
 from urllib.parse import urlsplit
 
@@ -52,6 +53,8 @@ _CREDENTIALS = {
     "google": ([80, 988], ["169.254.169.254/32", "169.254.169.252/32"]),
     "aws": ([80], ["169.254.170.23/32", "fd00:ec2::23/128"]),
 }
+# The ends of 169.254.0.0/16, and the servers of metadata, which give a node's credentials to each pod that asks.
+_METADATA = "169.254.0.0 169.254.169.254 169.254.170.2 169.254.255.255 fe80::1 fd00:ec2::254"
 
 
 def promise(function: Promise) -> Promise:
@@ -240,6 +243,19 @@ def only_what_needs_a_network_has_one(chart: Rendered) -> Comparisons:
     if chart.values["networkPolicy"]["enabled"]:
         wanted[f"NetworkPolicy {NAMESPACE}/{chart.name}"] = _of_the_operator(chart)
     yield found, wanted
+
+
+@promise
+def no_job_reaches_a_clouds_metadata(chart: Rendered) -> Comparisons:
+    """The defaults of `servers` leave these addresses out."""
+    for spec in (each["spec"] for each in chart.of("NetworkPolicy") if each["metadata"]["name"].endswith("-servers")):
+        (blocks,) = ([peer["ipBlock"] for peer in rule["to"]] for rule in spec["egress"] if "to" in rule)
+        yield [address for address in _METADATA.split() if any(_is_in(address, block) for block in blocks)], []
+
+
+def _is_in(address: str, block: Object) -> bool:
+    allowed, *excepted = map(ip_network, (block["cidr"], *block.get("except", [])))
+    return ip_address(address) in allowed and not any(ip_address(address) in each for each in excepted)
 
 
 def _of_the_operator(chart: Rendered) -> Object:
