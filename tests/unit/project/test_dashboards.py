@@ -1,5 +1,8 @@
 """The chart's Grafana dashboards: generated, readable, and about metrics that exist."""
 
+from collections import Counter
+from itertools import product
+
 import promql_parser as promql
 import pytest
 import yaml
@@ -39,6 +42,25 @@ def test_the_dashboards_match_make_generate() -> None:
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_each_panel_has_a_description_and_queries_existing_metrics(name: str) -> None:
     assert list(complaints(DASHBOARDS[name], series() | KUBELET)) == []
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_grafana_shows_each_panel_in_its_own_place_from_the_chosen_source(name: str) -> None:
+    """The generator writes ids, letters, places and sources, whatever `dashboards.yaml` has."""
+    page, taken = DASHBOARDS[name], Counter[tuple[int, int]]()
+    for place in (panel["gridPos"] for panel in page["panels"]):
+        across, down = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        assert across.stop <= 24, place
+        taken.update(product(across, down))
+    assert set(taken.values()) == {1}
+    identities = [panel["id"] for panel in page["panels"]]
+    assert sorted(identities) == sorted({*identities})
+    assert "datasource" in {variable["name"] for variable in page["templating"]["list"]}
+    for panel in panels(page):
+        letters = [target["refId"] for target in panel["targets"]]
+        assert sorted(letters) == sorted({*letters} - {""}), panel["title"]
+        sources = [asking["datasource"] for asking in (panel, *panel["targets"])]
+        assert [one for one in sources if one != {"type": "prometheus", "uid": "${datasource}"}] == [], panel["title"]
 
 
 def test_a_team_sees_its_own_namespace_in_every_panel() -> None:
