@@ -14,6 +14,7 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.errors import ClusterError
 from qlora_operator.kube.connection import connect
 from qlora_operator.kube.errors import RejectedError
+from tests.support.chart.promises import OWN_RIGHTS, TENANTS, rights, rights_of
 from tests.support.chart.rendered import (
     CHART,
     LIMIT,
@@ -21,6 +22,7 @@ from tests.support.chart.rendered import (
     RELEASE,
     ROOT,
     SETS,
+    VALUES,
     Helm,
     Object,
     only,
@@ -126,7 +128,37 @@ def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPl
     def pods() -> list[Object]:
         return list(plane.kubectl.get("pods", "--namespace", NAMESPACE)["items"])
 
-    assert eventually(pods, seconds=60, what="a pod of the ReplicaSet in a restricted namespace")
+    admitted, *_ = eventually(pods, seconds=60, what="a pod of the ReplicaSet in a restricted namespace")
+    metadata, spec = {"name": "unrestricted", "namespace": NAMESPACE}, admitted["spec"] | {"securityContext": {}}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    with pytest.raises(ClusterError, match="PodSecurity"):
+        plane.kubectl("create", "--dry-run=server", "--filename=-", input_text=json.dumps(pod))
+
+
+def test_the_api_server_grants_the_charts_rights_and_no_other(installed: Helm, plane: ControlPlane) -> None:
+    """To the operator, and to tenants with the cluster's roles that the chart extends."""
+
+    def granted(user: str, namespace: str = "default") -> dict[str, set[str]]:
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview"}
+        body = json.dumps(review | {"spec": {"namespace": namespace}})
+        arguments = ("create", f"--as={user}", "--validate=false", "--output=json", "--filename=-")
+        return rights_of(json.loads(plane.kubectl(*arguments, input_text=body))["status"]["resourceRules"])
+
+    for role in TENANTS:
+        arguments = (f"--clusterrole={role}", f"--user={role}er", "--namespace=default")
+        plane.kubectl("create", "rolebinding", role, *arguments)
+    view, edit = (TENANTS[role][0] for role in ("view", "edit"))
+    wanted = view, {kind: verbs | edit.get(kind, set()) for kind, verbs in view.items()}
+
+    def is_granted() -> bool:
+        found = (granted(user).items() for user in ("viewer", "editer"))
+        return wanted == tuple({kind: verbs for kind, verbs in each if "qlora.dev" in kind} for each in found)
+
+    assert eventually(is_granted, seconds=60, what="the rights of tenants")
+    accounts = f"system:serviceaccount:{NAMESPACE}"
+    of_each_account = granted(f"{accounts}:default")
+    assert granted(f"{accounts}:{RELEASE}") == of_each_account | rights(VALUES)
+    assert granted(f"{accounts}:{RELEASE}", NAMESPACE) == of_each_account | rights(VALUES) | OWN_RIGHTS
 
 
 def test_uninstalling_keeps_the_jobs_and_installing_again_finds_them(installed: Helm, plane: ControlPlane) -> None:

@@ -29,7 +29,7 @@ _RIGHTS = {
     "events": {"create"},
 }
 # Further rights in the operator's namespace.
-_OWN_RIGHTS = {
+OWN_RIGHTS = {
     "leases.coordination.k8s.io qlora-operator": {"get", "update"},
     # RBAC cannot limit it to a name: the object does not exist yet.
     "leases.coordination.k8s.io": {"create"},
@@ -38,7 +38,7 @@ _AGGREGATED = "rbac.authorization.k8s.io/aggregate-to-"
 _KINDS = ("qlorajobs.qlora.dev", "qlorasweeps.qlora.dev")
 _READ, _WRITE = {"get", "list", "watch"}, {"create", "update", "patch", "delete", "deletecollection"}
 # Their rights, and which roles of the cluster they extend. A tenant writes no status: that is the operator's report.
-_TENANTS = {
+TENANTS = {
     "view": (dict.fromkeys(_KINDS, _READ) | {f"{kind}/status": {"get"} for kind in _KINDS}, {"view", "edit", "admin"}),
     "edit": (dict.fromkeys(_KINDS, _WRITE), {"edit", "admin"}),
 }
@@ -66,7 +66,7 @@ def promise(function: Promise) -> Promise:
 def each_has_the_rights_that_it_uses(chart: Rendered) -> Comparisons:
     """The operator cannot read a Secret; with `namespaces`, it has no right elsewhere."""
     values = chart.values
-    roles = {place(each): (_rights_of(each["rules"]), _extended(each)) for each in chart.of("Role", "ClusterRole")}
+    roles = {place(each): (rights_of(each["rules"]), _extended(each)) for each in chart.of("Role", "ClusterRole")}
     granted = []
     for binding in chart.of("RoleBinding", "ClusterRoleBinding"):
         namespace, role = binding["metadata"].get("namespace"), binding["roleRef"]
@@ -74,19 +74,17 @@ def each_has_the_rights_that_it_uses(chart: Rendered) -> Comparisons:
         granted.append((namespace, role["kind"], binding["kind"], binding["subjects"], roles.pop(bound)))
     account = [{"kind": "ServiceAccount", "name": chart.pod["serviceAccountName"], "namespace": NAMESPACE}]
     kinds = ("Role", "RoleBinding") if values["namespaces"] else ("ClusterRole", "ClusterRoleBinding")
-    wanted: list[object] = [
-        (each, *kinds, account, (_rights(values), set())) for each in values["namespaces"] or [None]
-    ]
+    wanted: list[object] = [(each, *kinds, account, (rights(values), set())) for each in values["namespaces"] or [None]]
     if values["settings"]["leaderElection"]["enabled"]:
         lease = chart.settings["leaderElection"]["leaseName"]
-        own = {kind.replace("qlora-operator", lease): verbs for kind, verbs in _OWN_RIGHTS.items()}
+        own = {kind.replace("qlora-operator", lease): verbs for kind, verbs in OWN_RIGHTS.items()}
         wanted.append((NAMESPACE, "Role", "RoleBinding", account, (own, set())))
     yield sorted(granted, key=str), sorted(wanted, key=str)
-    tenants = {f"ClusterRole {chart.name}-{role}": rights for role, rights in _TENANTS.items()}
+    tenants = {f"ClusterRole {chart.name}-{role}": rights for role, rights in TENANTS.items()}
     yield roles, tenants if values["tenantRoles"]["create"] and not values["namespaces"] else {}
 
 
-def _rights_of(rules: list[Object]) -> dict[str, set[str]]:
+def rights_of(rules: list[Object]) -> dict[str, set[str]]:
     """Verbs by `resource.group/subresource`, as kubectl writes it, and the object's name."""
     rights: dict[str, set[str]] = {}
     for rule in rules:
@@ -104,7 +102,8 @@ def _extended(role: Object) -> set[str]:
     return {name.removeprefix(_AGGREGATED) for name, value in labels if _AGGREGATED in name and value == "true"}
 
 
-def _rights(values: Object) -> dict[str, set[str]]:
+def rights(values: Object) -> dict[str, set[str]]:
+    """All rights of the operator in the namespaces that it serves."""
     rights = dict(_RIGHTS)
     if values["kueue"]["enabled"]:
         rights["workloads.kueue.x-k8s.io"] = {"list"}
