@@ -19,20 +19,20 @@ TEMPLATE = "README.md.gotmpl"
 _IMAGES = {"qlora-operator": ("image",), "qlora-trainer": ("trainer", "image")}
 
 
-def package(
-    helm: Path, helm_docs: Path, source: Source, files: Path, changes: Section, images: Sequence[Artifact]
-) -> Path:
-    """Write images and annotations into the chart, and package it reproducibly."""
-    chart = files / "helm" / "qlora-operator"
+def complete(chart: Path, changes: Section, images: Sequence[Artifact]) -> None:
+    """Write images and annotations into the chart."""
     values = chart / "values.yaml"
     values.write_text(with_images(values.read_text(), images))
     description = chart / "Chart.yaml"
     description.write_text(with_annotations(description.read_text(), annotations(changes, images)))
-    (chart / "README.md").write_text(readme(helm_docs, chart))
+
+
+def package(helm: Path, source: Source, chart: Path, folder: Path) -> Path:
+    """Package the chart reproducibly into a folder."""
     for path in (chart, *chart.rglob("*")):
         os.utime(path, (source.committed, source.committed))
-    run([helm, "package", chart, "--destination", files])
-    archive = files / f"qlora-operator-{source.version}.tgz"
+    run([helm, "package", chart, "--destination", folder])
+    archive = folder / f"qlora-operator-{source.version}.tgz"
     # Helm states the archive's time in the manifest.
     os.utime(archive, (source.committed, source.committed))
     return archive

@@ -64,7 +64,9 @@ def make(
             _sign(programs.cosign, signer, built, source, str(dockerfile), [image(used)], builder, target)
             images.append(built)
         console.say("packaging and signing the chart")
-        archive = chart.package(programs.helm, programs.helm_docs, source, files, changes, images)
+        chart.complete(files / CHART, changes, images)
+        (files / CHART / "README.md").write_text(chart.readme(programs.helm_docs, files / CHART))
+        archive = chart.package(programs.helm, source, files / CHART, files)
         pushed = chart.push(programs.helm, archive, source, registry)
         inputs = [image(built.reference) for built in images]
         _sign(programs.cosign, signer, pushed, source, str(CHART), inputs, builder, target)

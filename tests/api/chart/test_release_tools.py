@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,11 @@ import yaml
 
 from devcluster import toolchain
 from devcluster.layout import from_environment
-from devcluster.processes import run
 from release import changelog, chart, checks, image_build, workflows
 from release.project import CHART, ROOT, Artifact, Source, version
+from tests.support.chart.rendered import Helm
 
-# No other test that is not slow needs actionlint and helm-docs.
-pytestmark = pytest.mark.slow
 SOURCE = Source(version(), "https://github.com/qlora-operator/qlora-operator", "a" * 40, 1_780_000_000)
-
-
-@pytest.fixture(scope="module")
-def programs() -> Mapping[str, Path]:
-    return toolchain.built(from_environment(), ["helm", "helm-docs", "actionlint"])
 
 
 @pytest.fixture(scope="module")
@@ -40,57 +33,71 @@ def images(address: str) -> list[Artifact]:
     ]
 
 
-def package(programs: Mapping[str, Path], folder: Path, address: str) -> Path:
-    shutil.copytree(ROOT / CHART, folder / CHART)
-    section = changelog.newest((ROOT / "CHANGELOG.md").read_text())
-    return chart.package(programs["helm"], programs["helm-docs"], SOURCE, folder, section, images(address))
+def program(name: str) -> Path:
+    return toolchain.built(from_environment(), [name])[name]
 
 
-def test_actionlint_passes_and_reports_a_mistake(programs: Mapping[str, Path], tmp_path: Path) -> None:
-    assert workflows.lint(programs["actionlint"]) == []
+def completed(folder: Path, address: str) -> Path:
+    """A copy of the chart, as in a release."""
+    copy = shutil.copytree(ROOT / CHART, folder / CHART)
+    chart.complete(copy, changelog.newest((ROOT / "CHANGELOG.md").read_text()), images(address))
+    return copy
+
+
+def pushed(helm: Helm, folder: Path, address: str) -> Artifact:
+    archive = chart.package(helm.program, SOURCE, completed(folder, address), folder)
+    artifact = chart.push(helm.program, archive, SOURCE, address)
+    archive.unlink()
+    return artifact
+
+
+# Like helm-docs, actionlint is built for slow tests only.
+@pytest.mark.slow
+def test_actionlint_passes_and_reports_a_mistake(tmp_path: Path) -> None:
+    actionlint = program("actionlint")
+    assert workflows.lint(actionlint) == []
     shutil.copytree(ROOT / workflows.FOLDER, tmp_path / workflows.FOLDER)
     release = tmp_path / workflows.FOLDER / "release.yaml"
     release.write_text(release.read_text().replace("secrets.GITHUB_TOKEN", "secret.GITHUB_TOKEN"))
-    (finding,) = workflows.lint(programs["actionlint"], tmp_path)
+    (finding,) = workflows.lint(actionlint, tmp_path)
     assert 'undefined variable "secret"' in finding
 
 
-def test_the_readme_of_the_chart_matches_helm_docs(programs: Mapping[str, Path], tmp_path: Path) -> None:
-    assert checks.readme_findings(programs["helm-docs"]) == []
-    shutil.copytree(ROOT / CHART, tmp_path / CHART)
-    values = tmp_path / CHART / "values.yaml"
+@pytest.mark.slow
+def test_the_readme_of_the_chart_matches_helm_docs(tmp_path: Path) -> None:
+    helm_docs = program("helm-docs")
+    assert checks.readme_findings(helm_docs) == []
+    copy = completed(tmp_path, "127.0.0.1:5000")
+    readme = chart.readme(helm_docs, copy)
+    assert images("127.0.0.1:5000")[0].digest in readme
+    (copy / "README.md").write_text(readme)
+    assert checks.readme_findings(helm_docs, tmp_path) == []
+    values = copy / "values.yaml"
     values.write_text(values.read_text().replace("# -- Number of operators.", "# -- How many operators."))
-    assert checks.readme_findings(programs["helm-docs"], tmp_path) == [
+    assert checks.readme_findings(helm_docs, tmp_path) == [
         f"{CHART}/README.md: not what helm-docs writes; run `make generate`"
     ]
 
 
 def test_a_released_chart_installs_its_images_by_digest_and_lists_its_changes(
-    programs: Mapping[str, Path], tmp_path: Path, address: str
+    helm: Helm, tmp_path: Path, address: str
 ) -> None:
-    archive = package(programs, tmp_path, address)
-    pushed = chart.push(programs["helm"], archive, SOURCE, address)
-    archive.unlink()
-    run([programs["helm"], "pull", f"oci://{pushed.reference}", "--plain-http", "--destination", tmp_path])
+    reference = pushed(helm, tmp_path, address).reference
+    helm("pull", f"oci://{reference}", "--plain-http", "--destination", str(tmp_path))
     (pulled,) = tmp_path.glob("*.tgz")
-    rendered = run([programs["helm"], "template", "release", pulled])
+    rendered = helm("template", "release", str(pulled))
     assert all(image.reference in rendered for image in images(address))
-    annotations: dict[str, Any] = yaml.safe_load(run([programs["helm"], "show", "chart", pulled]))["annotations"]
+    annotations: dict[str, Any] = yaml.safe_load(helm("show", "chart", str(pulled)))["annotations"]
     written = changelog.newest((ROOT / "CHANGELOG.md").read_text()).entries
     shown = [
         (change["kind"], change["description"]) for change in yaml.safe_load(annotations["artifacthub.io/changes"])
     ]
     assert shown == [(entry.kind, entry.text) for entry in written]
     assert set(annotations) >= checks.REQUIRED_ANNOTATIONS
-    assert images(address)[0].digest in run([programs["helm"], "show", "readme", pulled])
     with tarfile.open(pulled) as files:
         assert f"{CHART.name}/{chart.TEMPLATE}" not in files.getnames()
 
 
-def test_the_same_chart_has_the_same_digest(programs: Mapping[str, Path], tmp_path: Path, address: str) -> None:
-    digests = set()
-    for name in ("first", "second"):
-        folder = tmp_path / name
-        folder.mkdir()
-        digests.add(chart.push(programs["helm"], package(programs, folder, address), SOURCE, address).digest)
+def test_the_same_chart_has_the_same_digest(helm: Helm, tmp_path: Path, address: str) -> None:
+    digests = {pushed(helm, tmp_path / name, address).digest for name in ("first", "second")}
     assert len(digests) == 1
