@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError
+from qlora_operator.kube.errors import ClusterError, ConflictError
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Election:
                 try:
                     await self._work(work)
                 finally:
-                    self._renewed_at = None
+                    self._renewed_at = self._written = None
                     self._on_change(False)
                 logger.warning("this operator leads no longer and has stopped its work: %s", self._loss())
         finally:
@@ -220,7 +220,8 @@ class Election:
         asked_at = self._now()
         try:
             self._take(await self._replace(self._manifest(self._written, taken=False)), asked_at)
-        except (ConflictError, NotFoundError):
+        except ConflictError:
+            # Also if it was deleted.
             self._written = None
         return self._written is not None
 

@@ -11,7 +11,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.kube.errors import ConflictError, NotFoundError, UnavailableError
+from qlora_operator.kube.errors import ConflictError, UnavailableError
 from qlora_operator.leadership import Election, LeaseSettings, Step, decide
 from tests.support.builders import NOW, VirtualLoop
 
@@ -54,8 +54,6 @@ class Store:
 
     def write(self, manifest: Object, expected: str | None) -> Object:
         found = self.lease["metadata"]["resourceVersion"] if self.lease else None
-        if found is None and expected:
-            raise NotFoundError("deleted")
         if found != expected:
             raise ConflictError("changed")
         self.version, self.written_at = self.version + 1, self._now()
