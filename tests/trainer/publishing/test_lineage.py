@@ -1,4 +1,4 @@
-"""Lineage of a published adapter: stated, signed, and verified by `qlora verify`."""
+"""Lineage of a published adapter: stated and signed; tests/unit/qlora_cli/test_verify.py has its verification."""
 
 import base64
 import json
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from devcluster import toolchain
@@ -131,12 +130,13 @@ def test_every_field_of_the_statement_is_the_runs(monkeypatch: pytest.MonkeyPatc
     }
 
 
-def test_a_signed_adapter_verifies_with_its_key_until_it_is_changed(
-    trained: Files, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_signed_adapter_verifies_with_its_key(
+    trained: Files, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ENV_IMAGE, IMAGE)
     private, public = keys
     unsigned = published(trained)
+    assert verify(trained.workspace / "adapter").exit_code == 0
     # The profile gets a key, and the job is retried: that it has published without one is not enough.
     record = published(trained, mounts=Mounts(signing_key=private))
     assert (unsigned.adapter.lineage, record.adapter.lineage) == ("unsigned", "signed")
@@ -151,47 +151,11 @@ def test_a_signed_adapter_verifies_with_its_key_until_it_is_changed(
     ] == record.adapter.sha256
     assert stated["predicate"]["job"] == {"name": "tiny", "namespace": "default", "uid": JOB_UID}
 
-    (tmp_path / "other").mkdir()
-    _, other = write_key(tmp_path / "other", Ed25519PrivateKey.generate())
-    assert rejection(verify(folder, other)) == "no signature is of this key, or the statement was changed afterwards"
-    (folder / "adapter_model.bin").write_bytes(b"pickle")
-    assert "adapter_model.bin: it was added afterwards" in rejection(verify(folder, public))
-    (folder / "adapter_model.bin").unlink()
-    (folder / "adapter_config.json").write_text("{}")
-    assert "adapter_config.json has SHA-256" in rejection(verify(folder, public))
-
 
 def rejection(result: Result) -> str:
     """Why an adapter does not verify."""
     assert result.exit_code == ExitCode.UNSAFE_ARTIFACT, result.output
     return result.output.strip().removeprefix("Error: not verified: ").removeprefix("the lineage does not verify: ")
-
-
-def test_a_changed_statement_does_not_verify_with_the_key(trained: Files, keys: tuple[Path, Path]) -> None:
-    private, public = keys
-    published(trained, mounts=Mounts(signing_key=private))
-    path = trained.workspace / "adapter" / "lineage.sigstore.json"
-    bundle = json.loads(path.read_text())
-    forged = statement(path)
-    forged["predicate"]["base"]["source"] = "hf://acme/other"
-    bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(forged).encode()).decode()
-    path.write_text(json.dumps(bundle))
-
-    assert "changed afterwards" in rejection(verify(path.parent, public))
-    unchecked = verify(path.parent)
-    assert unchecked.exit_code == 0
-    assert "not checked" in unchecked.output
-
-
-def test_without_a_key_the_statement_is_not_signed_and_does_not_verify_with_one(
-    trained: Files, keys: tuple[Path, Path]
-) -> None:
-    published(trained)
-    folder = trained.workspace / "adapter"
-    assert verify(folder).exit_code == 0
-    assert "no signed lineage" in rejection(verify(folder, keys[1]))
-    (folder / "lineage.intoto.json").unlink()
-    assert "no lineage" in rejection(verify(folder))
 
 
 def test_an_unusable_key_is_named_and_nothing_is_published(trained: Files, tmp_path: Path) -> None:

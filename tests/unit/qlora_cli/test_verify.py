@@ -1,13 +1,20 @@
-"""The choice among several statements; see also test_lineage.py for signatures."""
+"""`qlora verify`: what it finds in a folder, and its choice among the statements about an artifact."""
 
+import base64
+import json
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from qlora_api.contract import ExitCode
 from qlora_api.lineage import (
+    SIGNED_FILE,
+    UNSIGNED_FILE,
     Lineage,
     LineageBase,
     LineageData,
@@ -18,11 +25,13 @@ from qlora_api.lineage import (
     Subject,
 )
 from qlora_cli import verify as verify_module
+from qlora_cli.__main__ import main
 from qlora_cli.verify import Adapter, NotVerified, verify
 from qlora_trainer.publishing.signing import sign
 
 ADDRESS = "oci://registry.example.org/team/adapter:v1"
 OWN, OTHER = "a" * 64, "b" * 64
+FILE = "adapter_model.safetensors"
 WEIGHTS = b"weights"
 KEY = Ed25519PrivateKey.generate()
 
@@ -39,23 +48,123 @@ def bundle(artifact: str, content: bytes = WEIGHTS) -> bytes:
         spec_sha256="0" * 64,
         result=LineageResult(steps=1, adapter_step=1, attempts=1, loss=1.0),
     )
-    file = Subject(name="adapter_model.safetensors", digest={"sha256": sha256(content).hexdigest()})
+    file = Subject(name=FILE, digest={"sha256": sha256(content).hexdigest()})
     subject = (file, Subject(name=ADDRESS, digest={"sha256": artifact}))
     return sign(Statement(subject=subject, predicate=predicate).model_dump_json(by_alias=True).encode(), KEY)
 
 
+def public_key(file: Path, key: Ed25519PrivateKey) -> Path:
+    file.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return file
+
+
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
-    file = tmp_path / "signing.pub"
-    file.write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return file
+    return public_key(tmp_path / "signing.pub", KEY)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A folder with a signed adapter."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / FILE).write_bytes(WEIGHTS)
+    (folder / SIGNED_FILE).write_bytes(bundle(OWN))
+    return folder
+
+
+def run(adapter: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["verify", str(adapter), *options])
+
+
+def rejection(result: Result) -> str:
+    """Why an adapter does not verify."""
+    assert result.exit_code == ExitCode.UNSAFE_ARTIFACT, result.output
+    return result.output.strip().removeprefix("Error: not verified: ").removeprefix("the lineage does not verify: ")
+
+
+def payload(adapter: Path) -> tuple[dict[str, dict[str, str]], bytes]:
+    """The bundle, and the statement that it signs."""
+    found = json.loads((adapter / SIGNED_FILE).read_bytes())
+    return found, base64.b64decode(found["dsseEnvelope"]["payload"])
+
+
+def test_a_signed_adapter_verifies_with_its_key(adapter: Path, key: Path) -> None:
+    # Neither is part of what was published.
+    (adapter / ".cache").mkdir()
+    (adapter / UNSIGNED_FILE).write_text("anything")
+    done = run(adapter, "--key", str(key))
+    assert done.exit_code == 0, done.output
+    assert "Signature: of the given key" in done.output
+    assert "Files:     1, each with the SHA-256 that is stated" in done.output
+
+
+def linked(adapter: Path) -> None:
+    """The weights are a link out of the folder, to an equal file."""
+    (adapter / FILE).rename(adapter.parent / "elsewhere")
+    (adapter / FILE).symlink_to(adapter.parent / "elsewhere")
+
+
+def forged(adapter: Path) -> None:
+    """The statement names another base."""
+    found, stated = payload(adapter)
+    found["dsseEnvelope"]["payload"] = base64.b64encode(stated.replace(b"org/model", b"org/other")).decode()
+    (adapter / SIGNED_FILE).write_text(json.dumps(found))
+
+
+def linked_statement(adapter: Path) -> None:
+    (adapter / SIGNED_FILE).rename(adapter.parent / "elsewhere")
+    (adapter / SIGNED_FILE).symlink_to(adapter.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda adapter: (adapter / "adapter_model.bin").touch(), "state adapter_model.bin: it was added afterwards"),
+        (lambda adapter: (adapter / FILE).unlink(), f"{FILE} is missing"),
+        (lambda adapter: (adapter / FILE).write_bytes(b"others"), f"{FILE} has SHA-256 "),
+        (linked, f"{FILE} is not a file"),
+        (forged, "no signature is of this key, or the statement was changed afterwards"),
+        (linked_statement, f"has no signed lineage ({SIGNED_FILE})"),
+    ],
+    ids=["added", "missing", "changed", "linked", "forged", "linked statement"],
+)
+def test_a_signed_adapter_that_was_changed_does_not_verify(
+    adapter: Path, key: Path, change: Callable[[Path], object], why: str
+) -> None:
+    change(adapter)
+    assert why in rejection(run(adapter, "--key", str(key)))
+
+
+def test_a_signature_of_another_key_does_not_verify(adapter: Path, tmp_path: Path) -> None:
+    other = public_key(tmp_path / "other.pub", Ed25519PrivateKey.generate())
+    assert "no signature is of this key" in rejection(run(adapter, "--key", str(other)))
+
+
+def test_without_a_key_no_signature_is_checked_and_the_output_shows_that(adapter: Path) -> None:
+    forged(adapter)
+    done = run(adapter)
+    assert done.exit_code == 0, done.output
+    assert "Signature: not checked, so any user may have written this" in done.output
+    assert "hf://org/other" in done.output
+
+
+def test_an_unsigned_adapter_verifies_without_a_key_only(adapter: Path, key: Path) -> None:
+    (adapter / UNSIGNED_FILE).write_bytes(payload(adapter)[1])
+    (adapter / SIGNED_FILE).unlink()
+    done = run(adapter)
+    assert done.exit_code == 0, done.output
+    assert "Signature: not checked" in done.output
+    assert f"has no signed lineage ({SIGNED_FILE})" in rejection(run(adapter, "--key", str(key)))
+    (adapter / UNSIGNED_FILE).unlink()
+    assert f"has no lineage ({SIGNED_FILE} or {UNSIGNED_FILE})" in rejection(run(adapter))
 
 
 def attach(monkeypatch: pytest.MonkeyPatch, *bundles: bytes, looked_at: int | None = None) -> None:
     """Let the artifact at ADDRESS have these statements, in this order."""
 
     def downloaded(_address: str, folder: Path) -> Adapter:
-        (folder / "adapter_model.safetensors").write_bytes(WEIGHTS)
+        (folder / FILE).write_bytes(WEIGHTS)
         return Adapter(folder, bundles, (), OWN, looked_at)
 
     monkeypatch.setattr(verify_module, "_downloaded", downloaded)
