@@ -62,16 +62,6 @@ def test_a_rejection_by_the_server_is_a_runtime_error_with_its_message(client: Q
         client.get_adapter("twice")
 
 
-@pytest.mark.parametrize("name", ["", "named/status", "named?pretty=true", "../qlorajobs/named", "named%2Fstatus"])
-def test_a_name_leads_to_no_other_object(client: QLoRAClient, name: str) -> None:
-    if "named" not in [job.name for job in client.list_jobs()]:
-        client.train(SPEC, name="named")
-    for ask in (client.get_job, client.get_job_events, client.delete_job, client.compare):
-        with pytest.raises(RuntimeError, match="no object of qlorajobs can have the name"):
-            ask(name)
-    assert client.get_job("named").name == "named"
-
-
 def test_logs_are_followed_from_before_the_pod_starts_to_the_end_of_the_job(
     team: Reported, client: QLoRAClient
 ) -> None:

@@ -25,6 +25,7 @@ class Request:
     method: str
     path: str
     """With the query."""
+    body: bytes = b""
 
     @property
     def watches(self) -> bool:
@@ -54,9 +55,9 @@ def fair(_request: Request) -> Reply | None:
 class ApiProxy:
     """A loopback address in front of an API server with TLS; passes credentials on."""
 
-    upstream: str
-    """HOST:PORT of the API server."""
-    authority: Path
+    upstream: str = ""
+    """HOST:PORT of the API server; empty if every request has weather."""
+    authority: Path = Path()
     host: str = "127.0.0.1"
     identity: tuple[Path, Path] | None = None
     """Certificate and key, if it serves TLS too, from when it rises."""
@@ -155,9 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def _handle(self) -> None:
-        request = Request(self.command, self.path)
-        self.proxy.seen.append(request)
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request = Request(self.command, self.path, content)
+        self.proxy.seen.append(request)
         if self.proxy.silent.is_set():
             self.connection.settimeout(None)
             self.rfile.read()

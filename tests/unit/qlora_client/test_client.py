@@ -205,6 +205,14 @@ def test_an_unreachable_cluster_is_a_runtime_error(cluster: ClusterBackendConfig
         QLoRAClient(ClusterBackendConfig(config_file=tmp_path / "none"))
 
 
+@pytest.mark.parametrize("name", ["", "demo/status", "demo?pretty=true", "../qlorajobs/demo", "demo%2Fstatus"])
+def test_a_name_that_leads_to_another_object_is_not_sent(cluster: ClusterBackendConfig, name: str) -> None:
+    client = QLoRAClient(cluster)
+    for ask in (client.get_job, client.get_job_events, client.delete_job, client.compare):
+        with pytest.raises(RuntimeError, match="no object of qlorajobs can have the name"):
+            ask(name)
+
+
 def changed(**parts: Any) -> QLoRAJobSpec:
     return SPEC.model_copy(update=parts)
 
