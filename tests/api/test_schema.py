@@ -1,17 +1,16 @@
 """The API server alone admits good manifests and rejects bad ones with a reason."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
 from qlora_api.spec.job import QLoRAJobDocument
 from tests.support.manifests import FULL, MINIMAL, MIXED, Manifest, with_value, without
+from tests.support.rejected.inputs import MANIFESTS
 
 
 def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> Manifest:
@@ -90,12 +89,7 @@ def changed(start: Manifest, changes: dict[str, Any]) -> Manifest:
     return start
 
 
-REJECTED = {
-    name: (changed(STARTS[start], changes), message)
-    for name, start, changes, message in yaml.safe_load(
-        (Path(__file__).parents[1] / "support" / "rejected_manifests.yaml").read_text()
-    )
-} | {
+REJECTED = {name: (changed(STARTS[start], changes), message) for name, start, changes, message in MANIFESTS} | {
     "huge string": (
         with_value(MINIMAL, "spec.model.source", "hf://org/" + "a" * 100_000),
         "spec.model.source: Too long",

@@ -15,6 +15,7 @@ from qlora_trainer.data.read.hub_splits import EVALUATION, TRAINING, choose_data
 from qlora_trainer.model.memory.fit import read_shape
 from qlora_trainer.model.source.files import reject_code, weight_files
 from qlora_trainer.stores.contents import parse_manifest
+from qlora_trainer.stores.endpoints import server_address
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.registry import parse_layers
 from tests.fuzz.target import Target, dumped, in_file, in_text
@@ -204,6 +205,11 @@ DOCUMENTS: dict[str, Target] = {
         _index,
         (b'{"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}',),
         exit_codes=_CODE_OR_ABSENT,
+    ),
+    "server": Target(
+        in_text(lambda text: server_address({"AWS_ENDPOINT_URL": text}, "AWS_ENDPOINT_URL")),
+        (b"https://minio.team.svc:9000", b"http://[::1]:80/path"),
+        exit_codes=(ExitCode.BAD_CONFIGURATION,),
     ),
     "tokenizer": Target(
         in_file("tokenizer_config.json", lambda path: reject_code(path.parent)),

@@ -38,7 +38,7 @@ from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, read_atte
 from qlora_trainer.training.checkpoints.checkpoint import read_checkpoint
 from tests.fuzz.target import Target, dumped, in_file
 from tests.support.builders import ADAPTER, FOUND, MEMORY
-from tests.support.data_files import GOOD_FILES
+from tests.support.good_files import GOOD_FILES
 from tests.support.row_formats import GOOD_ROWS
 from tests.support.runs.checkpoints import state_of
 

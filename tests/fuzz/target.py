@@ -30,13 +30,14 @@ class Target:
 
         Raises unexpected exceptions, and AssertionError for bad words.
         """
-        rejection = self._rejection(content, folder)
+        rejection = self.rejection(content, folder)
         if isinstance(rejection, StepFailure):
             assert rejection.exit_code in self.exit_codes, f"ends with {rejection.exit_code!r}: {rejection.message}"
             assert shown_message(rejection).isprintable()
         assert rejection is None or len(str(rejection)) <= LONGEST_MESSAGE, "the rejection has no end"
 
-    def _rejection(self, content: bytes, folder: Path) -> Exception | None:
+    def rejection(self, content: bytes, folder: Path) -> Exception | None:
+        """How the content is rejected, or None."""
         allowed: tuple[type[Exception], ...] = (*self.rejections, StepFailure) if self.exit_codes else self.rejections
         try:
             self.parse(content, folder)

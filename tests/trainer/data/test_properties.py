@@ -1,6 +1,5 @@
 """Parsers of data, models and steps' files: each reads any file, or rejects it as documented."""
 
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -12,13 +11,12 @@ from hypothesis import strategies as st
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.paths import confine, require_regular
-from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, read_attempts
-from qlora_trainer.training.checkpoints.checkpoint import read_checkpoint
 from tests.fuzz.answers import ANSWERS
 from tests.fuzz.files import FILES
 from tests.fuzz.inputs import BOUNDED, inputs
 from tests.fuzz.target import Target, shown_message
+from tests.support.rejected.parsed import Parsed, parsed
 
 TARGETS = {**FILES, **{f"answer: {name}": target for name, target in ANSWERS.items()}}
 # A model is built from each, or a tokenizer loaded.
@@ -49,18 +47,9 @@ def test_a_models_files_are_read_or_rejected_as_documented(name: str, data: st.D
     check(TARGETS[name], data)
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../state.json", "pipe\x00", "x" * 5000])
-def test_a_checkpoint_reads_no_file_but_its_own(tmp_path: Path, name: str) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"sha256": {name: "0" * 64}}))
-    with pytest.raises(ValueError, match="is not a file in it"):
-        read_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("line", [b"5", b'{"loss": 1}', b'{"step": [], "loss": 1}', b'{"step": 1e999}', b"[" * 9000])
-def test_an_invalid_metric_is_rejected_with_its_line(tmp_path: Path, line: bytes) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
-        read_history(tmp_path / "metrics.jsonl")
+@pytest.mark.parametrize("case", [*parsed("files"), *parsed("answers")], ids=str)
+def test_a_wrong_file_or_answer_is_rejected_in_words(case: Parsed) -> None:
+    case.require_rejection(FILES | ANSWERS)
 
 
 def test_a_line_of_attempts_that_is_not_text_is_left_out(tmp_path: Path) -> None:

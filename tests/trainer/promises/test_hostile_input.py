@@ -3,9 +3,7 @@
 Other tests cover models and data sets of that kind, and the environment.
 """
 
-import json
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,50 +14,20 @@ from pydantic import ValidationError
 from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.spec.training import LoraSpec
-from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.families.rejection import entries
 from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.stores.contents import parse_manifest
 from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
-from tests.support.runs.hostile import Payload, bounded
+from tests.support.failures import failing
+from tests.support.rejected.made import write_pickle
+from tests.support.rejected.parsed import ADDRESSES
+from tests.support.runs.hostile import bounded
 from tests.support.runs.published import MANIFEST
 
 NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 # Valid, and blanks to its end.
 LARGE_MANIFEST = MANIFEST.text() + b" " * 2**23
-
-ADDRESSES = [
-    "hf://../../etc",
-    "hf://org/..",
-    "hf://org/name@evil.example",
-    "hf://user:password@evil.example/name",
-    "hf://org/name?token=x",
-    "hf://org/name#x",
-    "hf://org/na%2e%2eme/%2e%2e",
-    "hf://org/name\n",
-    "hf://org/name\x00",
-    "hf://оrg/name",  # the first letter is Cyrillic
-    "http://169.254.169.254/latest/meta-data",
-    "https://huggingface.co/org/name",
-    "file:///etc/passwd",
-    "/etc/passwd",
-    "../model",
-    "pvc://claim/../../etc",
-    "pvc://claim/.git/config",
-    "pvc://../claim",
-    "pvc://claim//etc",
-    "s3://bucket/../other",
-    "s3://user:key@bucket/path",
-    "s3://bucket@evil.example/path",
-    "oci://user:password@registry.example/name:tag",
-    "oci://registry.example/../name:tag",
-    "oci://registry.example/name:tag@evil.example",
-    "HF://org/name",
-    "hf:org/name",
-    " hf://org/name",
-    "hf://" + "a" * 600 + "/name",
-]
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
@@ -75,13 +43,10 @@ def test_an_address_that_means_another_place_is_rejected_by_the_schema(field: st
         QLoRAJobDocument.model_validate(document)
 
 
-@pytest.mark.parametrize("name", ["../../outside/secret", "/etc/passwd", "adapter.safetensors/../../x"])
-def test_a_checkpoint_that_names_files_elsewhere_is_set_aside(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_that_names_files_elsewhere_is_set_aside(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-2"
     checkpoint.mkdir(parents=True)
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "secret").write_text("secret")
-    (checkpoint / "manifest.json").write_text(json.dumps({"sha256": {name: "0" * 64, "state.json": "0" * 64}}))
+    (checkpoint / "manifest.json").write_text('{"sha256": {"../../outside/secret": "0", "state.json": "0"}}')
     (checkpoint / "state.json").write_text("{}")
     assert newest_checkpoint(tmp_path / "checkpoints") is None
     assert checkpoint.with_name("step-2.corrupt").is_dir()
@@ -90,7 +55,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_set_aside(tmp_path: Path, na
 def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-2"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
+    write_pickle(tmp_path / "canary", checkpoint / "optimizer.pt")
     assert newest_checkpoint(tmp_path / "checkpoints") is None
     assert not (tmp_path / "canary").exists()
 
@@ -123,36 +88,18 @@ def test_an_endless_manifest_is_not_read(tmp_path: Path, make: Callable[[Path], 
     assert not destination.is_free()
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"[]", "is not a JSON object"),
-        (b"1", "is not a JSON object"),
-        (NESTED, "is not JSON"),
-        (b'{"peft_type": ' + b"[" * 400 + b"]" * 400 + b"}", "has peft_type: [[["),
-        (b'{"peft_type": "' + b"a" * 2**23 + b'"}', "is not JSON of less than"),
-    ],
-)
-def test_an_invalid_adapter_configuration_is_reported(tmp_path: Path, content: bytes, says: str) -> None:
-    (tmp_path / "adapter_config.json").write_bytes(content)
-    failure = _rejected_configuration(tmp_path / "adapter_config.json")
-    assert f"adapter_config.json {says}" in failure.message
-    assert failure.exit_code is ExitCode.INTERNAL_ERROR
-
-
 @pytest.mark.parametrize("make", [_endless, os.mkfifo, Path.mkdir])
 def test_an_endless_adapter_configuration_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "adapter_config.json")
-    with bounded():
-        failure = _rejected_configuration(tmp_path / "adapter_config.json")
-    assert "not a regular file" in failure.message
-    assert failure.exit_code is ExitCode.UNSAFE_ARTIFACT
-
-
-def _rejected_configuration(path: Path) -> StepFailure:
-    with pytest.raises(StepFailure) as failure:
-        verify_config(path, LoraSpec(), target_modules=(), whole_modules=(), base_name="hf://a/b", base_revision="c0")
-    return failure.value
+    with bounded(), failing(ExitCode.UNSAFE_ARTIFACT, "not a regular file"):
+        verify_config(
+            tmp_path / "adapter_config.json",
+            LoraSpec(),
+            target_modules=(),
+            whole_modules=(),
+            base_name="hf://a/b",
+            base_revision="c0",
+        )
 
 
 def test_keys_of_a_configuration_are_found_at_any_depth() -> None:

@@ -66,29 +66,6 @@ def test_a_configuration_that_describes_the_adapter_is_accepted(path: Path) -> N
     verify(path, LORA.model_copy(update={"use_rslora": True, "use_dora": True}))
 
 
-@pytest.mark.parametrize(
-    ("key", "other"),
-    [
-        ("peft_type", "IA3"),
-        ("task_type", "SEQ_CLS"),
-        ("base_model_name_or_path", "acme/other"),
-        ("revision", "main"),
-        ("r", 8),
-        ("lora_alpha", 4),
-        ("lora_dropout", 0.1),
-        ("target_modules", ["model.layers.0.q_proj"]),
-        ("use_rslora", True),
-        ("use_dora", True),
-        ("bias", "all"),
-        ("auto_mapping", {"base_model_class": "Other"}),
-        ("modules_to_save", ["lm_head"]),
-    ],
-)
-def test_a_configuration_of_another_adapter_is_rejected(path: Path, key: str, other: object) -> None:
-    path.write_text(json.dumps(CONFIG | {key: other}))
-    rejected(path, f"adapter_config.json has {key}: ")
-
-
 @pytest.mark.parametrize("key", [key for key, value in CONFIG.items() if value is not None])
 def test_a_configuration_that_leaves_something_out_is_rejected(path: Path, key: str) -> None:
     path.write_text(json.dumps({name: value for name, value in CONFIG.items() if name != key}))

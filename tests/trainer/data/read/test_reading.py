@@ -21,10 +21,10 @@ from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.read.reading import DATA_ENDINGS
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.steps.prepare import prepare
-from tests.support.data_files import GOOD_FILES, ROWS
-from tests.support.data_files.case import GOOD
 from tests.support.fake_hub import OTHER_COMMIT, FakeHub, serve
+from tests.support.good_files import GOOD_FILES, ROWS
 from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.rejected.made import GOOD
 from tests.trainer.conftest import MakeContext
 
 

@@ -6,25 +6,13 @@ import json
 import lzma
 from collections.abc import Mapping
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from tests.support.rejected.parquet import table, zstandard
 
 ROWS = [{"prompt": f'Question "{n}",\nplease', "completion": f"ünswer {n}"} for n in range(3)]
 _LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
 _PLAIN = "\n".join(_LINES).encode()
 _CELLS = ['"{}","{}"'.format(*(row[key].replace('"', '""') for key in ("prompt", "completion"))) for row in ROWS]
 _MARK = b"\xef\xbb\xbf"
-
-
-def zstandard(content: bytes) -> bytes:
-    """Compressed as zstd does."""
-    return bytes(pa.compress(content, codec="zstd", asbytes=True))
-
-
-def _parquet() -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(ROWS), sink)
-    return bytes(sink.getvalue())
 
 
 GOOD_FILES: Mapping[str, tuple[bytes, ...]] = {
@@ -35,7 +23,7 @@ GOOD_FILES: Mapping[str, tuple[bytes, ...]] = {
         _PLAIN,
     ),
     ".csv": (_MARK + "\n".join(["prompt,completion", *_CELLS]).encode(),),
-    ".parquet": (_parquet(),),
+    ".parquet": (table({key: [row[key] for row in ROWS] for key in ROWS[0]}),),
     ".jsonl.gz": (gzip.compress(_PLAIN[:50]) + gzip.compress(_PLAIN[50:]),),
     ".jsonl.bz2": (bz2.compress(_PLAIN),),
     ".json.xz": (lzma.compress(json.dumps(ROWS).encode()),),
