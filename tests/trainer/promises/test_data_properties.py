@@ -1,4 +1,4 @@
-"""Parsers of data files under arbitrary bytes: rows, or a rejection with a reason."""
+"""Readers of data over many inputs: rows as they were written, or a rejection with a reason."""
 
 import gzip
 import json
@@ -22,7 +22,6 @@ from qlora_trainer.data.examples.formats import RowReader, detect_format
 from qlora_trainer.data.packing import pack
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset, write_split
 from qlora_trainer.data.read.files import DataFile
-from qlora_trainer.data.read.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_dataset_card
 from qlora_trainer.data.read.reading import read_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.tokenize.chunks import Chunk, Limits, TokenizedRows
@@ -68,17 +67,6 @@ def read(name: str, content: bytes) -> list[Mapping[str, object]] | None:
         path = Path(folder, name)
         path.write_bytes(content)
         return rejected_or(lambda: [row.values() for row in read_rows([DataFile(path, f"pvc://data/{name}")])])
-
-
-NAMES = ("a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.jsonl.bz2", "a.json.xz", "a.csv.zst")
-
-
-@pytest.mark.parametrize("name", NAMES)
-@UNTIMED
-@given(content=st.binary(max_size=300))
-def test_any_bytes_are_rows_or_rejected(name: str, content: bytes) -> None:
-    rows = read(name, content)
-    assert rows is None or rows
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
@@ -132,48 +120,6 @@ def test_any_row_is_an_example_or_rejected(values: dict[str, Any], columnar: boo
         reader = RowReader(*detected)
         read_example = rejected_or(lambda: reader.read(row))
         assert read_example is None or reader.reading(row).columns
-
-
-CARDS = st.dictionaries(
-    st.sampled_from(("configs", "other")),
-    st.lists(
-        st.dictionaries(
-            st.sampled_from(("config_name", "data_files", "data_dir", "default")),
-            JSON | st.sampled_from(("default", "data/*", "**", True)),
-            max_size=4,
-        ),
-        max_size=3,
-    )
-    | JSON,
-    max_size=2,
-)
-FILES = st.lists(
-    st.sampled_from(("data/train-0.parquet", "data/train-1.parquet", "test.jsonl", "en/dev.csv", "README.md", "x.py")),
-    unique=True,
-)
-
-
-@UNTIMED
-@given(
-    FILES,
-    CARDS,
-    st.sampled_from(("", "data", "test.jsonl")),
-    st.sampled_from((TRAINING, EVALUATION, Wanted(("x",), "en"))),
-)
-def test_any_card_leads_to_existing_files_or_is_rejected(
-    names: list[str], card: dict[str, Any], path: str, wanted: Wanted
-) -> None:
-    chosen = rejected_or(lambda: choose_data_files(names, card, path, wanted, "hf://a/b"), "hf://a/b")
-    assert chosen is None or (chosen and set(chosen) <= set(names))
-
-
-@UNTIMED
-@given(st.binary(max_size=200))
-def test_any_card_is_read_or_rejected(content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "README.md")
-        path.write_bytes(b"---\n" + content + b"\n---\n")
-        rejected_or(lambda: read_dataset_card(path, "hf://a/b"), "hf://a/b")
 
 
 ROWS = st.lists(
