@@ -24,7 +24,7 @@ from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint, rea
 from tests.support.runs import checkpoints
 from tests.support.runs.bad_disk import BadDisk, bad_disk
 from tests.support.runs.checkpoints import FILES, in_child, newest_step, save
-from tests.support.runs.forked_ranks import server
+from tests.support.runs.forks import server
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 KILLS = [60, pytest.param(200, marks=pytest.mark.slow)]

@@ -4,27 +4,28 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.completion import PrepareRecord, PublishRecord
+from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.filesystem import bytes_below
 from qlora_trainer.model.base import cache as cache_module
 from qlora_trainer.model.base.artifact import MANIFEST
 from qlora_trainer.model.base.conversion import BaseConversion
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.steps.publish import publish
 from tests.support.bad_bases import WEIGHTS, overwrite, overwrite_with_manifest
-from tests.support.commands.command import Done, new_files
 from tests.support.failures import failing
 from tests.support.fake_hub import Rejection
 from tests.support.models.four_bit import quantized, settings
 from tests.support.models.mxfp4 import save_gpt_oss
 from tests.support.models.tiny import Recorded, chat_row, write_rows
-from tests.support.services.hub_jobs import MODEL
 from tests.support.shared_cache import SharedCache, base_of, contents, only_base
 from tests.support.training import run
 from tests.trainer.conftest import MakeContext
@@ -144,39 +145,36 @@ def test_another_quantization_or_another_release_of_a_library_is_another_base(
     assert [base_of(record).origin for record in records] == ["downloaded"] * 4
 
 
-def test_a_job_trains_and_publishes_from_the_cache_and_clean_keeps_it(cache: SharedCache, tmp_path: Path) -> None:
-    """Each step as a process, and with a cache that loses the weights before the last."""
-    files = new_files(tmp_path / "job", tmp_path, MODEL | {"training": {"maxSteps": 8}, "output": {"merged": {}}})
+def published(context: StepContext) -> PublishRecord:
+    """Publish the job."""
+    return publish(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
 
-    def run(step: str) -> Done:
-        return files.run(step, QLORA_MODEL_CACHE=str(cache.folder))
 
-    prepared = run("prepare").result
-    assert prepared.base is not None
-    assert (prepared.base.origin, prepared.base.message) == ("downloaded", "")
-    assert run("train").exit_code == 0
+def test_a_job_trains_and_publishes_from_the_cache_and_clean_keeps_it(cache: SharedCache) -> None:
+    """With a cache that loses the weights before the last step."""
+    context = cache.context(spec={"output": {"merged": {}}})
+    base = base_of(prepare(context, Recorded()))
+    assert (base.origin, base.message) == ("downloaded", "")
+    run(context)
     (cache.base / WEIGHTS).unlink()
-    unpublished = run("publish")
-    assert unpublished.exit_code == ExitCode.MODEL_UNAVAILABLE
-    assert "no longer whole in the model cache" in unpublished.result.message
-    assert "raise spec.retry.request" in unpublished.result.message
-    assert (files.workspace / "adapter" / "adapter_model.safetensors").is_file()
-    for step in ("prepare", "publish", "clean"):
-        done = run(step)
-        assert done.exit_code == 0, done.stdout + done.stderr
-    assert (files.workspace / "merged" / WEIGHTS).is_file()
+    with failing(ExitCode.MODEL_UNAVAILABLE, "no longer whole in the model cache", "raise spec.retry.request"):
+        published(context)
+    assert (context.workspace.adapter / "adapter_model.safetensors").is_file()
+    prepare(context, Recorded())
+    published(context)
+    clean(context.workspace)
+    assert (context.workspace.merged / WEIGHTS).is_file()
     assert (cache.base / WEIGHTS).is_file()
 
 
-def test_an_adapter_is_published_without_the_base_that_it_was_trained_on(cache: SharedCache, tmp_path: Path) -> None:
+def test_an_adapter_is_published_without_the_base_that_it_was_trained_on(cache: SharedCache) -> None:
     """The adapter is the result: it is not lost with a file that is not read."""
-    files = new_files(tmp_path / "job", tmp_path, MODEL | {"training": {"maxSteps": 8}})
-    for step in ("prepare", "train"):
-        assert files.run(step, QLORA_MODEL_CACHE=str(cache.folder)).exit_code == 0
+    context = cache.context()
+    prepare(context, Recorded())
+    run(context)
     shutil.rmtree(cache.base)
-    done = files.run("publish", QLORA_MODEL_CACHE=str(cache.folder))
-    assert done.exit_code == 0, done.stdout + done.stderr
-    assert (files.workspace / "adapter" / "adapter_model.safetensors").is_file()
+    published(context)
+    assert (context.workspace.adapter / "adapter_model.safetensors").is_file()
 
 
 def test_training_does_not_start_on_a_base_that_has_changed_in_the_cache(cache: SharedCache) -> None:

@@ -2,9 +2,12 @@
 
 import errno
 import fcntl
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,41 +29,48 @@ from tests.support.bad_bases import (
     rename_tensors,
     write,
 )
-from tests.support.commands.command import TIMEOUT_S, new_files
 from tests.support.failures import failing
 from tests.support.fake_hub import Rejection
 from tests.support.models.tiny import Recorded
-from tests.support.services.hub_jobs import MODEL
+from tests.support.runs.forks import forked
 from tests.support.shared_cache import SharedCache, age, base_of
 from tests.support.waiting import eventually
 
 
-def test_concurrent_jobs_wait_for_the_one_that_makes_the_base(cache: SharedCache, tmp_path: Path) -> None:
+def test_concurrent_jobs_wait_for_the_one_that_makes_the_base(cache: SharedCache) -> None:
     """Three processes; the first is held up while it downloads."""
     go_on, started = threading.Event(), threading.Event()
 
     def hold(method: str, path: str) -> Rejection | None:
         if method == "GET" and path.endswith(WEIGHTS):
             started.set()
-            go_on.wait(TIMEOUT_S)
+            go_on.wait(180)
         return None
 
+    class Told(Recorded):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waits = multiprocessing.Event()
+
+        def progress(self, record: Any, *, force: bool = False) -> None:
+            if record.activity.startswith("waiting for another job"):
+                self.waits.set()
+            super().progress(record, force=force)
+
     cache.hub.reject = hold
-    files = [new_files(tmp_path / f"job-{number}", tmp_path, MODEL) for number in range(3)]
-    running = [
-        file.start("prepare", QLORA_MODEL_CACHE=str(cache.folder), QLORA_POD_UID=f"pod-{n}")
-        for n, file in enumerate(files)
-    ]
-    assert started.wait(TIMEOUT_S)
-    logs = [file.workspace / "records" / "prepare.log" for file in files]
-    eventually(lambda: all(log.exists() for log in logs), seconds=TIMEOUT_S, every=0.05, what="three steps that run")
-    go_on.set()
-    for process in running:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 0, stdout + stderr
+    contexts = [cache.context(f"job-{number}") for number in range(3)]
+    records = [Told() for _ in contexts]
+    with ExitStack() as running:
+        jobs = [running.enter_context(forked(prepare, *job)) for job in zip(contexts, records, strict=True)]
+        assert started.wait(180)
+        eventually(lambda: sum(each.waits.is_set() for each in records) == 2, seconds=180, every=0.05, what="two wait")
+        go_on.set()
+        for job in jobs:
+            job.join(180)
+        assert [job.exitcode for job in jobs] == [0, 0, 0]
     assert cache.hub.fetched.count(WEIGHTS) == 1
     assert (cache.base / WEIGHTS).is_file()
-    assert not [path for file in files for path in file.workspace.rglob("model.safetensors")]
+    assert not [path for context in contexts for path in context.workspace.root.rglob("model.safetensors")]
 
 
 def test_a_job_uses_a_base_that_another_one_has_completed_first(cache: SharedCache) -> None:
@@ -85,27 +95,25 @@ def test_a_job_uses_a_base_that_another_one_has_completed_first(cache: SharedCac
     assert base_of(first).origin == "cache"
 
 
-def test_the_next_pod_of_a_killed_job_fetches_the_missing_files(cache: SharedCache, tmp_path: Path) -> None:
+def test_the_next_pod_of_a_killed_job_fetches_the_missing_files(cache: SharedCache) -> None:
     parts = cache.split_weights()
     go_on, stuck = threading.Event(), threading.Event()
 
     def hold(method: str, path: str) -> Rejection | None:
         if method == "GET" and path.endswith(parts[1]):
             stuck.set()
-            go_on.wait(TIMEOUT_S)
+            go_on.wait(180)
         return None
 
     cache.hub.reject = hold
-    files = new_files(tmp_path / "job", tmp_path, MODEL)
-    process = files.start("prepare", QLORA_MODEL_CACHE=str(cache.folder), QLORA_POD_UID="killed")
-    assert stuck.wait(TIMEOUT_S), process.communicate()
-    process.kill()
-    process.communicate()
+    with forked(prepare, replace(cache.context(), pod_uid="killed"), Recorded()) as process:
+        assert stuck.wait(180)
+        process.kill()
+        process.join()
     cache.hub.reject = lambda _method, _path: None
     go_on.set()
     assert len(cache.partials) == len([*(cache.folder / "quantized").glob("[!.]*")]) + 1
-    done = files.run("prepare", QLORA_MODEL_CACHE=str(cache.folder))
-    assert done.exit_code == 0, done.stdout + done.stderr
+    cache.prepare()
     assert [name for name in cache.hub.fetched if name in parts] == [*parts, parts[1]]
     assert {path.name for path in cache.base.glob("*.safetensors")} == set(parts)
 

@@ -2,25 +2,22 @@
 
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_api.contract import WorkspaceLayout
-from qlora_api.spec.job import QLoRAJobDocument
 from qlora_trainer.core import environment
-from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.tokenize import chunk_maker as tokenize
 from qlora_trainer.steps.prepare import prepare
-from tests.support.commands.command import TIMEOUT_S, Files, new_files
-from tests.support.models.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.runs.forks import forked
 from tests.trainer.conftest import MakeContext
 from tests.trainer.data.conftest import data_bytes
 
@@ -132,47 +129,39 @@ def test_the_first_invalid_row_is_reported_by_any_process(
     assert not [*context.workspace.root.rglob("*")]
 
 
-def killed_with_more_chunks(files: Files) -> dict[str, int]:
-    """Kill the prepare step after one more chunk, and return the inode of each chunk."""
-    before = len(chunk_files(files))
-    with files.start("prepare") as process:
-        deadline = time.monotonic() + TIMEOUT_S
-        while len(chunk_files(files)) == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.kill()
-        _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
-    return chunk_files(files)
+class KilledAfter(StopAfter):
+    """Records that kill their process instead."""
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        try:
+            super().progress(record, force=force)
+        except Stop:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def chunk_files(files: Files) -> dict[str, int]:
-    """The inode of each finished chunk's file, by name, which changes with a new file."""
-    return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.rows.partial/train-*.safetensors")}
+@pytest.mark.usefixtures("small_chunks")
+def test_a_killed_prepare_resumes_from_its_chunks_to_the_same_bytes(
+    make_context: MakeContext, tmp_path: Path, workers: Any
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    workers(1)
+    context = make_context()
+    found: list[dict[str, int]] = []
+    for rows in (30, 70):
+        with forked(prepare, context, KilledAfter(rows)) as process:
+            process.join()
+        assert process.exitcode == -signal.SIGKILL
+        # The inode of a chunk's file changes with a new file.
+        paths = context.workspace.data.glob(".rows.partial/train-*.safetensors")
+        found.append({path.name: path.stat().st_ino for path in paths})
 
-
-def test_a_killed_prepare_resumes_from_its_chunks_to_the_same_bytes(tmp_path: Path, tiny_llama: Path) -> None:
-    files = new_files(tmp_path, tiny_llama.parent)
-    rows = 3 * tokenize.CHUNK_ROWS + 100
-    write_rows(files.data / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(rows)])
-
-    first = killed_with_more_chunks(files)
-    second = killed_with_more_chunks(files)
-    assert 1 <= len(first) < len(second) < 4
+    first, second = found
+    assert (len(first), len(second)) == (3, 7)
     # A chunk is made after those before it.
     assert {name: second[name] for name in first} == first
-    assert files.run("prepare").exit_code == 0
-
-    undisturbed = StepContext(
-        QLoRAJobDocument.model_validate(files.document),
-        WorkspaceLayout(tmp_path / "undisturbed"),
-        Mounts(claims={"models": files.models, "data": files.data}),
-        "cpu",
-        POD_UID,
-        1,
-        str(tmp_path / "undisturbed"),
-    )
-    [folder] = (files.workspace / "data").iterdir()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == data_bytes(undisturbed)
+    resumed = data_bytes(context)
+    shutil.rmtree(context.workspace.root)
+    assert resumed == data_bytes(context)
 
 
 def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:

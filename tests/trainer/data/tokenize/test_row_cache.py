@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from qlora_trainer.data.tokenize.chunks import Chunk, Limits
 from qlora_trainer.steps.prepare import prepare
 from tests.support.commands.command import TIMEOUT_S
 from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.runs.forks import forked
 from tests.trainer.conftest import MakeContext
 from tests.trainer.data.conftest import data_bytes
 
@@ -301,6 +303,22 @@ def test_a_cell_waits_for_the_one_that_tokenizes_the_same_rows(
     assert WAITING not in said(first)
     assert made == [10] * 12
     assert data_bytes(waiting) == alone
+
+
+def test_a_cell_replaces_one_that_is_killed(
+    cell: MakeCell, alone: dict[str, bytes], rows: Path, made: list[int]
+) -> None:
+    killed = Acting("tokenizing: 50 rows done", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with forked(prepare, cell("rates-00"), killed) as process:
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    [claim] = filter(Path.is_dir, rows.iterdir())
+    # As two minutes later.
+    os.utime(claim / ".owner", ((claim / ".owner").stat().st_mtime - 130,) * 2)
+
+    assert data_bytes(cell("rates-01", OTHER_CELL)) == alone
+    assert made == [10] * 7, "the chunks of the other one are used"
+    assert not any(path.is_dir() for path in rows.iterdir())
 
 
 def test_a_cell_with_other_settings_does_not_wait(

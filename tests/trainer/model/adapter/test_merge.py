@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from tests.support.families import FAMILIES, tiny_config
 from tests.support.models.four_bit import convert
 from tests.support.models.sequences import rows_of
 from tests.support.models.tiny import JOB_UID, SHAPE, Recorded, save_model
+from tests.support.runs.forks import server
 from tests.support.runs.report_page import Page
 from tests.support.training import prepared, run
 
@@ -292,7 +292,7 @@ def merge_of_a_larger_model(root: Path) -> int:
 
 def test_a_merge_holds_one_file_and_one_layer_in_memory(tmp_path: Path) -> None:
     """While it writes the model and while it tries it out."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+    with ProcessPoolExecutor(max_workers=1, mp_context=server()) as process:
         held = process.submit(merge_of_a_larger_model, tmp_path).result()
 
     folder = tmp_path / "merged"

@@ -26,7 +26,7 @@ from tests.support.ranks import (
     waiting_at,
     workspace,
 )
-from tests.support.runs.forked_ranks import logs, train_ranks
+from tests.support.runs.forks import logs, train_ranks
 from tests.support.runs.waiting_step import stop_at
 from tests.support.training import adapter_bytes, history, prepared
 

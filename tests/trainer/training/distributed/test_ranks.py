@@ -19,7 +19,7 @@ from tests.support.commands.command import Files
 from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.ranks import EXACT, TWO, limit_second_gpu, same_numbers, two_nodes, workspace
-from tests.support.runs.forked_ranks import train_ranks
+from tests.support.runs.forks import train_ranks
 from tests.support.runs.shared import TOGETHER
 from tests.support.training import adapter_bytes, context_of, history, job, prepared, run
 

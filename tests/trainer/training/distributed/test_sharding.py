@@ -34,7 +34,7 @@ from tests.support.models.parts import bar_other_parts, packed_weights
 from tests.support.models.sequences import CPU
 from tests.support.models.tiny import SHAPE, save_model
 from tests.support.ranks import EXACT, SHARDED, same_numbers
-from tests.support.runs.forked_ranks import logs, train_ranks
+from tests.support.runs.forks import logs, train_ranks
 from tests.support.training import prepared, run
 
 NF4 = QuantizationSpec()

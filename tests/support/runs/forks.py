@@ -1,9 +1,10 @@
-"""Ranks that train together as forks of one process that has loaded the trainer, which takes each of them seconds."""
+"""Forks of a process that has loaded the trainer, which takes each process seconds; ranks that train together."""
 
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +30,18 @@ def server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, checkpoints.__name__])
     return context
+
+
+@contextmanager
+def forked(action: Callable[..., object], *arguments: object) -> Iterator[multiprocessing.context.ForkProcess]:
+    """Call it in a fork of the tests' process, whose threads it lacks, and kill that at the end."""
+    process = multiprocessing.get_context("fork").Process(target=action, args=arguments)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def train_ranks(context: StepContext, change: Change | None = None, *, ends: ExitCode = ExitCode.DONE) -> None:
