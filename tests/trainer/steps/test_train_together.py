@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
+from qlora_api.contract import ProgressRecord, decode_record
 from qlora_trainer.core.completion import TrainRecord
+from qlora_trainer.core.context import load_document
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.losses.joint import joint_losses
@@ -22,7 +23,7 @@ from qlora_trainer.training.joint_training import Ended, Member, run_together
 from tests.support.manifests import merged
 from tests.support.models.tiny import POD_UID, Recorded
 from tests.support.runs.together import JOBS, PLAIN, apart, contexts, together
-from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, run
+from tests.support.training import StopAtStep, adapter_bytes, context_of, history, interrupted_at, run
 
 
 def test_each_ends_as_alone(tiny_llama: Path, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_those_that_are_trained_already_take_no_part(tiny_llama: Path, tmp_path:
 
 
 def test_the_command_reports_each_job_by_uid_and_their_steps_find_them_trained(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = contexts(tmp_path / "lr=1e-4", tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
     documents = []
@@ -205,7 +206,14 @@ def test_the_command_reports_each_job_by_uid_and_their_steps_find_them_trained(
         documents.append(tmp_path / f"{number}.json")
         documents[-1].write_text(json.dumps({**job.document.dump(), "metadata": metadata}))
     first, second = (job.workspace.root for job in jobs)
-    done = trained(documents[0], first, "--with", str(documents[1]), str(second))
+    command = ["--job", str(documents[0]), "--workspace", str(first), "--with", str(documents[1]), str(second)]
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_trainer", "train", *command, "--device", "cpu", "--pod-uid", POD_UID],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for uid in ("uid-0", "uid-1"):
         found = [decode_record(line, job_uid=uid, pod_uid=POD_UID) for line in done.stdout.splitlines()]
@@ -213,26 +221,9 @@ def test_the_command_reports_each_job_by_uid_and_their_steps_find_them_trained(
         assert steps[-1] == 6, uid
     attempts = [read_attempts(job.workspace.records)[-1].job_attempt for job in jobs]
     assert attempts == [1, 0], "five pods of the first that are killed do not keep the second from its own step"
-    adapter = adapter_bytes(jobs[1])
-    again = trained(documents[1], second)
-    result = decode_record(again.stdout.splitlines()[-1], job_uid="uid-1", pod_uid=POD_UID)
-    assert isinstance(result, ResultRecord)
-    assert (result.exit_code, result.training_step) == (0, 6)
-    assert "Loading weights" not in (second / "records" / "train.log").read_text()
-    assert adapter_bytes(jobs[1]) == adapter
-
-
-def trained(job: Path, workspace: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    """The train step's process, after its end."""
-    command = ["train", "--job", str(job), "--workspace", str(workspace), "--device", "cpu", "--pod-uid", POD_UID]
-    return subprocess.run(
-        [sys.executable, "-m", "qlora_trainer", *command, *options],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    # Its own step loads nothing.
+    monkeypatch.setattr("qlora_trainer.steps.train.open_run", None)
+    assert run(context_of(second, load_document(documents[1]))).training_step == 6
 
 
 @pytest.mark.parametrize(

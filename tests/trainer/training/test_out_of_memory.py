@@ -91,16 +91,18 @@ ANSWERED = {
 
 
 @pytest.mark.parametrize(
-    ("spec", "share"),
+    ("spec", "blocks", "share"),
     [
-        ({}, "activations"),
-        (ANSWERED, "scored answers"),
-        ({"resources": {"gpus": 2}, "training": {"sharding": "full"}}, "blocks of other GPUs"),
+        ({}, 2, "activations"),
+        (ANSWERED, 24, "scored answers"),
+        ({"resources": {"gpus": 2}, "training": {"sharding": "full"}}, 2, "blocks of other GPUs"),
     ],
     ids=["activations", "answers", "sharded"],
 )
-def test_the_shares_that_are_named_add_up_to_the_estimate(spec: dict[str, Any], share: str, tmp_path: Path) -> None:
-    shape = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+def test_the_shares_that_are_named_add_up_to_the_estimate(
+    spec: dict[str, Any], blocks: int, share: str, tmp_path: Path
+) -> None:
+    shape = {"num_hidden_layers": blocks, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
     vocabulary = {"vocab_size": 128256, "num_key_value_heads": 64}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **vocabulary, **shape}))
     sources = {"model": {"source": "pvc://a/b"}, "dataset": {"source": "pvc://c/d"}}
