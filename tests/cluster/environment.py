@@ -282,7 +282,7 @@ def tiny_job(name: str, *, steps: int = SHORT, **spec: object) -> Manifest:
                 "saveEverySteps": 20,
             },
             "workspace": {"size": "1Gi"},
-            "resources": {"cpu": "500m"},
+            "resources": {"cpu": "500m", "memory": "3Gi"},
             **spec,
         },
     }

@@ -35,7 +35,7 @@ class Finished:
 
     status: Object
     seen: list[list[str]]
-    """The lines that `kubectl get qlorajobs --watch` printed, as words."""
+    """The job's lines of `kubectl get qlorajobs --watch`, as words."""
     watched: str
     """What `qlora watch` showed in a terminal."""
     logs: str
@@ -84,31 +84,33 @@ def finished(tenant: Tenant, deleted: Object, tmp_path_factory: pytest.TempPathF
                 status = tenant.succeed(NAME)
                 tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=10s")
                 assert (watched.end(), logs.end()) == (0, 0)
-                eventually(lambda: "Succeeded" in output.read_text(), seconds=60, what="the row of the end")
+                eventually(lambda: "Succeeded" in rows(output)[-1], seconds=60, what="the row of the end")
         finally:
             watch.terminate()
             watch.wait()
     return Finished(status, rows(output), watched.shown, logs.shown)
 
 
-def rows(output: Path) -> list[list[str]]:
-    return [line.split() for line in output.read_text().splitlines()]
+def rows(watch: Path) -> list[list[str]]:
+    """The words of each row about the job; the watch has the others' too."""
+    found = [line.split() for line in watch.read_text().splitlines()]
+    return [words for words in found if words[:1] == [NAME]]
 
 
 def training_rows(seen: list[list[str]]) -> list[list[str]]:
     return [words for words in seen if words[1:2] == ["Training"] and len(words) == 7]
 
 
-def shows_progress(output: Path, count: int) -> bool:
+def shows_progress(watch: Path, count: int) -> bool:
     """Whether the watch has shown so many different percentages."""
-    return len({words[2] for words in training_rows(rows(output))}) >= count
+    return len({words[2] for words in training_rows(rows(watch))}) >= count
 
 
 def test_the_watch_shows_every_phase_and_progress(finished: Finished) -> None:
     phases = list(dict.fromkeys(words[1] for words in finished.seen if len(words) > 2))
-    order = ["Preparing", "Queued", "Training", "Publishing", "Succeeded"]
-    assert [phase for phase in phases if phase in order] == [phase for phase in order if phase in phases]
-    assert {"Preparing", "Training", "Publishing", "Succeeded"} <= set(phases)
+    # Pods of the others may keep each of its pods waiting.
+    order = ["Preparing", "Training", "Publishing", "Succeeded"]
+    assert [phase for phase in phases if phase in order] == order
     training = training_rows(finished.seen)
     assert len({words[2] for words in training}) >= 2, f"the percentage never moved: {finished.seen}"
     assert all(words[2].endswith("%") and words[3].endswith(f"/{LONG}") for words in training)
