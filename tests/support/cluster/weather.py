@@ -33,7 +33,7 @@ Object = dict[str, Any]
 
 
 def election(name: str) -> Object:
-    return {"enabled": True, "namespace": OWN, "leaseName": name, "leaseDurationSeconds": 3}
+    return {"enabled": True, "namespace": OWN, "leaseName": name, "leaseDurationSeconds": 6}
 
 
 @dataclass(frozen=True)

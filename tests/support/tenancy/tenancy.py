@@ -273,7 +273,8 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
             template = next(one for one in objects if one["kind"] == "Deployment")["spec"]["template"]
             settings = yaml.safe_load(template["metadata"]["annotations"]["qlora.dev/settings"])
             # In a pod it would read its namespace from a file.
-            settings["leaderElection"] |= {"namespace": OPERATOR_NAMESPACE}
+            # No other operator takes over, and a busy machine must not make this one stop its work.
+            settings["leaderElection"] |= {"namespace": OPERATOR_NAMESPACE, "leaseDurationSeconds": 300}
             with running_operator(folder / "operator", _operators_kubeconfig(plane, folder), settings) as process:
                 tenant, victim = (client(plane, folder, user) for user in (TENANT_USER, VICTIM_USER))
                 yield Tenancy(plane, admin, tenant, victim, logs, process)
