@@ -1,5 +1,6 @@
 """Builds the images of a commit from a base that is pinned by digest, and pushes them; runs a local registry."""
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from devcluster.layout import Layout
 from devcluster.processes import run
 from release import dockerfiles
 from release.project import DOCKERFILES, Artifact, Source, image_repository, on_loopback
+
+_START_SECONDS = 60
 
 # Every node with Kubernetes 1.31 can unpack it, and the trainer's image is pulled in half the time.
 _COMPRESSION = ("--compression-format", "zstd")
@@ -77,6 +80,15 @@ def local_registry(storage: Path) -> Iterator[str]:
             "registry", command, directory=folder / "processes", log=folder / "registry.log", with_parent=True
         )
         try:
+            processes.until(
+                lambda: _accepts(address), _START_SECONDS, "the registry", folder / "registry.log", [record]
+            )
             yield address
         finally:
             processes.stop(record)
+
+
+def _accepts(address: str) -> bool:
+    host, _, port = address.partition(":")
+    with socket.socket() as connection:
+        return connection.connect_ex((host, int(port))) == 0

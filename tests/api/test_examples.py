@@ -52,6 +52,8 @@ def test_an_example_is_read_by_the_command_line(path: Path) -> None:
 
 def test_the_walk_deletes_no_job_of_another_namespace(plane: ControlPlane) -> None:
     own, work = preparation.NAMESPACE, "work-of-a-user"
+    # Other tests have left some.
+    plane.kubectl("delete", "qlorajobs,qlorasweeps", "--all", "--all-namespaces")
     for namespace in (own, work):
         plane.kubectl("create", "namespace", namespace)
     try:
