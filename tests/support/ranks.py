@@ -16,6 +16,7 @@ from tests.support.commands.command import Done, Files
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID
 from tests.support.training import history, prepared
+from tests.support.waiting import eventually
 
 TWO: dict[str, Any] = {"resources": {"gpus": 2}}
 SHARDED = merged(TWO, {"training": {"sharding": "full"}})
@@ -133,10 +134,19 @@ def limit_second_gpu(rows: int) -> None:
 
 
 def waiting_at(folder: Path, step: int, *ranks: int, code: str = "") -> dict[str, str]:
-    """Return an environment in which these ranks wait for a signal after so many steps."""
-    place = ", ".join(map(str, (step, *ranks)))
+    """Return an environment in which these ranks wait for a signal after so many steps.
+
+    `until_waiting` shows that they do: a signal that comes before may be lost.
+    """
+    place = ", ".join(map(str, (step, *ranks, f"folder={str(folder)!r}")))
     wait = f"from tests.support.runs.waiting_step import wait_at\nwait_at({place})\n"
     return beginning_with(folder, wait + code)
+
+
+def until_waiting(folder: Path, *ranks: int) -> None:
+    """Wait until the processes of `waiting_at` wait for a signal."""
+    marks = [folder / f"waits-{rank}" for rank in ranks]
+    eventually(lambda: all(mark.exists() for mark in marks), seconds=300, every=0.01, what=f"{ranks} that wait")
 
 
 def beginning_with(folder: Path, code: str) -> dict[str, str]:

@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 from qlora_api.contract import ENV_NODE, ProgressRecord
@@ -15,10 +17,14 @@ from qlora_trainer.core.records import RecordWriter
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def wait_at(step: int, *ranks: int) -> None:
-    """Let this process report that many steps, and wait there for a signal if it is one of these ranks or nodes."""
+def wait_at(step: int, *ranks: int, folder: str) -> None:
+    """Let this process report that many steps, and wait there for a signal if it is one of these ranks or nodes.
+
+    One that waits leaves the file `waits-RANK` in the folder.
+    """
     own = int(os.environ.get("RANK", os.environ.get(ENV_NODE, "0")))
-    _at(step, _wait if own in ranks else lambda report: report())
+    mark = Path(folder) / f"waits-{own}"
+    _at(step, partial(_wait, mark) if own in ranks else lambda report: report())
 
 
 def stop_at(step: int, rank: int) -> None:
@@ -32,10 +38,11 @@ def stop_at(step: int, rank: int) -> None:
         _at(step, stop)
 
 
-def _wait(report: Callable[[], None]) -> None:
+def _wait(mark: Path, report: Callable[[], None]) -> None:
     caught: list[int] = []
     handlers = [signal.signal(number, lambda number, _frame: caught.append(number)) for number in _SIGNALS]
     report()
+    mark.touch()
     while not caught:
         time.sleep(0.01)
     for signal_number, handler in zip(_SIGNALS, handlers, strict=True):

@@ -24,7 +24,7 @@ from tests.support.commands.command import Files
 from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.models.tiny import POD_UID
-from tests.support.ranks import EXACT, TWO, Pods, other, runs, succeeded, until, waiting_at, workspace
+from tests.support.ranks import EXACT, TWO, Pods, other, runs, succeeded, until, until_waiting, waiting_at, workspace
 from tests.support.runs.lost_nodes import Case, Ended, endings
 from tests.support.training import adapter_bytes, history
 
@@ -159,6 +159,7 @@ def test_a_replacement_pod_waits_for_new_peers(tmp_path: Path, job: tuple[Pods, 
     pods, _ = job
     first, second = (pods.start(node, "old", **waiting_at(tmp_path / "code", 2, 1)) for node in range(2))
     until(first.process, 2, "old")
+    until_waiting(tmp_path / "code", 1)
     successor = pods.start(1, "new")
     os.kill(second.process.pid, signal.SIGTERM)
     assert second.done().exit_code == ExitCode.INTERRUPTED

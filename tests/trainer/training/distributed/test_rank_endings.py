@@ -23,6 +23,7 @@ from tests.support.ranks import (
     other,
     runs,
     until,
+    until_waiting,
     waiting_at,
     workspace,
 )
@@ -65,6 +66,7 @@ def test_sigterm_on_any_process_saves_once_and_ends_both_and_the_resume_is_exact
     files, context = job
     process = files.start("train", **waiting_at(tmp_path / "code", 5, *signalled))
     said = until(process, 5)
+    until_waiting(tmp_path / "code", *signalled)
     child = other(process)
     for rank in signalled:
         os.kill((process.pid, child)[rank], signal.SIGTERM)
