@@ -108,7 +108,7 @@ def test_files_that_do_not_read_back_are_not_reported_as_published(store: Store,
     assert "does not read back as" in message
     store.proxy.rule = fair
     store.publish()
-    assert store.stored()[name] == bytes_of(store.contents)[name]
+    assert bytes_of(store.contents).items() <= store.stored().items()
 
 
 @SERVED
