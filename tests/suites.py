@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What the slowest machine may need above the figure of an idle one; suites.toml has the reason.
+# What a suite may cost above its figure; suites.toml has the reason.
 FACTOR = 2
 FILE = Path(__file__).with_suffix(".toml")
 

@@ -17,7 +17,7 @@ from qlora_cli.__main__ import main
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID, chat_row, write_rows
 
-TIMEOUT_S = 300
+TIMEOUT_S = 500
 
 SPEC: dict[str, Any] = {
     "model": {"source": "pvc://models/model"},
