@@ -219,7 +219,8 @@ def controlled(pod: Object) -> bool:
 
 def by_the_operator(entry: Object) -> bool:
     """Whether an entry of the audit log is a request of the operator."""
-    return bool(entry["user"]["username"] == OPERATOR)
+    # A request that the API server has had no time to authenticate has no user.
+    return bool(entry["user"].get("username") == OPERATOR)
 
 
 def used_by_the_operator(requests: list[Object]) -> dict[str, set[str]]:
