@@ -1,0 +1,203 @@
+"""A namespace with its users, its cluster and its operator, in virtual time."""
+
+from typing import Any
+
+from qlora_api.naming import STEP_LABEL
+from qlora_api.profile import Profile
+from qlora_operator.keys import Key
+from tests.unit.qlora_operator.simulation.accounts import Accounts
+from tests.unit.qlora_operator.simulation.agenda import Agenda
+from tests.unit.qlora_operator.simulation.api_server import NAMESPACE, ApiServer, Object
+from tests.unit.qlora_operator.simulation.controllers import (
+    GarbageCollector,
+    JobController,
+    Kueue,
+    delete_pod,
+    has,
+    over,
+)
+from tests.unit.qlora_operator.simulation.invariants import Invariants
+from tests.unit.qlora_operator.simulation.kubelet import Kubelet, Run
+from tests.unit.qlora_operator.simulation.played_operator import PlayedOperator
+
+_WATCHED = ("qlorajobs", "qlorasweeps", "jobs", "pods")
+_OF_USERS = ("qlorasweeps", "qlorajobs")
+
+
+class World:
+    """What happens in the namespace, and what users, nodes and faults do to it."""
+
+    def __init__(self, seed: int, profile: Profile) -> None:
+        self.agenda = Agenda(seed)
+        self.api = ApiServer(self.agenda)
+        self.kubelet = Kubelet(self.api, self.agenda)
+        self.kueue = Kueue(self.api, self.agenda)
+        self._controller = JobController(self.api, self.agenda)
+        GarbageCollector(self.api, self.agenda)
+        self._invariants = Invariants(self.api, self.agenda, self.kubelet, profile)
+        self._accounts = Accounts(self.api, self.kubelet)
+        self.api.watches.append(self._watch)
+        self.is_broken = False
+        """Whether an invariant does not hold, so that the life does not go on."""
+        self.lost_events = 0
+        """How many of the next events no watch shows."""
+        self._shown_at: dict[str, int] = {}
+        self._profiles = {"default": profile}
+        self.start()
+
+    def start(self) -> None:
+        """Start a process of the operator."""
+        self._operator = PlayedOperator(self.api, self.agenda, self._profiles)
+
+    def stop(self) -> None:
+        """End it."""
+        self._operator.is_stopped = True
+
+    def go_on(self, seconds: int) -> None:
+        """Let so many seconds pass."""
+        end, self.is_broken = self.agenda.now + seconds, True
+        while self.agenda.happen_until(end):
+            self._invariants.check_writers()
+        self.agenda.now, self.is_broken = end, False
+
+    def _watch(self, kind: str, event: str, body: Object) -> None:
+        """The operator's watch shows the event, perhaps late, and never before an earlier one."""
+        if kind not in _WATCHED:
+            return
+        if self.lost_events:
+            self.lost_events -= 1
+            return
+        operator = self._operator
+        moment = max(self.agenda.now + self.agenda.random.choice((0, 0, 0, 1, 3)), self._shown_at.get(kind, 0))
+        self._shown_at[kind] = moment
+
+        def show() -> None:
+            operator.show(kind, event, body)
+            run = self.kubelet.runs.get(body["metadata"]["uid"])
+            if run is not None and over(body) and run.shown is None and not operator.is_stopped:
+                run.shown = self.agenda.now
+
+        self.agenda.add(moment - self.agenda.now, show)
+
+    # --- users
+
+    def create(self, kind: str, name: str, spec: Object) -> None:
+        """A user creates a job or a sweep, unless it exists."""
+        if self.api.get(kind, name) is None:
+            self.api.create(kind, {"metadata": {"name": name}, "spec": spec})
+
+    def change(self, kind: str, body: Object, **spec: Any) -> None:
+        """A user changes the spec."""
+        self.api.change(kind, body["metadata"]["name"], spec={**body["spec"], **spec})
+
+    def delete(self, kind: str, body: Object, *, held: bool) -> None:
+        """A user deletes the object. `held`: a finalizer keeps it until the next time."""
+        if held and "deletionTimestamp" not in body["metadata"]:
+            stamp = self.agenda.stamp()
+            self.api.change(kind, body["metadata"]["name"], metadata={"deletionTimestamp": stamp})
+        else:
+            self.api.remove(kind, body["metadata"]["name"])
+
+    def retry(self, job: Object) -> None:
+        """A user raises the request of a retry."""
+        retry = job["spec"].get("retry") or {}
+        self.change("qlorajobs", job, retry={**retry, "request": retry.get("request", 0) + 1})
+
+    def delete_child(self, job: Object) -> None:
+        """A user deletes the Job: what its pods have done may not count."""
+        for run in self.kubelet.runs.values():
+            run.is_known &= run.job != job["metadata"]["name"]
+        self.api.remove("jobs", job["metadata"]["name"])
+
+    # --- nodes
+
+    def evict(self, run: Run) -> None:
+        """Ask the pod to stop, as a drain does."""
+        pod = self.api.get("pods", run.pod)
+        if pod is None or run.asked is not None:
+            return
+        run.disrupted = True
+        known = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": ""}
+        status = {**pod["status"], "conditions": [*pod["status"].get("conditions", ()), known]}
+        delete_pod(self.api, self.agenda, self.api.change("pods", run.pod, status=status))
+
+    def lose(self, run: Run) -> None:
+        """The node of the pod is gone, and the pod with it."""
+        pod = self.kubelet.lose(run)
+        if pod is not None:
+            self._controller.vanished(pod)
+
+    # --- the end
+
+    def finish(self) -> None:
+        """Nothing fails any more, users resume what they have suspended: everything ends."""
+        self._calm_down()
+        for kind in _OF_USERS:
+            for body in self.api.all(kind):
+                if "deletionTimestamp" in body["metadata"]:
+                    self.api.remove(kind, body["metadata"]["name"])
+                elif body["spec"].get("suspend"):
+                    self.change(kind, body, suspend=False)
+        for _ in range(200):
+            self.go_on(60)
+            self._repeat_cleanup()
+            if not (left := self._unfinished()):
+                break
+        else:
+            raise AssertionError(f"not everything ends: {left}")
+        self.go_on(10)
+        self._accounts.check()
+        for body in self._of_users():
+            self._look_twice((NAMESPACE, body["metadata"]["name"]))
+
+    def abandon(self) -> None:
+        """Users delete everything: nothing is left."""
+        self._calm_down()
+        for kind in _OF_USERS:
+            for body in self.api.all(kind):
+                self.api.remove(kind, body["metadata"]["name"])
+        self.go_on(400)
+        left = [body["metadata"]["name"] for kind in _WATCHED for body in self.api.all(kind)]
+        assert not left, f"not everything is gone: {left}"
+
+    def _calm_down(self) -> None:
+        self.api.errors = self.api.lost_answers = self.api.races = 0.0
+        self.lost_events = 0
+        self.kubelet.calm_down()
+
+    def _repeat_cleanup(self) -> None:
+        """A user deletes a clean-up that has failed, as its message says."""
+        for job in self.api.all("jobs"):
+            if job["metadata"]["labels"][STEP_LABEL] == "clean" and has(job, "Failed"):
+                self.api.remove("jobs", job["metadata"]["name"])
+
+    def _look_twice(self, key: Key) -> None:
+        """Two passes over a world that does not change: the second one writes nothing."""
+        self._operator.look(key)
+        writes = self.api.writes
+        self._operator.look(key)
+        assert self.api.writes == writes, f"a second pass over {key[1]} writes"
+
+    def _of_users(self) -> list[Object]:
+        return [body for kind in _OF_USERS for body in self.api.all(kind)]
+
+    def _unfinished(self) -> list[str]:
+        names = {"", *self.api.objects.get("qlorajobs", {})}
+        # A job waits for ever for one that does not exist, and says so.
+        expected = [body for body in self._of_users() if body["spec"].get("continues", "") in names]
+        return [f"{body['metadata']['name']} {_summary(body['status'])}" for body in expected if not _has_ended(body)]
+
+
+def _has_ended(body: Object) -> bool:
+    """Whether the job or sweep has ended, its pods have counted, and it is cleaned up if it is to be."""
+    status, spec = body["status"], body["spec"]
+    if not has(body, "Succeeded", "Failed") or status.get("observedGeneration") != body["metadata"]["generation"]:
+        return False
+    if any("end" not in entry for entry in (status.get("usage") or {}).get("pods", ())):
+        return False
+    return has(body, "CleanedUp") or spec.get("cleanupAfterSeconds") is None or "resolved" not in status
+
+
+def _summary(status: Object) -> str:
+    found = {each["type"]: each for each in status.get("conditions", ())}.get("Succeeded", {})
+    return f"({status.get('phase')}: {found.get('reason')}: {found.get('message')})"
