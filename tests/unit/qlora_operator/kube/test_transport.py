@@ -19,7 +19,7 @@ from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.connection import connect, endpoint_of
 from qlora_operator.kube.errors import ClusterError, RejectedError
 from qlora_operator.kube.transport import TooLongError
-from tests.support.builders import job_body, make_job
+from tests.support.builders import NAME, UID, job_body, make_job
 
 PLUGIN = """
 import json, pathlib, sys
@@ -32,10 +32,10 @@ print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "Exec
 
 
 class Server:
-    """Answers with one QLoRAJob, and keeps requests. `expired`: a rejected token."""
+    """Answers with one QLoRAJob, and keeps requests. `expired`: a rejected token. `moved_to`: of a redirect."""
 
     def __init__(self) -> None:
-        self.expired = ""
+        self.expired = self.moved_to = ""
         self.asked = asyncio.Event()
         self.requests: list[tuple[str, str, str]] = []
         self.connections: set[Any] = set()
@@ -46,6 +46,8 @@ class Server:
         self.connections.add(request.transport)
         self.asked.set()
         self.bodies.append(await request.text())
+        if self.moved_to:
+            raise web.HTTPFound(self.moved_to)
         if self.expired and self.expired in self.requests[-1][2]:
             return web.json_response({"message": "Unauthorized"}, status=401)
         return web.json_response(job_body())
@@ -143,6 +145,27 @@ def test_an_answer_that_is_longer_than_it_may_be_is_not_read_to_its_end(tmp_path
         length = len(json.dumps(job_body()))
         assert (await cluster._transport.send("GET", "/", headers={}, most=length))[0] == 200
         assert await cluster.get_qlora_job("team", "tune") == job_body()
+
+    against(work, tmp_path, {"token": "t"})
+
+
+def test_a_redirect_is_not_followed_with_the_credentials(tmp_path: Path) -> None:
+    async def work(server: Server, cluster: Cluster) -> None:
+        server.moved_to = "/elsewhere"
+        with pytest.raises(ClusterError, match="status 302"):
+            await cluster.get_qlora_job("team", "tune")
+        assert len(server.requests) == 1
+
+    against(work, tmp_path, {"token": "t"})
+
+
+def test_only_the_object_that_was_read_is_deleted_or_gets_a_status(tmp_path: Path) -> None:
+    async def work(server: Server, cluster: Cluster) -> None:
+        await cluster.delete_job("team", "tune-train-1", "of the Job")
+        await cluster.apply_status(make_job(), {})
+        deletion, written = map(json.loads, server.bodies)
+        assert (deletion["preconditions"], deletion["propagationPolicy"]) == ({"uid": "of the Job"}, "Background")
+        assert written["metadata"] == {"name": NAME, "uid": UID, "resourceVersion": make_job().resource_version}
 
     against(work, tmp_path, {"token": "t"})
 

@@ -71,6 +71,9 @@ class Api:
         self.jobs.append({"metadata": manifest["metadata"] | more, "spec": manifest["spec"], "status": {}})
         return self.jobs[-1]
 
+    async def get_job(self, _namespace: str, name: str) -> Object:
+        return next(job for job in self.jobs if job["metadata"]["name"] == name)
+
     async def delete_job(self, _namespace: str, name: str, _uid: str) -> None:
         self.jobs = [job for job in self.jobs if job["metadata"]["name"] != name]
 
@@ -120,7 +123,8 @@ def test_the_sweep_creates_the_pod_of_its_cells_and_each_shows_its_progress() ->
     passes = Passes(api)
     stored, again = passes.sweep()
     assert (stored["cells"], api.jobs, again) == (list(NAMES), [], 0.0)
-    passes.sweep()
+    # No watch may show the end of its Job.
+    assert passes.sweep()[1] == 15.0
     (job,) = api.jobs
     assert (job["metadata"]["name"], job["metadata"]["ownerReferences"]) == (
         f"{POD}-train-1",
@@ -154,6 +158,24 @@ def test_a_job_that_is_rejected_is_tried_again_and_the_cells_say_why_they_wait()
     api.rejects = False
     passes.sweep()
     assert len(api.jobs) == 1
+
+
+def test_a_job_of_another_owner_is_not_taken_for_that_of_the_pod() -> None:
+    api = Api()
+    passes = Passes(api)
+    passes.sweep()
+    foreign = {
+        "name": f"{POD}-train-1",
+        "namespace": "team",
+        "uid": "foreign",
+        "ownerReferences": [OWNER | {"uid": "x"}],
+    }
+    api.jobs = [{"metadata": foreign}]
+    stored, again = passes.sweep()
+    assert (stored["reason"], again) == ("NameTaken", 5.0)
+    api.jobs = []
+    passes.sweep()
+    assert [job["metadata"]["uid"] for job in api.jobs] == [f"uid-{POD}-train-1"]
 
 
 @pytest.mark.parametrize("annotations", [{}, {"qlora.dev/cells-in-pod": "3"}], ids=["removed", "kept"])

@@ -9,7 +9,7 @@ import pytest
 from kopf._core.engines.indexing import OperatorIndexers
 from kopf._core.reactor.processing import process_resource_event
 
-from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, SWEEP_LABEL, SWEEP_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.spec.job import GROUP, PLURAL, VERSION
 from qlora_operator.keys import Key
@@ -78,6 +78,11 @@ def test_a_sweep_is_requeued_when_it_changes_and_soon_after_a_cell_has(watches: 
     assert watches.sweeps[3:] == [(("team", "rates"), 2.0)] * 3
     watches.show("qlorajobs", "ADDED", 12, job_body())
     assert len(watches.sweeps) == 6
+    labels = {SWEEP_LABEL: "rates", SWEEP_UID_LABEL: "1", JOB_UID_LABEL: "1", JOB_LABEL: "rates-p00"}
+    for kind, body in (("jobs", child("train")), ("pods", pod("train"))):
+        body["metadata"]["labels"] = labels
+        assert watches.show(kind, "ADDED", 13, body) == []
+    assert watches.sweeps[6:] == [(("team", "rates"), 2.0)] * 2
 
 
 def test_a_new_job_goes_first_and_a_started_one_does_not(watches: Watches) -> None:

@@ -302,6 +302,21 @@ def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
     loop.close()
 
 
+def test_at_the_start_unfinished_jobs_are_requested_before_ended_ones() -> None:
+    lists, asked = Lists(), list[tuple[str, float]]()
+    lists.jobs = [
+        {
+            "metadata": {"namespace": "team", "name": name, "uid": name, "resourceVersion": "1"},
+            "status": {"phase": phase},
+        }
+        for name, phase in (("a", "Succeeded"), ("b", "Training"), ("c", "Failed"), ("d", "Queued"))
+    ]
+    enqueue = lambda key, after: asked.append((key[1], after))  # noqa: E731
+    resync = Resync(lists, (), enqueue, store=Store(), interval=300, monotonic=lambda: 0.0)  # type: ignore[arg-type]
+    asyncio.run(resync.fill())
+    assert asked == [("b", 0.0), ("d", 0.0), ("a", 0.0), ("c", 0.01)]
+
+
 @pytest.mark.parametrize(("jobs", "last"), [(2, 1.01), (5000, 50.99), (50_000, 150.997)])
 def test_a_resync_of_many_jobs_is_spread_over_at_most_half_of_its_interval(jobs: int, last: float) -> None:
     lists = Lists()

@@ -13,6 +13,7 @@ from qlora_api.naming import (
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
     RESOLVED_ANNOTATION,
+    SWEEP_UID_LABEL,
     child_job_name,
 )
 from qlora_operator.decisions.observed.facts import FIRST_JOB
@@ -148,8 +149,9 @@ def test_objects_missed_by_a_dead_watch_are_read_live_until_shown(kind: Any) -> 
     assert store.compare(kind, None, rows(kind, newer), "25") == set()
 
 
-def test_a_label_without_a_name_requeues_no_job() -> None:
-    nameless = at(20, pod("train"), labels={JOB_UID_LABEL: "nobody"})
+@pytest.mark.parametrize("more", [{}, {JOB_LABEL: "rates-p00", SWEEP_UID_LABEL: "a sweep"}], ids=["alone", "sweep"])
+def test_a_pod_whose_labels_name_no_job_requeues_none(more: dict[str, str]) -> None:
+    nameless = at(20, pod("train"), labels={JOB_UID_LABEL: "a sweep"} | more)
     assert Store().compare("pods", None, rows("pods", nameless), "25") == set()
 
 
