@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What a suite may cost above its figure; suites.toml has the reason.
+# The highest cost of a suite, as a multiple of its figure; suites.toml has the reason.
 FACTOR = 2
 FILE = Path(__file__).with_suffix(".toml")
 
@@ -55,7 +55,7 @@ def findings(spent: Mapping[str, Spent], expected: Mapping[str, Any], *, limits:
 
 
 def table(spent: Mapping[str, Spent], expected: Mapping[str, Any]) -> str:
-    """Show the cost of each suite beside its figure."""
+    """Show the cost of each suite and its figure."""
     lines = [f"{'suite':<10} {'tests':>6} {'skipped':>8} {'durations':>10} {'processor':>10}  figure"]
     for suite, each in spent.items():
         figures = (f"{figure} s ({kind})" for kind, figure in expected["cost"].get(suite, {}).items())

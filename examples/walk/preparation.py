@@ -23,7 +23,7 @@ _SIGNING_KEY = {"name": "qlora-signing"}
 
 
 def reject_work(kubectl: Kubectl) -> None:
-    """Raise ClusterError if the cluster has jobs or sweeps beside the walk's own.
+    """Raise ClusterError if the cluster has jobs or sweeps other than the walk's own.
 
     The walk removes the operator with its definitions, and so all of them.
     """

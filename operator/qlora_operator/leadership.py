@@ -213,7 +213,7 @@ class Election:
     async def _renew(self) -> bool:
         """Write the Lease as last written, in one request.
 
-        Returns whether it has not changed meanwhile.
+        Returns whether it has not changed.
         """
         if self._written is None:
             return False

@@ -248,7 +248,7 @@ class Tenant:
             yield pod
 
     def attempts(self, name: str) -> list[Object]:
-        """What the job's train pods have recorded, from each one's begin."""
+        """Records of the job's train pods, from each one's begin."""
         resolved = self.status(name)["resolved"]
         with self.volume(resolved["claimName"]) as files:
             lines = files.run("cat", f"/volume/{resolved['workspacePath']}/records/attempts.jsonl").splitlines()

@@ -1,7 +1,7 @@
 """The tests of `make test` in real pods: a life of a job, an interruption, bad input, and a sweep.
 
 The life is shown as its user sees it, from `kubectl apply` to an adapter that plain PEFT loads. The others begin before
-it and go on beside it, as pods mostly wait for the node. All other tests of this folder belong to `make test-cluster`.
+it and run with it, as pods mostly wait for the node. All other tests of this folder belong to `make test-cluster`.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def deleted(tenant: Tenant) -> Object:
-    """Begin what goes on beside the life, and return the deleted train pod."""
+    """Begin the other jobs, and return the deleted train pod."""
     good = json.dumps(row(0))
     tenant.kubectl("create", "configmap", BAD, f"--from-literal=cut.jsonl={good}\n{good[:40]}")
     tenant.apply(tiny_job(BAD, dataset={"source": f"configMap://{BAD}/cut.jsonl"}))

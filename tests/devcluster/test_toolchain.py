@@ -18,7 +18,7 @@ def test_each_shared_module_of_the_cluster_s_programs_has_one_version() -> None:
 
 
 def test_no_program_of_the_cluster_replaces_a_module() -> None:
-    # A replaced module is compiled once more beside the one of the same version.
+    # A replaced module is compiled again, although there is one of the same version.
     modules = {tool.module for tool in toolchain.TOOLS.values()}
     assert not [module for module in modules if "replace" in (toolchain.MODULES / module / "go.mod").read_text()]
 

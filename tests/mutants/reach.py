@@ -44,7 +44,7 @@ disable_warnings = no-data-collected, module-not-measured
 
 @dataclass(frozen=True)
 class Reach:
-    """What one file of tests does without a mutant."""
+    """The outcome of one file of tests without a mutant."""
 
     has_passed: bool
     cpu_s: float
@@ -87,7 +87,7 @@ class Tests:
         return sorted((test for test in steps if re.match(rf"({'|'.join(suites)})/.*\btest_", test)), key=order)
 
     def reach(self, test: str) -> Reach | None:
-        """What a file of tests reaches, if it has been measured on these sources."""
+        """The lines that a file of tests reaches, if it has been measured on these sources."""
         path = self._file_of(test)
         if test not in self._known and path.exists():
             reach = Reach(**json.loads(path.read_text()))

@@ -52,7 +52,7 @@ def programs(request: pytest.FixtureRequest) -> Programs:
 
 @pytest.fixture(scope="module")
 def groups(helm: Helm) -> list[Object]:
-    """The groups of rules as the chart installs them; an alert of the job fires at once."""
+    """The groups of rules as the chart installs them; an alert of the job fires immediately."""
     fires = {"QLoRAWorkspaceNearlyFull": {"for": "1s"}}
     values = {"metrics": {"prometheusRule": {"enabled": True, "siteURL": SITE, "overrides": fires}}}
     return list(only(helm.template(values), "PrometheusRule")["spec"]["groups"])

@@ -95,7 +95,7 @@ def test_a_rejection_by_the_api_server_keeps_its_message(team: Reported) -> None
 
 
 def test_a_job_is_changed_and_deleted_and_another_of_its_name_stays(team: Reported) -> None:
-    """What the server stores and deletes; see tests/unit/qlora_cli for the rest."""
+    """Objects that the server stores and deletes; see tests/unit/qlora_cli for the rest."""
     uid = team.job("unwanted")["metadata"]["uid"]
     done(team, "suspend", "unwanted")
     assert team.stored("unwanted")["spec"]["suspend"] is True

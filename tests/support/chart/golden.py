@@ -1,6 +1,6 @@
 """The golden renderings: the defaults in full, and what other values change, as a merge patch.
 
-They leave out versions, the labels of every object, and what is as in its own file: definitions, dashboards, alerts.
+They leave out versions, the labels of every object, and files of the project: definitions, dashboards, alerts.
 Run by `make generate`.
 """
 
@@ -66,7 +66,7 @@ _STANDARD = {
 
 
 def _own_file(document: Object) -> Object:
-    """What the document must have by a file of the project."""
+    """The part of the document that a file of the project decides."""
     match document["kind"]:
         case "CustomResourceDefinition":
             content = yaml.load((ROOT / "crds" / f"{document['metadata']['name']}.yaml").read_text(), yaml.CSafeLoader)

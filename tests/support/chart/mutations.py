@@ -51,7 +51,7 @@ def _changes(holder: Any, key: Any) -> Iterator[str]:
 
 
 def _others(value: Any) -> Iterator[tuple[str, Any]]:
-    """What the value can become. An empty item allows everything in a rule."""
+    """Other values in its place. An empty item allows everything in a rule."""
     match value:
         case bool():
             yield "changed", not value

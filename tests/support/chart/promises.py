@@ -1,4 +1,4 @@
-"""What the chart promises with any values; the rest is in the golden renderings."""
+"""Promises of the chart with any values; the rest is in the golden renderings."""
 
 from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address, ip_network

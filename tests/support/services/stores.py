@@ -124,7 +124,7 @@ class Store(ABC):
         return publish_folder(self.destination(secret), self.contents, described)
 
     def uploads(self) -> list[str]:
-        """What has been uploaded so far, in order; what takes several requests once."""
+        """Uploads so far, in order; what takes several requests once."""
         return [name for name, _ in groupby(filter(None, map(self.uploaded, self.proxy.seen)))]
 
 

@@ -221,7 +221,7 @@ def test_the_command_reports_each_job_by_uid_and_their_steps_find_them_trained(
         assert steps[-1] == 6, uid
     attempts = [read_attempts(job.workspace.records)[-1].job_attempt for job in jobs]
     assert attempts == [1, 0], "five pods of the first that are killed do not keep the second from its own step"
-    # Its own step loads nothing.
+    # The step of the second job loads nothing.
     monkeypatch.setattr("qlora_trainer.steps.train.open_run", None)
     assert run(context_of(second, load_document(documents[1]))).training_step == 6
 

@@ -1,4 +1,4 @@
-"""What the project promises its users: each promise names the tests that show it, and they exist."""
+"""Promises to users: each names the tests that show it, and they exist."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What holds for a published folder in every store: in good weather, and for each fault of its server."""
+"""Promises of a published folder in every store: in good weather, and for each fault of its server."""
 
 import json
 from datetime import timedelta

@@ -255,7 +255,7 @@ def test_after_its_end_each_cell_has_a_train_step_of_its_own(code: int) -> None:
         shared = found.shared(name)
         assert shared is not None
         assert waits_for_sweep(found.cell(name).status, shared) is None
-    # Whatever becomes of them: no later Job of the sweep trains them.
+    # However they end, no later Job of the sweep trains them.
     assert found.then(*done(code)).actions == ()
 
 

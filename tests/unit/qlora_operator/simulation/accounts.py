@@ -1,4 +1,4 @@
-"""What must hold at the end of a life: each pod has counted, and once."""
+"""Invariants at the end of a life: each pod has counted, and once."""
 
 from jsonschema import Draft4Validator
 

@@ -72,7 +72,7 @@ class ApiServer(Transport):
         return self._store(kind, body, "MODIFIED")
 
     def remove(self, kind: str, name: str) -> None:
-        """Remove the object at once."""
+        """Remove the object immediately."""
         if body := self.objects[kind].get(name):
             self._store(kind, body, "DELETED")
 

@@ -231,7 +231,7 @@ def node_of(pod: Object) -> int:
 
 
 def delete_pod(api: ApiServer, agenda: Agenda, pod: Object) -> None:
-    """Ask the pod to stop; one that has ended is removed at once."""
+    """Ask the pod to stop; one that has ended is removed immediately."""
     name, grace = pod["metadata"]["name"], pod["spec"]["terminationGracePeriodSeconds"]
     if over(pod):
         api.remove("pods", name)

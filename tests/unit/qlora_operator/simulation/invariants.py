@@ -1,4 +1,4 @@
-"""What must hold at each write of the operator, whatever has happened before."""
+"""Invariants at each write of the operator, whatever has happened before."""
 
 from datetime import timedelta
 from math import inf
@@ -190,7 +190,7 @@ class Invariants:
             self._has_a_place(name, list(lines), sweep)
 
     def _has_a_place(self, name: str, names: list[str], sweep: Object) -> None:
-        """A cell of a pod that has begun is created at once, and another one in a free place."""
+        """A cell of a pod that has begun is created immediately, and another one in a free place."""
         jobs = self._api.owned("qlorajobs", sweep["metadata"]["uid"])
         alive = [names.index(job["metadata"]["name"]) for job in jobs if not has(job, *_ENDED) and _is_in(job, names)]
         pods = {number // sweep["spec"]["cellsPerPod"] for number in alive}

@@ -1,6 +1,6 @@
 """Random lives of jobs and sweeps, as hypothesis' state machines.
 
-A life is some twenty actions of users, nodes and faults, drawn one by one, on a world that goes on by itself in
+A life is some twenty actions of users, nodes and faults, drawn one by one, on a world that continues by itself in
 between: hypothesis leaves out some kinds of actions in each life, finds those that fail more often than any choice by
 hand, and shrinks a failure to the actions that matter. That takes 5 ms of the 50 ms of a life. The delays of
 controllers and watches come from a seed, which is an action too: drawn one by one they would be hundreds.
@@ -28,7 +28,7 @@ _FEW_HOURS = 0.004
 
 
 class Lives(RuleBasedStateMachine):
-    """What may happen to jobs and to cells of sweeps alike."""
+    """Actions on jobs and on cells of sweeps alike."""
 
     world: World
     is_abandoned = False

@@ -43,7 +43,7 @@ class PlayedOperator:
         self._job = Reconciler(cluster, profiles, progress, _METRICS, clock, starts, store)
         self._sweep = SweepReconciler(cluster, profiles, clock, progress, _METRICS.gpu_seconds.note_sweep)
         self._resync = Resync(cluster, (), self._ask, store=store, interval=_RESYNC_SECONDS, monotonic=self._seconds)
-        # Shown jobs are counted in tests of their own: here that would take a tenth of the time.
+        # Shown jobs are counted in other tests: here that would take a tenth of the time.
         hooks = Hooks(self._ask, self._resync.monitor, _ignore, lambda: None, store, lambda: 1, self._ask_sweep)
         self._handlers = _handlers(hooks)
         self._list(self._resync.fill)

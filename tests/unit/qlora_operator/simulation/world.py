@@ -25,7 +25,7 @@ _OF_USERS = ("qlorasweeps", "qlorajobs")
 
 
 class World:
-    """What happens in the namespace, and what users, nodes and faults do to it."""
+    """A namespace, and actions of users, nodes and faults on it."""
 
     def __init__(self, seed: int, profile: Profile) -> None:
         self.agenda = Agenda(seed)
@@ -189,7 +189,7 @@ class World:
 
 
 def _has_ended(body: Object) -> bool:
-    """Whether the job or sweep has ended, its pods have counted, and it is cleaned up if it is to be."""
+    """Whether the job or sweep has ended, its pods have counted, and it is cleaned up if it asks for that."""
     status, spec = body["status"], body["spec"]
     if not has(body, "Succeeded", "Failed") or status.get("observedGeneration") != body["metadata"]["generation"]:
         return False
