@@ -1,8 +1,12 @@
-"""No message, record or traceback shows a credential that a library has quoted."""
+"""Records come at a bounded rate, and none shows a credential that a library has quoted."""
+
+import io
+import json
 
 import pytest
 
-from qlora_trainer.core.records import redact
+from qlora_api.contract import ProgressRecord
+from qlora_trainer.core.records import RecordWriter, redact
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,15 @@ def test_a_credential_is_redacted(text: str) -> None:
 )
 def test_other_text_is_not_redacted(text: str) -> None:
     assert redact(text) == text
+
+
+def test_progress_comes_every_five_seconds_and_a_checkpoint_at_once() -> None:
+    """The operator reads a log from its end: more would push other lines out of it."""
+    stream, clock = io.StringIO(), [0.0]
+    writer = RecordWriter(stream, lambda: clock[0])
+    # The second of each step's report; that of step 4 is forced.
+    for step, clock[0] in enumerate((0.0, 1.0, 4.9, 5.0, 6.0, 9.0, 11.0)):
+        record = ProgressRecord(job_uid="j", pod_uid="p", step="train", time="2026-01-02T03:04:05Z", training_step=step)
+        writer.progress(record, force=step == 4)
+    assert [json.loads(line)["trainingStep"] for line in stream.getvalue().splitlines()] == [0, 3, 4, 6]
+    assert writer.findings.progress == record
