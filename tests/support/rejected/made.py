@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class Place:
             if isinstance(value, dict):
                 path.write_text(json.dumps(json.loads(path.read_text()) | self._made(value)))
             elif isinstance(value, Tagged) and value.tag in _WRITERS:
+                if value.tag not in ("moved", "linked"):
+                    path.unlink(missing_ok=True)
                 _WRITERS[value.tag](self, path, self._made(value.value))
             else:
                 path.unlink(missing_ok=True)
@@ -108,16 +111,16 @@ def as_bytes(value: str | bytes) -> bytes:
     return value if isinstance(value, bytes) else value.encode()
 
 
-def _compressed(compress: Callable[[bytes], bytes]) -> Callable[[str | bytes], bytes]:
-    return lambda value: compress(as_bytes(value))
-
-
 _COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
     "zst": parquet.zstandard,
 }
+
+
+def _compressed(compression: str, content: str | bytes) -> bytes:
+    return _COMPRESSIONS[compression](as_bytes(content))
 
 
 def _bomb(compression: str) -> bytes:
@@ -159,30 +162,14 @@ _MADE: Mapping[str, Callable[[Any], Any]] = {
     "tar": _tar,
     "zip": _archive,
     "safetensors": _safetensors,
-    **{name: _compressed(compress) for name, compress in _COMPRESSIONS.items()},
+    **{name: partial(_compressed, name) for name in _COMPRESSIONS},
 }
 """By tag, what a content is made of its arguments."""
 
 
-def _link(_place: Place, path: Path, target: str) -> None:
-    path.unlink(missing_ok=True)
-    path.symlink_to(target)
-
-
-def _pipe(_place: Place, path: Path, _: str) -> None:
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def _folder(_place: Place, path: Path, _: str) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _linked(place: Place, path: Path, _: str) -> None:
-    """Move the file outside, and leave a link to it."""
-    shutil.move(path, place.outside / path.name)
-    path.symlink_to(place.outside / path.name)
+def _moved(place: Place, path: Path, _: str) -> Path:
+    """Move the file outside, and return its new path."""
+    return Path(shutil.move(path, place.outside / path.name))
 
 
 def _sparse(_place: Place, path: Path, parts: list[Any]) -> None:
@@ -192,11 +179,11 @@ def _sparse(_place: Place, path: Path, parts: list[Any]) -> None:
 
 
 _WRITERS: Mapping[str, Callable[[Place, Path, Any], object]] = {
-    "link": _link,
-    "pipe": _pipe,
-    "folder": _folder,
-    "linked": _linked,
-    "moved": lambda place, path, _: shutil.move(path, place.outside / path.name),
+    "link": lambda _, path, target: path.symlink_to(target),
+    "pipe": lambda _, path, __: os.mkfifo(path),
+    "folder": lambda _, path, __: path.mkdir(),
+    "moved": _moved,
+    "linked": lambda place, path, _: path.symlink_to(_moved(place, path, _)),
     "pickle": lambda place, path, _: write_pickle(place.canary, path),
     "code": lambda place, path, _: write_code(place.canary, path),
     "sparse": _sparse,

@@ -13,12 +13,11 @@ from datetime import timedelta
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import unquote
 
 import obstore
 import pytest
-from obstore.store import S3Store
 
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.context import Mounts
@@ -51,6 +50,8 @@ class Store(ABC):
     """A folder of the test's, for Secrets."""
     contents: Contents
     """The adapter that is published."""
+    address: str
+    """The folder's address, as the spec has it, with {name}."""
     place: Mapping[str, str]
     """The environment that names the server, which the profile decides."""
     profile: Profile
@@ -64,9 +65,9 @@ class Store(ABC):
     name: str = "tiny"
 
     @property
-    @abstractmethod
     def uri(self) -> str:
-        """The folder's address, as the spec has it."""
+        """The folder's address."""
+        return self.address.format(name=self.name)
 
     @abstractmethod
     def stored(self) -> dict[str, bytes]:
@@ -154,12 +155,6 @@ def bytes_of(contents: Contents) -> dict[str, bytes]:
 class BucketStore(Store):
     """A folder of objects below a prefix of a bucket."""
 
-    scheme: ClassVar[str]
-
-    @property
-    def uri(self) -> str:
-        return f"{self.scheme}://{servers.BUCKET}/{self.path}"
-
     @property
     def path(self) -> str:
         """The folder in the bucket."""
@@ -177,24 +172,18 @@ class BucketStore(Store):
 class S3(BucketStore):
     """A bucket of versitygw."""
 
-    scheme = "s3"
-
-    @property
-    def bucket(self) -> S3Store:
-        """The bucket itself, without the proxy."""
-        return servers.s3_bucket(self.proxy.upstream)
-
     def stored(self) -> dict[str, bytes]:
-        names = [entry["path"] for page in obstore.list(self.bucket, f"{self.path}/") for entry in page]
-        return {name.removeprefix(f"{self.path}/"): bytes(obstore.get(self.bucket, name).bytes()) for name in names}
+        bucket = servers.s3_bucket(self.proxy.upstream)
+        names = [entry["path"] for page in obstore.list(bucket, f"{self.path}/") for entry in page]
+        return {name.removeprefix(f"{self.path}/"): bytes(obstore.get(bucket, name).bytes()) for name in names}
 
     def put(self, name: str, content: bytes) -> None:
-        obstore.put(self.bucket, f"{self.path}/{name}", content)
+        obstore.put(servers.s3_bucket(self.proxy.upstream), f"{self.path}/{name}", content)
 
 
 @dataclass
 class CloudStore(BucketStore):
-    """A bucket of a played cloud."""
+    """A bucket of a played cloud of Google or Azure."""
 
     cloud: FakeCloud = field(default_factory=FakeCloud)
 
@@ -207,18 +196,6 @@ class CloudStore(BucketStore):
         self.cloud.objects[f"{self.path}/{name}"] = content
 
 
-class Google(CloudStore):
-    """A bucket of Google Cloud Storage."""
-
-    scheme = "gs"
-
-
-class Azure(CloudStore):
-    """A container of Azure Blob Storage."""
-
-    scheme = "az"
-
-
 class Oci(Store):
     """A tag of a repository of docker-registry."""
 
@@ -227,10 +204,6 @@ class Oci(Store):
         (self.root / "docker").mkdir()
         (self.root / "docker" / "config.json").write_text(self.credentials[".dockerconfigjson"])
         patch.setenv("DOCKER_CONFIG", str(self.root / "docker"))
-
-    @property
-    def uri(self) -> str:
-        return f"oci://{self.proxy.address}/team/{self.name}:v1"
 
     @property
     def registry(self) -> Registry:
@@ -273,10 +246,6 @@ class HubRepository(Store):
         patch.setenv("HF_TOKEN", HUB_TOKEN)
 
     @property
-    def uri(self) -> str:
-        return f"hf://acme/{self.name}"
-
-    @property
     def key(self) -> str:
         """The repository's name at the hub."""
         return f"models/acme/{self.name}"
@@ -313,10 +282,6 @@ class Volume(Store):
     """A folder of a claim, which has no server and no credentials."""
 
     @property
-    def uri(self) -> str:
-        return f"pvc://claim/adapters/{self.name}"
-
-    @property
     def folder(self) -> Path:
         """The folder as it is mounted."""
         return self.root / "claim" / "adapters" / self.name
@@ -342,6 +307,7 @@ class Volume(Store):
 @contextmanager
 def serve_store(scheme: str, upstream: str, root: Path, contents: Contents) -> Iterator[Store]:
     """An empty folder of a store. `upstream`: HOST:PORT of a real server of that kind, if there is one."""
+    profile: Profile
     cloud, played = FakeCloud(), FakeHub(token=HUB_TOKEN, folder=root / "hub")
     with ExitStack() as opened:
         if scheme in ("gs", "az"):
@@ -350,28 +316,29 @@ def serve_store(scheme: str, upstream: str, root: Path, contents: Contents) -> I
             upstream = opened.enter_context(serve(played)).endpoint.removeprefix("http://")
         proxy = opened.enter_context(serve_proxy(FaultProxy(upstream)))
         url, first = f"http://{proxy.address}", (proxy, root, contents)
+        bucket_address = f"{scheme}://{servers.BUCKET}/adapters/{{name}}"
         if scheme == "pvc":
             (root / "claim").mkdir()
-            yield Volume(*first, {}, {}, {}, "", "")
+            yield Volume(*first, "pvc://claim/adapters/{name}", {}, {}, {}, "", "")
         elif scheme == "s3":
             keys = {"AWS_ACCESS_KEY_ID": servers.ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": servers.SECRET_KEY}
-            profile = {"objectStore": {"endpoint": url}}
-            yield S3(*first, {"AWS_ENDPOINT_URL": url}, profile, keys, ", ".join(keys), "set AWS_ACCESS_KEY_ID")
+            place, profile = {"AWS_ENDPOINT_URL": url}, {"objectStore": {"endpoint": url}}
+            yield S3(*first, bucket_address, place, profile, keys, ", ".join(keys), "set AWS_ACCESS_KEY_ID")
         elif scheme == "gs":
             key, login = "GOOGLE_SERVICE_ACCOUNT_KEY", "set GOOGLE_APPLICATION_CREDENTIALS"
             place, profile = {"GOOGLE_BASE_URL": url}, {"googleStorage": {"endpoint": url}}
-            yield Google(*first, place, profile, {key: cloud.service_account_key()}, key, login, cloud=cloud)
+            keys = {key: cloud.service_account_key()}
+            yield CloudStore(*first, bucket_address, place, profile, keys, key, login, cloud=cloud)
         elif scheme == "az":
             place = {"AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT, "AZURE_STORAGE_ENDPOINT": url}
             profile, key = {"azureStorage": {"account": ACCOUNT, "endpoint": url}}, "AZURE_STORAGE_ACCOUNT_KEY"
-            either = f"{key} or AZURE_STORAGE_SAS_TOKEN"
-            yield Azure(*first, place, profile, {key: cloud.account_key}, either, f"set {either}", cloud=cloud)
+            either, keys = f"{key} or AZURE_STORAGE_SAS_TOKEN", {key: cloud.account_key}
+            yield CloudStore(*first, bucket_address, place, profile, keys, either, f"set {either}", cloud=cloud)
         elif scheme == "oci":
             key, login = ".dockerconfigjson", f"run `docker login {proxy.address}`"
-            configuration = json.dumps({"auths": {proxy.address: {"auth": servers.LOGIN}}})
-            yield Oci(*first, {}, {"registries": [url]}, {key: configuration}, key, login)
+            keys = {key: json.dumps({"auths": {proxy.address: {"auth": servers.LOGIN}}})}
+            yield Oci(*first, f"oci://{proxy.address}/team/{{name}}:v1", {}, {"registries": [url]}, keys, key, login)
         else:
+            place, profile, keys = {"HF_ENDPOINT": url}, {"hubEndpoint": url}, {"token": HUB_TOKEN}
             login = "set HF_TOKEN to a token"
-            yield HubRepository(
-                *first, {"HF_ENDPOINT": url}, {"hubEndpoint": url}, {"token": HUB_TOKEN}, "token", login, hub=played
-            )
+            yield HubRepository(*first, "hf://acme/{name}", place, profile, keys, "token", login, hub=played)

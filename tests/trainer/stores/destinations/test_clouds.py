@@ -50,7 +50,7 @@ def test_the_key_of_another_account_is_rejected(store: CloudStore, values: dict[
 
 @of("az")
 def test_a_missing_container_or_storage_account_is_reported(store: CloudStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.support.servers.BUCKET", "none")
+    store.address = "az://none/{name}"
     with failing(UNAVAILABLE, "HTTP 404 (ContainerNotFound)"):
         store.open().files()
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
