@@ -40,11 +40,15 @@ def stop_at(step: int, rank: int) -> None:
 
 def _wait(mark: Path, report: Callable[[], None]) -> None:
     caught: list[int] = []
+    parent = os.getppid()
     handlers = [signal.signal(number, lambda number, _frame: caught.append(number)) for number in _SIGNALS]
     report()
     mark.touch()
     while not caught:
         time.sleep(0.01)
+        if os.getppid() != parent:
+            # The test has failed, and its process has ended.
+            os._exit(1)
     for signal_number, handler in zip(_SIGNALS, handlers, strict=True):
         signal.signal(signal_number, handler)
     os.kill(os.getpid(), caught[0])

@@ -1,6 +1,7 @@
 """`qlora run` of a sweep trains the cells of a pod in one process."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_compl
 from tests.support.commands.command import SPEC, Files, invoked, new_files, qlora
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.manifests import merged
+from tests.support.ranks import waiting_at
 
 CELLS: list[dict[str, Any]] = [{"maxSteps": 4}, {"rank": 8, "targetModules": ["q_proj"], "maxSteps": 3}]
 NAMES = ("rates-00", "rates-01")
@@ -91,11 +93,11 @@ def test_cells_are_run_one_by_one_and_the_best_is_published(tmp_path: Path, tiny
 @pytest.mark.slow
 def test_a_run_that_is_stopped_saves_all_and_resumes(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "jobs", tiny_llama.parent)
-    long = [merged(cell, {"maxSteps": 200}) for cell in CELLS]
-    command = [sys.executable, "-m", "qlora_cli", *arguments(files, cells=long)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "qlora_cli", *arguments(files)]
+    environment = os.environ | waiting_at(tmp_path / "code", 2, 0)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        assert any(re.match(r"rates-01: train: training [1-9]\d*/200", line) for line in process.stdout)
+        assert any(re.match(r"rates-0\d: train: training 2/", line) for line in process.stdout)
         process.send_signal(signal.SIGINT)
         said = process.stdout.read()
     assert process.returncode == 130, said
