@@ -249,6 +249,8 @@ def test_the_index_names_the_cells_whose_pod_has_changed_for_them() -> None:
     assert index.note(body) == set()
     counted = pod.stored.model_copy(update={"active_seconds": 60}).dump()
     assert index.note(body | {"status": {"pods": [counted]}}) == set(), "time alone changes nothing for them"
+    alone = pod.stored.model_copy(update={"alone": (THIRD,)}).dump()
+    assert index.note(body | {"status": {"pods": [alone]}}) == set(NAMES)
     assert index.note(body | {"status": {"pods": [{"number": "x"}]}}) == set()
     assert index.pods("team", "rates") is None
     assert index.note(body, deleted=True) == set()

@@ -128,8 +128,10 @@ def test_a_list_prunes_missed_deletions_and_keeps_newer_objects() -> None:
     assert not store.child_changed("pods", at(30, pod("train")))
 
 
-def test_a_job_whose_deletion_was_missed_is_pruned_by_the_list() -> None:
+def test_a_job_whose_deletion_was_missed_is_pruned_by_a_list_that_is_newer() -> None:
     store = store_with()
+    assert store.compare("qlorajobs", "team", [], "9") == set()
+    assert store.held(KEY) is not None
     assert store.compare("qlorajobs", "team", [], "40") == {KEY}
     assert store.held(KEY) is None
 
@@ -147,6 +149,14 @@ def test_objects_missed_by_a_dead_watch_are_read_live_until_shown(kind: Any) -> 
         store.child_changed(kind, newer)
     assert store.held(KEY) is not None
     assert store.compare(kind, None, rows(kind, newer), "25") == set()
+
+
+def test_the_deletion_of_a_listed_object_ends_the_wait_for_its_version() -> None:
+    store = store_with(("pods", at(11, pod("train"))))
+    store.compare("pods", None, rows("pods", at(20, pod("train"))), "25")
+    assert store.held(KEY) is None
+    store.child_changed("pods", at(21, pod("train")), deleted=True)
+    assert names(store) == ([], [])
 
 
 @pytest.mark.parametrize("more", [{}, {JOB_LABEL: "rates-p00", SWEEP_UID_LABEL: "a sweep"}], ids=["alone", "sweep"])
