@@ -17,6 +17,8 @@ TOGETHER := --numprocesses=$(WORKERS) --dist=worksteal
 # For tests that mostly wait. Those of a file share slow fixtures, such as a control plane.
 BY_FILE := --numprocesses=3 --dist=loadfile
 export SELECTION ?= -m 'not slow'
+export PREPARE ?=
+export PODS ?= tests/cluster/test_life.py
 # What each suite has cost and skipped.
 SPENT := $(CACHE)/spent
 # Targets at the same time: the others go on if one fails, and all after Ctrl-C end before make does.
@@ -75,30 +77,20 @@ test-all: no-cluster test-tools types suites fuzz mutants demo ## Run everything
 no-cluster: $(VENV)/.synced
 	@$(DEVCLUSTER) down --for-tests
 
-# Programs and images are built beside the suites that do without them, which have precedence.
 .PHONY: suites
 suites: $(VENV)/.synced
 	@$(DEVCLUSTER) packages
 	rm -rf $(SPENT)
-	nice --adjustment=10 $(DEVCLUSTER) prepare $(PREPARE) > $(CACHE)/prepare.log 2>&1 &
-	prepare=$$!
-	trap 'kill $$prepare 2> /dev/null || true' EXIT
-	# After Ctrl-C pytest reports and exits, which the shell takes for a failure, and would start the next suite.
-	trap 'exit 130' INT
 	$(CHECKS)
 	failed=0
-	$(BESIDE) suite-trainer suite-api || failed=1
-	if kill -0 $$prepare 2> /dev/null; then echo "Waiting for programs and images; see $(CACHE)/prepare.log"; fi
-	wait $$prepare || { tail --lines=40 $(CACHE)/prepare.log; exit 1; }
-	# It has ended, and its number may become that of another process.
-	trap - EXIT
-	$(PYTEST) $(SELECTION) --spent=$(SPENT)/cluster.json $(or $(PODS),tests/cluster/test_life.py) || failed=1
+	$(BESIDE) suite-trainer suite-api suite-cluster || failed=1
 	$(PYTHON) -m tests.suites $(LIMITS) $(SPENT) || failed=1
 	exit $$failed
 
 .PHONY: suite-trainer
 suite-trainer:
 	@$(DEVCLUSTER) build versitygw > $(CACHE)/versitygw.log
+	# After Ctrl-C pytest reports and exits, which the shell takes for a failure, and would start the next one.
 	trap 'exit 130' INT
 	failed=0
 	# One thread each, as the processes share the cores.
@@ -107,13 +99,22 @@ suite-trainer:
 	$(PYTEST) $(SELECTION) --spent=$(SPENT)/gpu.json tests/gpu || failed=1
 	exit $$failed
 
-# They mostly wait, so that they run beside those of the trainer, and print when they have ended.
+# These two mostly wait, so that they run beside the trainer's, and print when they have ended.
 .PHONY: suite-api
 suite-api:
 	@$(DEVCLUSTER) build etcd kubectl kube-apiserver kube-controller-manager helm > $(CACHE)/api.log
 	failed=0
 	$(PYTEST) $(BY_FILE) $(SELECTION) --spent=$(SPENT)/api.json tests/api > $(CACHE)/api.log 2>&1 || failed=1
 	cat $(CACHE)/api.log
+	exit $$failed
+
+# Programs and images are built beside the suites that do without them, which have precedence.
+.PHONY: suite-cluster
+suite-cluster:
+	@nice --adjustment=10 $(DEVCLUSTER) prepare $(PREPARE) > $(CACHE)/cluster.log 2>&1 || { tail --lines=40 $(CACHE)/cluster.log; exit 1; }
+	failed=0
+	$(PYTEST) $(SELECTION) --spent=$(SPENT)/cluster.json $(PODS) > $(CACHE)/cluster.log 2>&1 || failed=1
+	cat $(CACHE)/cluster.log
 	exit $$failed
 
 .PHONY: test-tools
