@@ -54,7 +54,10 @@ _CREDENTIALS = {
     "aws": ([80], ["169.254.170.23/32", "fd00:ec2::23/128"]),
 }
 # The ends of 169.254.0.0/16, and the servers of metadata, which give a node's credentials to each pod that asks.
-_METADATA = "169.254.0.0 169.254.169.254 169.254.170.2 169.254.255.255 fe80::1 fd00:ec2::254"
+_METADATA = """
+169.254.0.0 169.254.169.254 169.254.170.2 169.254.255.255 100.100.100.200 168.63.129.16
+fe80::1 fd00:ec2::254 fd00:ec2::23 fd20:ce::254
+"""
 
 
 def promise(function: Promise) -> Promise:

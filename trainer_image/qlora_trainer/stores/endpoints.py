@@ -8,7 +8,9 @@ from urllib.parse import urlsplit
 from qlora_trainer.core.failures import bad_configuration
 
 # Besides link-local addresses such as 169.254.169.254, where clouds hand out the credentials of the node.
-_METADATA = frozenset(map(ip_address, ("fd00:ec2::254", "fd00:ec2::23", "100.100.100.200")))
+_METADATA = frozenset(
+    map(ip_address, ("fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "100.100.100.200", "168.63.129.16"))
+)
 _METADATA_NAMES = frozenset({"metadata", "metadata.google.internal"})
 
 
