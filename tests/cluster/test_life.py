@@ -44,7 +44,8 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def deleted(tenant: Tenant) -> Object:
-    """Begin the other jobs, and return the deleted train pod."""
+    """Begin the job to interrupt, then the others; return its deleted train pod."""
+    tenant.apply(tiny_job(INTERRUPTED, steps=LONG))
     good = json.dumps(row(0))
     tenant.kubectl("create", "configmap", BAD, f"--from-literal=cut.jsonl={good}\n{good[:40]}")
     tenant.apply(tiny_job(BAD, dataset={"source": f"configMap://{BAD}/cut.jsonl"}))
@@ -56,7 +57,6 @@ def deleted(tenant: Tenant) -> Object:
         "scheduling": {"profile": SHARED_PROFILE},
     }
     tenant.apply(sweep)
-    tenant.apply(tiny_job(INTERRUPTED, steps=LONG))
     return tenant.held_until_asked(INTERRUPTED, tenant.delete_pod)
 
 
