@@ -1,6 +1,7 @@
 """The programs of a release, but cosign: actionlint, helm-docs, and Helm with a registry."""
 
 import hashlib
+import os
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -44,8 +45,12 @@ def completed(folder: Path, address: str) -> Path:
     return copy
 
 
-def pushed(helm: Helm, folder: Path, address: str) -> Artifact:
-    archive = chart.package(helm.program, SOURCE, completed(folder, address), folder)
+def pushed(helm: Helm, folder: Path, address: str, written: int = 10**9) -> Artifact:
+    """Release the chart, whose files have that time."""
+    copy = completed(folder, address)
+    for path in copy.rglob("*"):
+        os.utime(path, (written, written))
+    archive = chart.package(helm.program, SOURCE, copy, folder)
     artifact = chart.push(helm.program, archive, SOURCE, address)
     archive.unlink()
     return artifact
@@ -99,5 +104,5 @@ def test_a_released_chart_installs_its_images_by_digest_and_lists_its_changes(
 
 
 def test_the_same_chart_has_the_same_digest(helm: Helm, tmp_path: Path, address: str) -> None:
-    digests = {pushed(helm, tmp_path / name, address).digest for name in ("first", "second")}
+    digests = {pushed(helm, tmp_path / str(time), address, time).digest for time in (10**9, 10**9 + 60)}
     assert len(digests) == 1
