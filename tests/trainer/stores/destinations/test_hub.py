@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -58,6 +59,20 @@ def test_a_concurrent_commit_is_not_overwritten(store: HubRepository) -> None:
     store.proxy.rule = overtake
     rejected(store.publish, ExitCode.UNREACHABLE)
     assert store.stored()["README.md"] == b"# Tinu\n"
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_file_of_another_length_than_the_hub_lists_is_not_kept(
+    store: HubRepository, tmp_path: Path, more: int
+) -> None:
+    store.publish()
+    name, listed = "adapter_model.safetensors", store.hub.pointers
+    path = store.hub.repositories[store.key] / name
+    size = path.stat().st_size
+    listed[path] = {**listed[path], "size": size - more}
+    with failing(ExitCode.UNREACHABLE, f"/{name} arrived with {size} bytes, but the hub lists {size - more}"):
+        store.open().files()[name].download(tmp_path / "arrived" / name, lambda _: None)
+    assert not [file for file in (tmp_path / "arrived").rglob("*") if file.is_file() and file.stat().st_size > 10**6]
 
 
 def test_no_token_goes_where_a_large_file_lies(store: HubRepository, tmp_path: Path) -> None:
