@@ -14,6 +14,7 @@ from qlora_trainer.model.adapter.merge import write_merged
 from qlora_trainer.publishing import merged_model as publish_merged
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.stores.contents import SHARED_BASE, Manifest, PublishedFile
+from tests.support.commands.command import Files
 from tests.support.models.tiny import Recorded
 from tests.support.runs.published import MANIFEST, rejected
 from tests.support.servers import ACCESS_KEY, SECRET_KEY
@@ -68,6 +69,22 @@ def test_a_store_without_conditional_writes_is_a_permanent_failure(store: Store)
     store.proxy.rule = lambda request: Fault(501 if "if-none-match" in map(str.lower, request.headers) else None)
     message = rejected(store.publish, ExitCode.BAD_CONFIGURATION)
     assert "it must support conditional writes (If-None-Match)" in message
+
+
+def test_a_store_that_quotes_the_request_shows_no_key_of_it(trained: Files, store: Store) -> None:
+    """As S3 does about a key or a signature that it does not know. The keys are in the step's environment."""
+
+    def quote(request: Request) -> Fault:
+        return Fault(403, body=f"<Error><Code>Unknown</Code>{request.headers} {SECRET_KEY}</Error>".encode())
+
+    store.proxy.rule = quote
+    files = trained.with_spec({"output": {"destination": store.uri}})
+    done = files.run("publish", **store.place, **store.credentials)
+    left = [path.read_bytes().decode(errors="replace") for path in files.root.rglob("*") if path.is_file()]
+    for key in store.credentials.values():
+        assert not any(key in text for text in (done.stdout, done.stderr, done.termination, *left))
+    assert (done.exit_code, "HTTP 403 (Unknown)" in done.result.message) == (ExitCode.BAD_CONFIGURATION, True)
+    assert any(ACCESS_KEY in str(request.headers) for request in store.proxy.seen)
 
 
 def test_a_folder_of_objects_is_listed_without_its_neighbors(store: Store) -> None:
