@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_cli.local import run as local
 from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_completion
 from tests.support.commands.command import SPEC, Files, invoked, new_files, qlora
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.manifests import merged
 from tests.support.ranks import waiting_at
+from tests.support.runs.forks import ForkedStep
 
 CELLS: list[dict[str, Any]] = [{"maxSteps": 4}, {"rank": 8, "targetModules": ["q_proj"], "maxSteps": 3}]
 NAMES = ("rates-00", "rates-01")
@@ -39,16 +42,21 @@ def arguments(files: Files, template: dict[str, Any] | None = None, **spec: Any)
     return ["run", sweep, "--workspace", str(files.workspace), *volumes, "--device", "cpu"]
 
 
-def test_each_cell_ends_with_its_adapter_on_a_base_that_is_downloaded_once(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork each step, whose start as another program takes seconds: six of them end these cells."""
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=ForkedStep, PIPE=subprocess.PIPE))
+
+
+@pytest.mark.usefixtures("forked")
+def test_each_cell_ends_with_its_adapter_on_a_base_that_is_downloaded_once(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = new_files(tmp_path / "jobs", tiny_llama.parent)
+    monkeypatch.setenv("QLORA_MODEL_CACHE", "")
     with serve(FakeHub({"models/acme/tiny": tiny_llama})) as hub:
-        environment = {
-            "NO_PROXY": "127.0.0.1",
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HUB_OFFLINE": "0",
-            "QLORA_MODEL_CACHE": "",
-        }
-        done = qlora(*arguments(files, {"model": {"source": "hf://acme/tiny"}}), **environment)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        done = invoked(*arguments(files, {"model": {"source": "hf://acme/tiny"}}))
     assert done.returncode == 0, done.stdout + done.stderr
     assert hub.fetched.count("model.safetensors") == 1
     assert len(list((files.workspace / "models" / "quantized").glob("[!.]*"))) == 1
@@ -69,6 +77,7 @@ def test_each_cell_ends_with_its_adapter_on_a_base_that_is_downloaded_once(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_cells_are_run_one_by_one_and_the_best_is_published(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "jobs", tiny_llama.parent)
     adapters = tmp_path / "adapters"
@@ -78,7 +87,7 @@ def test_cells_are_run_one_by_one_and_the_best_is_published(tmp_path: Path, tiny
     missing = invoked(*command)
     assert missing.returncode == 10
     assert "spec.output.destination is pvc://adapters/best: give a folder for the claim" in missing.stderr
-    done = qlora(*command, "--volume", f"adapters={adapters}")
+    done = invoked(*command, "--volume", f"adapters={adapters}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (adapters / "best" / "adapter_model.safetensors").exists()
     found = re.search(r"Best: (rates-0\d) ", done.stdout)
@@ -111,10 +120,11 @@ def test_a_run_that_is_stopped_saves_all_and_resumes(tmp_path: Path, tiny_llama:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_cell_that_fails_does_not_keep_the_others_from_being_published(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "jobs", tiny_llama.parent)
     cells = [{"maxSteps": 1, "learningRate": 1e-9}, {"maxSteps": 60, "learningRate": 1e-2}]
-    done = qlora(*arguments(files, {"gate": {"minImprovement": 0.001}}, cells=cells))
+    done = invoked(*arguments(files, {"gate": {"minImprovement": 0.001}}, cells=cells))
     assert done.returncode == 20, done.stdout + done.stderr
     assert "rates-00: publish: GateFailed" in done.stdout
     assert read_completion(WorkspaceLayout(files.workspace / "rates-01").completion("publish"), PublishRecord)
