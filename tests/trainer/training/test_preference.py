@@ -117,10 +117,13 @@ def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: 
 
 
 # Later checkpoints must record the first step's adapter, which is the best; the run ends two evaluations after it.
-def test_a_run_interrupted_after_every_step_keeps_the_same_best_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize(("objective", "micro_batches"), [("dpo", 2), pytest.param("orpo", 4, marks=pytest.mark.slow)])
+def test_a_run_interrupted_after_every_step_keeps_the_same_best_adapter(
+    objective: str, micro_batches: int, tmp_path: Path, tiny_llama: Path
+) -> None:
     each_step: dict[str, Any] = {"keep": "best", "evalEverySteps": 1, "saveEverySteps": 1, "warmupSteps": 0}
-    stops = {"earlyStopping": {"patience": 2}, "learningRate": 0.1, "gradientAccumulationSteps": 2}
-    spec = {"lora": {"dropout": 0.1}, "training": {**each_step, **stops}}
+    stops = {"earlyStopping": {"patience": 2}, "learningRate": 0.1, "gradientAccumulationSteps": micro_batches}
+    spec = {"lora": {"dropout": 0.1}, "training": {"objective": objective, **each_step, **stops}}
     undisturbed, disturbed = (job(tmp_path / name, tiny_llama, spec) for name in ("undisturbed", "disturbed"))
     expected = run(undisturbed)
     accuracy = {line["step"]: line["evalAccuracy"] for line in history(undisturbed) if "evalAccuracy" in line}
@@ -238,17 +241,21 @@ SMALL: dict[str, Any] = {"training": {"microBatchSize": 2, "gradientAccumulation
 
 
 def same_reference(one: StepContext, other: StepContext) -> None:
-    """Check that two runs kept the same of their rows."""
-    files = [context.workspace.checkpoints / "step-6" / "objective.safetensors" for context in (one, other)]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    """Check that two runs kept the same of their rows: DPO its reference, and ORPO nothing."""
+    steps = [context.workspace.checkpoints / "step-6" for context in (one, other)]
+    kept, same = ([file.read_bytes() for file in step.glob("objective.*")] for step in steps)
+    assert len(kept) == (one.spec.training.objective == "dpo")
+    assert kept == same
 
 
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=pytest.mark.slow)])
 def test_micro_batches_of_pairs_are_halved_and_a_resumed_run_keeps_them(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    objective: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = job(tmp_path / "small", tiny_llama, merged(HALVED, SMALL))
+    spec = merged(HALVED, {"training": {"objective": objective}})
+    small = job(tmp_path / "small", tiny_llama, merged(spec, SMALL))
     run(small)
-    halved, disturbed = (job(tmp_path / name, tiny_llama, HALVED) for name in ("halved", "disturbed"))
+    halved, disturbed = (job(tmp_path / name, tiny_llama, spec) for name in ("halved", "disturbed"))
     Card(monkeypatch, lambda pairs: pairs <= 2)
     found = run(halved)
     assert (found.micro_batch_size, found.training_step) == (2, 6)
@@ -265,12 +272,12 @@ def test_micro_batches_of_pairs_are_halved_and_a_resumed_run_keeps_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize(("objective", "at"), [("dpo", 1), ("dpo", 2), ("dpo", 3), ("orpo", 2)])
 def test_a_step_that_is_repeated_for_pairs_keeps_nothing_of_its_first_try(
-    at: int, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    objective: str, at: int, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory runs out in this pass: with or without the adapter, in any micro batch."""
-    steps = {"dataset": {"eval": None}, "training": {"gradientAccumulationSteps": 4}}
+    steps = {"dataset": {"eval": None}, "training": {"objective": objective, "gradientAccumulationSteps": 4}}
     spec = merged(merged(HALVED, steps), {"training": {"microBatchSize": 2}})
     small = job(
         tmp_path / "small",
