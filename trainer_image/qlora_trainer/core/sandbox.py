@@ -4,6 +4,7 @@ A model's configuration is untrusted: it may describe a model that takes hours, 
 a Parquet file: a few of its bytes may become gigabytes, or crash the library that reads them.
 """
 
+import gc
 import logging
 import multiprocessing
 import resource
@@ -116,6 +117,8 @@ def _run(
 ) -> None:
     # Otherwise sending would not fail after the parent's death.
     receiver.close()
+    # A collection would write to each object of the parent, and so copy its memory.
+    gc.freeze()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     # The parent may have loaded no library yet.
