@@ -7,6 +7,7 @@ makes it, and when. A chunk that is on disk is not made again.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -272,6 +273,8 @@ def _start_worker(recipe: Recipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Wherever transformers finds PyTorch it loads it, which takes each worker seconds and 700 MiB.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     _maker = ChunkMaker(recipe)
 
 
