@@ -20,9 +20,13 @@ from urllib3.util import Retry
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.model.families import admission
+from qlora_trainer.model.families.inspection import Family
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
+from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.steps import prepare_model
 from qlora_trainer.stores import registry_auth as oci_auth
 from tests.support.commands.command import Files
@@ -49,9 +53,11 @@ def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _a_model_is_measured_once() -> Iterator[None]:
-    """Cache dry runs by their input: hundreds of tests prepare the same tiny models."""
+def _a_model_is_inspected_and_measured_once() -> Iterator[None]:
+    """Cache what forks find by their input: hundreds of tests prepare the same tiny models."""
     found: dict[tuple[Any, ...], MeasuredMemory] = {}
+    families: dict[tuple[bytes, str], Family] = {}
+    inspect_within_limits = admission._inspect_within_limits
 
     def measure(
         config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
@@ -62,8 +68,17 @@ def _a_model_is_measured_once() -> Iterator[None]:
             found[key] = measure_within_limits(config, spec, sizes, digest, family)
         return found[key]
 
+    def inspect(folder: Path, lora: LoraSpec) -> Family:
+        if not (folder / CONFIG).is_file():
+            return inspect_within_limits(folder, lora)
+        key = ((folder / CONFIG).read_bytes(), lora.model_dump_json())
+        if key not in families:
+            families[key] = inspect_within_limits(folder, lora)
+        return families[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_model, "measure_within_limits", measure)
+        patch.setattr(admission, "_inspect_within_limits", inspect)
         yield
 
 
