@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,37 @@ from click.testing import CliRunner
 from qlora_api.contract import CPU_ALLOCATOR, ResultRecord, WorkspaceLayout
 from qlora_api.status import StepName
 from qlora_cli.__main__ import main
+from qlora_cli.local import run as local
 from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.commands.command import MANIFEST, SPEC, Files, invoked, new_files, qlora
-from tests.support.ranks import waiting_at
+from tests.support.runs.forks import ForkedStep
+from tests.support.runs.waiting_step import wait_at
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork each step, whose start as another program takes seconds."""
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=ForkedStep, PIPE=subprocess.PIPE))
+
+
+class ForkedRun(subprocess.Popen[str]):
+    """`qlora` in a fork of the tests' process, with its patches."""
+
+    def __init__(self, arguments: list[str], before: Callable[[], object] = lambda: None, **options: Any) -> None:
+        def begin() -> None:
+            # Of the parent, which else waits for another program to begin.
+            os.closerange(3, 1024)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            before()
+            try:
+                main(arguments)
+            except SystemExit as ended:
+                os._exit(int(ended.code or 0))
+
+        # Python ignores SIGPIPE.
+        super().__init__(arguments, preexec_fn=begin, restore_signals=False, text=True, **options)
 
 
 def test_a_run_of_several_nodes_is_rejected(tmp_path: Path) -> None:
@@ -72,16 +100,17 @@ def test_a_run_that_continues_another_one_is_given_its_workspace(tmp_path: Path)
     assert not work.exists()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "job", tiny_llama.parent)
     command = arguments(files, manifest(files, SPEC))
     terminal, end = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora_cli", *command],
-        env={**os.environ, "COLUMNS": "160", "TERM": "xterm", **waiting_at(tmp_path / "code", 3, 0)},
-        stdout=end,
-        stderr=subprocess.STDOUT,
-    )
+
+    def on_a_terminal() -> None:
+        os.environ.update(COLUMNS="160", TERM="xterm")
+        wait_at(3, 0, folder=str(tmp_path))
+
+    process = ForkedRun(command, on_a_terminal, stdout=end, stderr=subprocess.STDOUT)
     os.close(end)
     figures = r"loss \d+\.\d{3}, held-out \d+\.\d{3}, \d+ tokens/s, \S+ left"
     shown = read_until(terminal, rf"Training.*training 3/30, {figures}")
@@ -93,7 +122,7 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llam
     layout = WorkspaceLayout(files.workspace)
     assert [saved.name for saved in layout.checkpoints.iterdir()] == ["step-3"]
 
-    done = qlora("run", "--resume", "--workspace", str(files.workspace))
+    done = invoked("run", "--resume", "--workspace", str(files.workspace))
     assert done.returncode == 0, done.stdout + done.stderr
     attempts = [json.loads(line) for line in (layout.records / "attempts.jsonl").read_text().splitlines()]
     assert [(attempt["fromStep"], attempt["ended"]) for attempt in attempts] == [
@@ -172,11 +201,12 @@ def test_a_run_needs_a_manifest_or_an_earlier_run(tmp_path: Path) -> None:
     assert "--resume" in done.stderr
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_whose_output_is_closed_saves_and_ends(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "job", tiny_llama.parent)
-    command = arguments(files, manifest(files, {**SPEC, "training": {**SPEC["training"], "maxSteps": 100_000}}))
-    command = [sys.executable, "-m", "qlora_cli", *command]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    endless = {**SPEC, "training": {**SPEC["training"], "maxSteps": 100_000}}
+    command = arguments(files, manifest(files, endless))
+    with ForkedRun(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert any("train: training" in line for line in process.stdout)
@@ -202,6 +232,7 @@ def read_until(terminal: int, pattern: str) -> str:
 
 
 def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, tiny_llama: Path) -> None:
+    """The command and its step are started as by a user."""
     files = new_files(tmp_path / "job", tiny_llama.parent)
     shutil.rmtree(files.data)
     files.data.mkdir()

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -14,6 +16,7 @@ import requests
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.sources import RegistrySource, parse_source
+from qlora_cli.local import run as local
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
@@ -21,9 +24,10 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.destinations.registry import RegistryDestination
 from qlora_trainer.stores.registry import MANIFEST_TYPE
-from tests.support.commands.command import qlora
+from tests.support.commands.command import invoked
 from tests.support.models.four_bit import require_made_of
 from tests.support.models.tiny import Recorded
+from tests.support.runs.forks import ForkedStep
 from tests.support.runs.published import MANIFEST
 from tests.support.servers import LOGIN, PASSWORD, USER, give_login
 from tests.support.services.fault_proxy import Fault, FaultProxy, Request
@@ -199,7 +203,11 @@ def test_a_registry_that_the_administrator_does_not_allow_gets_no_request(
     assert registry_proxy.seen == []
 
 
-def test_a_laptop_allows_the_registries_that_its_job_names(registry_proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_laptop_allows_the_registries_that_its_job_names(
+    registry_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=ForkedStep, PIPE=subprocess.PIPE))
+    monkeypatch.setenv("HOME", str(tmp_path))
     job = tmp_path / "job.yaml"
     spec = {
         "model": {"source": f"oci://{registry_proxy.address}/models/tiny:v1"},
@@ -208,7 +216,7 @@ def test_a_laptop_allows_the_registries_that_its_job_names(registry_proxy: Fault
     document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
     job.write_text(json.dumps(document))
     options = ("--workspace", str(tmp_path / "workspace"), "--volume", f"data={tmp_path / 'data'}", "--device", "cpu")
-    done = qlora("run", str(job), *options, HOME=str(tmp_path))
+    done = invoked("run", str(job), *options)
     assert done.returncode == ExitCode.MODEL_UNAVAILABLE
     assert "may not be read with no credentials (spec.model.secretRef) (HTTP 401)" in " ".join(done.stdout.split())
     assert registry_proxy.seen
