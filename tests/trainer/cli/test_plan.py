@@ -11,8 +11,8 @@ import pytest
 from tests.support.commands.command import MANIFEST, invoked, qlora
 from tests.support.models.model_configs import LLAMA_3_8B
 
-# A dry run of all 32 takes ten times as long.
-FOUR_BLOCKS = LLAMA_3_8B | {"num_hidden_layers": 4}
+# A dry run of all 32 takes thirty times as long.
+ONE_BLOCK = LLAMA_3_8B | {"num_hidden_layers": 1}
 LLAMA_65B = {
     "model_type": "llama",
     "hidden_size": 8192,
@@ -66,7 +66,7 @@ def test_an_error_in_a_manifest_names_file_line_and_field(tmp_path: Path, found:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("content", ["", "# nothing\n", "- a list\n", "\x00", "{" * 1500])
+@pytest.mark.parametrize("content", ["", "# nothing\n", "- a list\n", "\x00", "{" * 1000])
 def test_a_file_that_is_no_manifest_is_rejected_in_one_sentence(tmp_path: Path, content: str) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(content)
@@ -84,7 +84,7 @@ def test_several_errors_are_reported_together(tmp_path: Path) -> None:
 
 
 def planned(
-    tmp_path: Path, *arguments: str, manifest: str = MANIFEST, config: dict[str, Any] = FOUR_BLOCKS
+    tmp_path: Path, *arguments: str, manifest: str = MANIFEST, config: dict[str, Any] = ONE_BLOCK
 ) -> "subprocess.CompletedProcess[str]":
     """`qlora plan` of a model."""
     (tmp_path / "job.yaml").write_text(manifest)
@@ -99,21 +99,21 @@ def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
     sizes = {row[1]: float(row[2]) for row in rows if row and row[3] != "not at the peak"}
     expected = sizes.pop("Expected peak")
     assert sum(sizes.values()) == pytest.approx(expected, abs=0.05)
-    assert sizes["Base weights in 4-bit"] == pytest.approx(0.42, abs=0.01)
+    assert sizes["Base weights in 4-bit"] == pytest.approx(0.10, abs=0.01)
     assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
 
 
 def test_a_plan_that_does_not_fit_advises_changes(tmp_path: Path) -> None:
     done = planned(
-        tmp_path, "--gpu-memory", "8", manifest=MANIFEST + "    maxSequenceLength: 8192\n    microBatchSize: 4\n"
+        tmp_path, "--gpu-memory", "7", manifest=MANIFEST + "    maxSequenceLength: 8192\n    microBatchSize: 4\n"
     )
     assert done.returncode == 17
-    assert "exceeds: the run cannot fit on a GPU of 8 GiB" in done.stdout
+    assert "exceeds: the run cannot fit on a GPU of 7 GiB" in done.stdout
     assert "spec.training.microBatchSize: 4 → 2" in done.stdout
 
 
 def test_a_plan_that_barely_fits_reports_the_margin_and_the_first_advice(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "4", manifest=MANIFEST + "    maxSequenceLength: 2048\n")
+    done = planned(tmp_path, "--gpu-memory", "4", manifest=MANIFEST + "    maxSequenceLength: 4352\n")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "fits: the run fits on a GPU of 4 GiB" in said
@@ -183,7 +183,7 @@ def test_a_plan_of_a_model_that_the_hub_withholds_names_the_reason(
 STARCODER_3B = {
     "model_type": "starcoder2",
     "hidden_size": 3072,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "intermediate_size": 12288,
     "num_attention_heads": 24,
     "num_key_value_heads": 2,

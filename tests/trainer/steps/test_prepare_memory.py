@@ -63,7 +63,7 @@ def test_a_repeated_prepare_reports_the_same_without_measuring_again(
 def test_a_model_that_no_gpu_of_this_size_holds_is_rejected_with_measured_advice(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
-    model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE))
+    model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE | {"num_hidden_layers": 1}))
     spec = {"resources": {"gpuMemory": 1}, "training": {"microBatchSize": 512, "maxSequenceLength": 512}}
     with failing(ExitCode.DOES_NOT_FIT, match=r"GiB of GPU memory .* set spec\.training\.microBatchSize: "):
         prepare(make_context(spec, model=model), records)
