@@ -1,12 +1,17 @@
-"""The example notebook, executed as it is."""
+"""The example notebook, executed as it is; without `slow` in this process, beside a finished run."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import nbformat
 import pytest
+from matplotlib import pyplot
 from nbclient import NotebookClient
+
+from qlora_cli.__main__ import main
+from tests.support.commands.command import Files
 
 NOTEBOOK = Path(__file__).parents[3] / "examples" / "notebooks" / "first-job.ipynb"
 SECONDS = 300
@@ -18,7 +23,27 @@ def folder(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(tiny_llama, tmp_path / "models" / "base")
     for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable.lower()))
+    monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_every_cell_runs_beside_a_finished_run_and_its_commands_exist(folder: Path, finished: Files) -> None:
+    shutil.copytree(finished.workspace, folder / "runs" / "first-job")
+    commands: list[tuple[str, ...]] = []
+    names: dict[str, Any] = {}
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:  # type: ignore[no-untyped-call]
+        if cell.cell_type == "code":
+            exec(compile(cell.source, "cell", "exec"), names)
+            if "qlora" in names:
+                names["qlora"] = lambda *arguments: commands.append(arguments)
+    assert [len(line.get_xdata()) > 1 for line in pyplot.gca().lines] == [True, True]
+    pyplot.close()
+    assert [name for name, *_ in commands] == ["plan", "run"]
+    for name, *arguments in commands:
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        command.make_context(name, arguments)
+    assert (folder / "data" / "train.jsonl").is_file()
 
 
 def executed(folder: Path) -> list[Any]:
@@ -28,6 +53,7 @@ def executed(folder: Path) -> list[Any]:
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
+@pytest.mark.slow
 def test_the_first_job_is_planned_trained_and_shown(folder: Path) -> None:
     outputs = executed(folder)
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
