@@ -1,5 +1,6 @@
 """The base is stored as specified, only the adapter trains, and PEFT reads its files."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -143,6 +144,15 @@ save_adapter(adapted(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
+def test_the_layers_are_written_in_order(tiny_llama: Path, tmp_path: Path) -> None:
+    """PEFT keeps them in a set, whose order depends on the hash seed of the process."""
+    save_adapter(adapted(tiny_llama), tmp_path)
+    layers = json.loads((tmp_path / "adapter_config.json").read_bytes())["target_modules"]
+    assert len(layers) > 1
+    assert layers == sorted(layers)
+
+
+@pytest.mark.slow
 def test_the_files_do_not_depend_on_the_hash_seed(tiny_llama: Path, tmp_path: Path) -> None:
     folders = [tmp_path / seed for seed in ("0", "another")]
     for folder in folders:
