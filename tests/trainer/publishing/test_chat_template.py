@@ -135,12 +135,19 @@ def test_a_line_break_after_answers_does_not_change_the_merged_models_end(traine
     assert GenerationConfig.from_pretrained(merged).eos_token_id == 0
 
 
-def test_nothing_is_published_with_a_template_that_was_changed_after_prepare(trained: StepContext) -> None:
+@pytest.mark.parametrize("change", ["text", "removed", "link"])
+def test_nothing_is_published_with_a_template_that_was_changed_after_prepare(
+    trained: StepContext, tmp_path: Path, change: str
+) -> None:
     prepared = json.loads(trained.workspace.completion("prepare").read_text())
     path = trained.workspace.root / prepared["dataPath"] / "chat_template.jinja"
-    before = path.read_text()
-    path.write_text("{{ 1 }}")
+    kept = shutil.move(path, tmp_path / "kept")
+    if change == "text":
+        path.write_text("{{ 1 }}")
+    elif change == "link":
+        path.symlink_to(kept)
     with pytest.raises(StepFailure, match="is not the chat template that the rows were prepared with") as failure:
         publish_again(trained)
-    path.write_text(before)
+    path.unlink(missing_ok=True)
+    shutil.move(kept, path)
     assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
