@@ -1,4 +1,9 @@
-"""The trainer's and the user's command lines as separate processes: output, files and exit codes."""
+"""The trainer's and the user's command lines as separate processes: output, files and exit codes.
+
+A step is a fork of the tests' process, which has loaded the trainer: each start takes seconds of imports. It is a true
+start with a prefix, or a variable that a library may read when it is imported: the steps of `finished`, the two
+processes of `together`, training on two threads, a hostile environment.
+"""
 
 import json
 import os
@@ -12,12 +17,26 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
+from qlora_api.contract import (
+    ENV_GROUP_SIZE,
+    ENV_NODE,
+    ENV_NODE_WAIT,
+    ENV_POD_UID,
+    ENV_RENDEZVOUS,
+    ProgressRecord,
+    ResultRecord,
+    decode_record,
+)
 from qlora_cli.__main__ import main
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID, chat_row, write_rows
 
 TIMEOUT_S = 500
+_READ_LATE = (
+    *(ENV_GROUP_SIZE, ENV_NODE, ENV_NODE_WAIT, ENV_POD_UID, ENV_RENDEZVOUS),
+    *("HF_ENDPOINT", "HF_TOKEN", "PYTHONPATH"),
+)
+"""Variables that a step reads when it runs; a fork runs the code that `beginning_with` puts on the path."""
 
 SPEC: dict[str, Any] = {
     "model": {"source": "pvc://models/model"},
@@ -124,30 +143,23 @@ class Files:
 
     def start(self, step: str, prefix: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
         """The step's process, running. `prefix` is a program that starts it."""
-        return subprocess.Popen(
-            [*prefix, *self.command(step)],
-            env=_environment(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [*prefix, *self.command(step)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        if prefix or any(name not in _READ_LATE for name in environment):
+            return subprocess.Popen(command, env=_environment(environment), **pipes)
+        from tests.support.runs.forked_step import start_forked
+
+        return start_forked(command, _environment(environment), **pipes)
 
     def finish(self, process: "subprocess.Popen[str]", read: str = "") -> Done:
         """Wait for a process of `start`, of whose standard output `read` has been read."""
         stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-        return self._done(process.returncode, read + stdout, stderr)
+        log = self.root / "termination-log"
+        return Done(process.returncode, read + stdout, stderr, log.read_text() if log.exists() else "")
 
     def run(self, step: str, prefix: Sequence[str] = (), **environment: str) -> Done:
         """Run the step to its end."""
-        command = [*prefix, *self.command(step)]
-        done = subprocess.run(
-            command, env=_environment(environment), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-        return self._done(done.returncode, done.stdout, done.stderr)
-
-    def _done(self, exit_code: int, stdout: str, stderr: str) -> Done:
-        log = self.root / "termination-log"
-        return Done(exit_code, stdout, stderr, log.read_text() if log.exists() else "")
+        return self.finish(self.start(step, prefix, **environment))
 
 
 def new_files(root: Path, models: Path, spec: dict[str, Any] | None = None) -> Files:

@@ -46,4 +46,5 @@ def finish(folder: Path, model: Path) -> None:
 def train_together(folder: Path, model: Path) -> None:
     """Train in two processes, each with the whole base."""
     files, _ = workspace(folder, model, TOGETHER, packed=False)
-    succeeded(files.run("train"))
+    # A true start of both.
+    succeeded(files.run("train", ("env",)))

@@ -3,12 +3,10 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from qlora_api.contract import ExitCode, ResultRecord
 from qlora_trainer.steps.prepare import prepare
 from tests.support.commands.command import Done, Files, new_files
 from tests.support.failures import failing
-from tests.support.models.tiny import POD_UID, Recorded
+from tests.support.models.tiny import Recorded
 from tests.support.ranks import beginning_with, until, waiting_at
 from tests.support.runs.published import context
 from tests.support.training import run
@@ -68,32 +66,32 @@ def test_11_a_file_with_an_undecodable_name_next_to_the_data(files: Files) -> No
     failed(done, ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl")
 
 
-def test_13_the_gpu_runs_out_of_memory(prepared: Files) -> None:
-    # Without a GPU nothing can use up its memory: PyTorch's error is raised where the gradients are clipped.
-    program = (
-        "import torch\n"
-        "def clip(*_, **__):\n"
-        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
-        "torch.nn.utils.clip_grad_norm_ = clip\n"
-        "from qlora_trainer.__main__ import main\n"
-        "main()\n"
-    )
-    command = prepared.command("train")
-    process = subprocess.run(
-        [sys.executable, "-c", program, *command[3:], "--device", "cpu", "--pod-uid", POD_UID],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    done = Done(process.returncode, process.stdout, process.stderr, (prepared.root / "termination-log").read_text())
+# Without a GPU nothing can use up its memory: PyTorch's error is raised where the gradients are clipped.
+FULL_GPU = """
+import torch
+
+def clip(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+torch.nn.utils.clip_grad_norm_ = clip
+"""
+
+
+def test_13_the_gpu_runs_out_of_memory(tmp_path: Path, prepared: Files) -> None:
+    done = prepared.run("train", **beginning_with(tmp_path / "code", FULL_GPU))
     failed(done, ExitCode.GPU_OUT_OF_MEMORY, "out of memory", "spec.training.maxSequenceLength")
 
 
-def test_16_the_volume_does_not_take_the_file(files: Files) -> None:
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    limit = ["prlimit", f"--fsize=2048:{hard if hard != resource.RLIM_INFINITY else ''}"]
-    failed(files.run("prepare", prefix=limit), ExitCode.STORAGE_FULL, "full", "spec.workspace.size")
+# As the volume's limit, which no user of a test can set: no file may be larger.
+SMALL_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+"""
+
+
+def test_16_the_volume_does_not_take_the_file(tmp_path: Path, files: Files) -> None:
+    done = files.run("prepare", **beginning_with(tmp_path / "code", SMALL_FILES))
+    failed(done, ExitCode.STORAGE_FULL, "full", "spec.workspace.size")
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import StableLmConfig
 
-from qlora_api.contract import ExitCode, decode_record
+from qlora_api.contract import ExitCode
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.core.context import StepContext
@@ -26,8 +24,9 @@ from qlora_trainer.data.sampling import hold_out
 from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.inspection import Family, inspect_family
 from qlora_trainer.steps.prepare import prepare
+from tests.support.commands.command import Done, Files
 from tests.support.failures import failing
-from tests.support.models.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.models.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
 
@@ -305,25 +304,19 @@ def test_incomplete_folders_of_a_killed_attempt_are_deleted(jobs: Jobs) -> None:
     assert [path.name for path in context.workspace.data.iterdir()] == [record.fingerprint]
 
 
-def run(context: StepContext, tmp_path: Path, model: Path) -> tuple[int, dict[str, Any]]:
-    """Exit code and result of the step's command line, which prints records only."""
-    job = tmp_path / "job.json"
-    job.write_text(json.dumps(context.document.model_dump(mode="json", by_alias=True, exclude_none=True)))
-    folders = [f"--volume=models={model.parent}", f"--volume=data={tmp_path / 'data'}"]
-    command = [sys.executable, "-m", "qlora_trainer", "prepare", f"--job={job}", "--device=cpu", f"--pod-uid={POD_UID}"]
-    done = subprocess.run(
-        [*command, f"--workspace={context.workspace.root}", *folders], capture_output=True, text=True, check=False
-    )
-    lines = [decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID) for line in done.stdout.splitlines()]
-    assert all(line is not None for line in lines), done.stdout
+def run(context: StepContext, tmp_path: Path, model: Path) -> Done:
+    """The end of the step's command line."""
+    done = Files(tmp_path, model.parent, context.spec.dump()).run("prepare")
     assert not done.stderr
-    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+    return done
 
 
 def test_the_command_line_reports_the_prepared_data(jobs: Jobs, tmp_path: Path, tiny_llama: Path) -> None:
-    code, result = run(jobs.make(), tmp_path, tiny_llama)
-    assert (code, result["outcome"], result["dataset"]["usedRows"]) == (0, "succeeded", 20)
-    assert result["modelRevision"].startswith("sha256:")
+    result = run(jobs.make(), tmp_path, tiny_llama).result
+    assert result.outcome == "succeeded"
+    assert result.dataset is not None
+    assert result.dataset.used_rows == 20
+    assert (result.model_revision or "").startswith("sha256:")
 
 
 def test_the_result_has_the_amount_of_computation(jobs: Jobs) -> None:
@@ -338,15 +331,15 @@ def test_the_result_has_the_amount_of_computation(jobs: Jobs) -> None:
 
 def test_the_result_lists_deviations_from_the_spec(jobs: Jobs, tmp_path: Path) -> None:
     model = save_model(tmp_path / "stablelm" / "model", StableLmConfig(**SHAPE, initializer_range=0.1))
-    code, result = run(jobs.make(), tmp_path, model)
-    assert (code, result["outcome"]) == (0, "succeeded")
-    assert "are ready; no packing: rows in one sequence would affect each other in this stablelm" in result["message"]
+    result = run(jobs.make(), tmp_path, model).result
+    assert result.outcome == "succeeded"
+    assert "are ready; no packing: rows in one sequence would affect each other in this stablelm" in result.message
 
 
 def test_the_command_line_reports_why_data_is_rejected(jobs: Jobs, tmp_path: Path, tiny_llama: Path) -> None:
     context = jobs.make()
     (tmp_path / "data" / "train.jsonl").write_text('{"messages": [{"role": "us')
-    code, result = run(context, tmp_path, tiny_llama)
-    assert (code, result["outcome"], result["reason"]) == (11, "failed", "BadDataset")
-    assert result["message"].startswith("pvc://data/train.jsonl line 1 column 24: not valid JSON")
+    result = run(context, tmp_path, tiny_llama).result
+    assert (result.exit_code, result.outcome, result.reason) == (11, "failed", "BadDataset")
+    assert result.message.startswith("pvc://data/train.jsonl line 1 column 24: not valid JSON")
     assert [path.name for path in context.workspace.root.iterdir()] == ["records"]

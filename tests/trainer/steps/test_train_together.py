@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -22,6 +21,7 @@ from qlora_trainer.training.checkpoints.attempts import only_attempt, read_attem
 from qlora_trainer.training.joint_training import Ended, Member, run_together
 from tests.support.manifests import merged
 from tests.support.models.tiny import POD_UID, Recorded
+from tests.support.runs.forked_step import start_forked
 from tests.support.runs.together import JOBS, PLAIN, apart, contexts, together
 from tests.support.training import StopAtStep, adapter_bytes, context_of, history, interrupted_at, run
 
@@ -207,16 +207,12 @@ def test_the_command_reports_each_job_by_uid_and_their_steps_find_them_trained(
         documents[-1].write_text(json.dumps({**job.document.dump(), "metadata": metadata}))
     first, second = (job.workspace.root for job in jobs)
     command = ["--job", str(documents[0]), "--workspace", str(first), "--with", str(documents[1]), str(second)]
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_trainer", "train", *command, "--device", "cpu", "--pod-uid", POD_UID],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ["python", "-m", "qlora_trainer", "train", *command, "--device", "cpu", "--pod-uid", POD_UID]
+    process = start_forked(command, os.environ, stdout=subprocess.PIPE, text=True)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     for uid in ("uid-0", "uid-1"):
-        found = [decode_record(line, job_uid=uid, pod_uid=POD_UID) for line in done.stdout.splitlines()]
+        found = [decode_record(line, job_uid=uid, pod_uid=POD_UID) for line in output.splitlines()]
         steps = [record.training_step for record in found if isinstance(record, ProgressRecord)]
         assert steps[-1] == 6, uid
     attempts = [read_attempts(job.workspace.records)[-1].job_attempt for job in jobs]
