@@ -38,7 +38,9 @@ def _endless(path: Path) -> None:
     path.symlink_to(path)
 
 
-@pytest.mark.parametrize(("home", "temporary"), [(Path.touch, _endless), (_endless, Path.touch)])
+@pytest.mark.parametrize(
+    ("home", "temporary"), [(Path.touch, _endless), pytest.param(_endless, Path.touch, marks=pytest.mark.slow)]
+)
 def test_files_of_tenants_are_not_run_and_invalid_folders_are_ignored(
     tmp_path: Path, tiny_llama: Path, home: Callable[[Path], None], temporary: Callable[[Path], None]
 ) -> None:
