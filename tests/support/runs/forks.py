@@ -2,18 +2,16 @@
 
 import multiprocessing
 import os
-import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from devcluster.addresses import free_port
 from qlora_api.contract import ExitCode
-from qlora_trainer.__main__ import main
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.outcome import classify
@@ -44,21 +42,6 @@ def forked(action: Callable[..., object], *arguments: object) -> Iterator[multip
     finally:
         process.kill()
         process.join()
-
-
-class ForkedStep(subprocess.Popen[str]):
-    """A step of `qlora run`: the command line, in a fork of the tests' process."""
-
-    def __init__(self, command: list[str], *, env: dict[str, str], **options: Any) -> None:
-        def begin() -> None:
-            # Of the parent, which else waits for another program to begin.
-            os.closerange(3, 1024)
-            os.environ.clear()
-            os.environ.update(env)
-            torch.set_num_threads(1)
-            main(command[3:])
-
-        super().__init__(command, preexec_fn=begin, **options)
 
 
 def train_ranks(context: StepContext, change: Change | None = None, *, ends: ExitCode = ExitCode.DONE) -> None:

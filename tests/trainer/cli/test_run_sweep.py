@@ -19,7 +19,7 @@ from tests.support.commands.command import SPEC, Files, invoked, new_files, qlor
 from tests.support.fake_hub import FakeHub, serve
 from tests.support.manifests import merged
 from tests.support.ranks import waiting_at
-from tests.support.runs.forks import ForkedStep
+from tests.support.runs.forked_step import start_forked
 
 CELLS: list[dict[str, Any]] = [{"maxSteps": 4}, {"rank": 8, "targetModules": ["q_proj"], "maxSteps": 3}]
 NAMES = ("rates-00", "rates-01")
@@ -45,7 +45,7 @@ def arguments(files: Files, template: dict[str, Any] | None = None, **spec: Any)
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork each step, whose start as another program takes seconds: six of them end these cells."""
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=ForkedStep, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=start_forked, PIPE=subprocess.PIPE))
 
 
 @pytest.mark.usefixtures("forked")
