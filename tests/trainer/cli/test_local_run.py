@@ -24,14 +24,14 @@ from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.commands.command import MANIFEST, SPEC, Files, invoked, new_files, qlora
-from tests.support.runs.forks import ForkedStep
+from tests.support.runs.forked_step import start_forked
 from tests.support.runs.waiting_step import wait_at
 
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork each step, whose start as another program takes seconds."""
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=ForkedStep, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=start_forked, PIPE=subprocess.PIPE))
 
 
 class ForkedRun(subprocess.Popen[str]):

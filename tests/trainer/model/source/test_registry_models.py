@@ -27,7 +27,7 @@ from qlora_trainer.stores.registry import MANIFEST_TYPE
 from tests.support.commands.command import invoked
 from tests.support.models.four_bit import require_made_of
 from tests.support.models.tiny import Recorded
-from tests.support.runs.forks import ForkedStep
+from tests.support.runs.forked_step import start_forked
 from tests.support.runs.published import MANIFEST
 from tests.support.servers import LOGIN, PASSWORD, USER, give_login
 from tests.support.services.fault_proxy import Fault, FaultProxy, Request
@@ -206,7 +206,7 @@ def test_a_registry_that_the_administrator_does_not_allow_gets_no_request(
 def test_a_laptop_allows_the_registries_that_its_job_names(
     registry_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=ForkedStep, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=start_forked, PIPE=subprocess.PIPE))
     monkeypatch.setenv("HOME", str(tmp_path))
     job = tmp_path / "job.yaml"
     spec = {
