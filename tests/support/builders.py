@@ -5,7 +5,7 @@ import json
 import selectors
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus
 from qlora_api.contract import ProgressRecord, ResultRecord, encode_record, needed_contract
@@ -27,6 +27,7 @@ from qlora_operator.decisions.plan import Plan, plan
 from qlora_operator.decisions.status import Decision, next_status
 from qlora_operator.reconcile.profile_limit import Starts
 
+T = TypeVar("T")
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 NAME = "tune"
 UID = "0a1b2c3d-0000-4000-8000-000000000000"
@@ -270,6 +271,12 @@ def plan_of(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: date
 def conditions_of(status: QLoRAJobStatus) -> dict[str, str]:
     """Value by type."""
     return {entry.type: entry.status for entry in status.conditions}
+
+
+def present(value: T | None) -> T:
+    """The value, which must be there."""
+    assert value is not None
+    return value
 
 
 def reason_of(status: QLoRAJobStatus, kind: str = "Succeeded") -> str:

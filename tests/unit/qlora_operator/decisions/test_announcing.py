@@ -35,6 +35,7 @@ from tests.support.builders import (
     make_job,
     message_of,
     plan_of,
+    present,
     reason_of,
     seen,
     status_in,
@@ -126,8 +127,7 @@ def test_the_clean_up_does_not_depend_on_the_entry() -> None:
 
 def test_one_event_reports_that_an_adapter_is_not_announced() -> None:
     rejected = announce(Rejecting(RejectedError("not ours")), Postponed(), 0).status
-    event = announcement_event(make_job(FINISHED), rejected, NOW)
-    assert event is not None
+    event = present(announcement_event(make_job(FINISHED), rejected, NOW))
     assert (event["type"], event["reason"]) == ("Warning", "AnnouncementRejected")
     assert announcement_event(make_job(rejected), rejected, NOW) is None
     assert announcement_event(make_job(FINISHED), FINISHED, NOW) is None

@@ -17,6 +17,7 @@ from tests.support.builders import (
     message_of,
     node,
     pod,
+    present,
     reason_of,
     result,
     running,
@@ -119,8 +120,7 @@ def test_a_failure_without_its_pods_is_reported_from_the_last_status() -> None:
     failure = child("train", Failed="BackoffLimitExceeded")
     status = follow(make_job(status_in("train", lastFailure=last_failure("train"))), failure)
     assert (status.phase, reason_of(status), message_of(status)) == ("Failed", "InternalError", "no luck")
-    assert status.last_failure is not None
-    assert status.last_failure.exit_code == 203
+    assert present(status.last_failure).exit_code == 203
     status = follow(make_job(status_in("train", lastFailure=last_failure("prepare"))), failure)
     assert reason_of(status) == "BackoffLimitExceeded"
 

@@ -9,7 +9,7 @@ from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.sweeps.best_cell import cells_to_publish, published
 from qlora_operator.decisions.sweeps.plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, cleanup, parse_cell, parse_sweep
-from tests.support.builders import ADAPTER, NOW, UID, condition, job_body, resolved
+from tests.support.builders import ADAPTER, NOW, UID, condition, job_body, present, resolved
 from tests.support.sweeps import TEMPLATE
 
 OUTPUT = {"destination": "hf://org/adapter", "secretRef": {"name": "hub"}, "merged": {"destination": "hf://org/merged"}}
@@ -83,9 +83,7 @@ def test_it_is_made_of_the_current_best_cell() -> None:
     status = {"phase": "Succeeded", "adapter": ADAPTER.dump(), "progress": {"evalLoss": 1.25}}
     body = job_body(status, resources={"memory": "64Gi"})
     body["metadata"] |= {"name": "rates-01", "ownerReferences": [OWNER]}
-    found = parse_cell(body, UID)
-    assert found is not None
-    (action,) = actions(stored, CELLS[0], found, CELLS[2])
+    (action,) = actions(stored, CELLS[0], present(parse_cell(body, UID)), CELLS[2])
     assert (action.cell.spec.resources.memory, action.cell.spec.model.revision) == ("64Gi", ADAPTER.base_revision)
 
 
@@ -188,8 +186,7 @@ def test_the_reason_of_a_waiting_job_is_read_until_it_starts() -> None:
         conditions = [condition("Succeeded", "Unknown", reason=reason) | {"message": "it waits"}]
         body = job_body({"phase": phase, "conditions": conditions, **status})
         body["metadata"] |= {"ownerReferences": [OWNER]}
-        found = parse_cell(body, UID)
-        assert found is not None
+        found = present(parse_cell(body, UID))
         assert found.started == ("resolved" in status)
         return found.waits
 

@@ -36,6 +36,7 @@ from tests.support.builders import (
     message_of,
     plan_of,
     pod,
+    present,
     reason_of,
     resolved,
     running,
@@ -69,8 +70,7 @@ def other(*conditions: dict[str, Any], **changes: str) -> QLoRAJob:
 )
 def test_it_starts_when_the_other_job_has_ended_or_is_suspended(conditions: list[dict[str, Any]]) -> None:
     status = follow(make_job(continues="other"), continued=other(*conditions))
-    assert status.resolved is not None
-    assert status.resolved.continued == RUN
+    assert present(status.resolved).continued == RUN
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,7 @@ def test_the_resolved_run_stays_after_deletions_and_changes_of_the_profile() -> 
     first = build_job(make_job(continues="other"), again.resolved, "prepare", 1)
     body = child("prepare") | {"metadata": child("prepare")["metadata"] | first["metadata"] | {"uid": "u"}}
     remembered = follow(make_job(continues="other"), body)
-    assert remembered.resolved is not None
-    assert remembered.resolved.continued == RUN, "the first Job remembers it before the status does"
+    assert present(remembered.resolved).continued == RUN, "the first Job remembers it before the status does"
 
 
 NEWER = {"default": PROFILE.model_copy(update={"image": "example.org/newer"})}
@@ -136,8 +135,7 @@ def of_sweep(body: dict[str, Any], uid: str) -> QLoRAJob:
 
 
 def image(status: QLoRAJobStatus) -> str:
-    assert status.resolved is not None
-    return status.resolved.profile.image
+    return present(status.resolved).profile.image
 
 
 def test_the_job_that_publishes_a_sweeps_cell_uses_the_trainer_of_that_cell() -> None:
@@ -151,13 +149,11 @@ def test_the_job_that_publishes_a_sweeps_cell_uses_the_trainer_of_that_cell() ->
 
     started = follow(best(), continued=cell, profiles=NEWER)
     assert image(started) == PROFILE.image
-    assert started.resolved is not None
-    assert started.resolved.contract_version == needed_contract(1)
+    assert present(started.resolved).contract_version == needed_contract(1)
     # If that trainer does not sign, it is not to publish for a profile that has got a key since.
     signing = {"default": PROFILE.model_copy(update={"signing_key": SigningKey(name="signing")})}
     signed = follow(best(), continued=cell, profiles=signing)
-    assert signed.resolved is not None
-    assert signed.resolved.contract_version == needed_contract(1, signed=True)
+    assert present(signed.resolved).contract_version == needed_contract(1, signed=True)
     # The cell is read no more: its first Job could not be created yet, and the profile has changed again.
     assert image(follow(best(started), profiles=NEWER)) == PROFILE.image
     # Its first failure is likely in prepare, which first uses the credentials.
@@ -196,11 +192,8 @@ def test_a_claim_that_both_runs_are_on_is_one_volume_of_the_pod() -> None:
 
 def test_an_older_trainer_rejects_a_continued_job() -> None:
     status = follow(make_job(continues="other"), continued=other(*ENDED))
-    assert status.resolved is not None
-    assert '"continues":"other"' in (status.resolved.document or "")
-    plain = follow(make_job()).resolved
-    assert plain is not None
-    assert "continues" not in (plain.document or "")
+    assert '"continues":"other"' in (present(status.resolved).document or "")
+    assert "continues" not in (present(follow(make_job()).resolved).document or "")
 
 
 @pytest.mark.parametrize(
@@ -226,8 +219,7 @@ def test_a_retried_job_mounts_the_other_run_only_if_it_still_needs_it(
     status = follow(make_job(stored, continues="other", retry={"request": 1}), profiles={"default": cached})
 
     assert status.resolved is not None
-    assert status.step is not None
-    assert status.step.job_name == f"{NAME}-prepare-2"
+    assert present(status.step).job_name == f"{NAME}-prepare-2"
     assert bool(mounts(status.resolved, "prepare")) == still_mounted
 
 

@@ -15,7 +15,7 @@ from qlora_operator.decisions.sweeps.halving import has_new_verdict
 from qlora_operator.decisions.sweeps.plan import CreateCell, SetSuspend, StopCell, next_status, plan, table
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, build_cell, parse_cell, parse_sweep, stop
 from qlora_operator.kube.listing import compact
-from tests.support.builders import ADAPTER, NOW, UID, job_body, progress, resolved, status_in, time
+from tests.support.builders import ADAPTER, NOW, UID, job_body, present, progress, resolved, status_in, time
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 TRAINING = {"training": {"maxSteps": 100, "evalEverySteps": 10}}
@@ -164,8 +164,7 @@ def test_a_stopped_cell_frees_its_place_and_does_not_block_the_sweeps_end() -> N
     line = status.cells[1]
     assert (line.phase, line.reason, line.rank) == ("Stopped", "NotAmongBest", None)
     assert line.message == "stopped at step 20: 2nd of 2, the best goes on"
-    assert status.best is not None
-    assert status.best.cell == "rates-00"
+    assert present(status.best).cell == "rates-00"
     (succeeded,) = [entry for entry in status.conditions if entry.type == "Succeeded"]
     assert succeeded.message.endswith("; 1 were stopped")
     # Its table outlives its QLoRAJob.
@@ -233,9 +232,7 @@ def test_losses_at_rungs_reach_the_cells_status_from_the_log_and_from_the_result
     status = with_training_facts(status, ResultRecord(job_uid=UID, pod_uid=UID, step="train", time=time(), **end))
     body = job_body(status.dump())
     body["metadata"] |= {"ownerReferences": [OWNER]}
-    found = parse_cell(body, UID)
-    assert found is not None
-    assert found.evaluations == ((20, 0.00034), (40, 0.333333333))
+    assert present(parse_cell(body, UID)).evaluations == ((20, 0.00034), (40, 0.333333333))
 
 
 def test_losses_equal_in_four_decimals_are_distinguished() -> None:
@@ -252,8 +249,7 @@ def test_losses_equal_in_four_decimals_are_distinguished() -> None:
                 status = status.model_copy(update={"phase": "Succeeded", "adapter": ADAPTER})
             body = job_body(status.dump())
             body["metadata"] |= {"name": f"rates-{number:02}", "ownerReferences": [OWNER]}
-            job = parse_cell(body, UID)
-            assert job is not None
+            job = present(parse_cell(body, UID))
             found[job.name] = job
         return found
 
@@ -261,8 +257,7 @@ def test_losses_equal_in_four_decimals_are_distinguished() -> None:
     assert [line.rungs and line.rungs[0].rank for line in at_rung[:2]] == [2, 1]
     ended = table(stored, stored.cells(), cells(0.00034, 0.00026, ended=True))
     assert [line.rank for line in ended[:2]] == [2, 1]
-    best = next_status(stored, ended, None, None, NOW).best
-    assert best is not None
+    best = present(next_status(stored, ended, None, None, NOW).best)
     assert (best.cell, best.eval_loss) == ("rates-01", 0.00026)
 
 

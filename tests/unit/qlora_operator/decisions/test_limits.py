@@ -21,6 +21,7 @@ from tests.support.builders import (
     message_of,
     plan_of,
     pod,
+    present,
     progress,
     reason_of,
     running,
@@ -54,8 +55,7 @@ def test_no_progress_for_too_long_is_a_condition_and_one_event() -> None:
     assert (conditions_of(status)["Progressing"], status.phase) == ("False", "Training")
     assert reason_of(status, "Progressing") == "ProgressDeadlineExceeded"
     assert "no progress for 1h" in message_of(status, "Progressing")
-    event = progress_event(make_job(stored), status, after(3600))
-    assert event is not None
+    event = present(progress_event(make_job(stored), status, after(3600)))
     assert (event["type"], event["reason"]) == ("Warning", "ProgressDeadlineExceeded")
     # Nothing changes while it runs, whether the log is read or not, and no message is repeated.
     for log_read in (True, False):
@@ -97,8 +97,7 @@ def test_a_requested_restart_counts_as_a_failure() -> None:
 
     assert status.step is not None
     assert (status.step.job_name, status.step.failures, status.failures) == (f"{NAME}-train-2", 1, 1)
-    assert status.last_failure is not None
-    assert status.last_failure.reason == "ProgressDeadlineExceeded"
+    assert present(status.last_failure).reason == "ProgressDeadlineExceeded"
     assert status.active_seconds == 3660
     # Why is stored before the Job is deleted: a kill in between would hide that it was a failure.
     assert plan_of(make_job(stored, **spec), status, seen(*RUNNING), after(3600)).actions == ()
@@ -127,8 +126,7 @@ def test_a_deleted_job_is_not_replaced_before_its_pods_count() -> None:
     assert status.step == stored.step
     assert look(stored, 41, RUNNING[1], activeDeadlineSeconds=100).phase == "Failed"
     status = look(stored, 30, deleted(RUNNING[1], 30), activeDeadlineSeconds=100)
-    assert status.step is not None
-    assert (status.step.attempt, status.active_seconds) == (2, 90)
+    assert (present(status.step).attempt, status.active_seconds) == (2, 90)
 
 
 @pytest.mark.parametrize(("bodies", "disruptions"), [((), 0), ((child("train"),), 1)], ids=["with its Job", "alone"])
@@ -172,8 +170,7 @@ def test_publish_may_be_silent_for_long() -> None:
 def test_failures_outlive_their_job_and_a_raised_limit_applies_immediately() -> None:
     own = failed("train", 203, "InternalError", "no luck")
     stored = look(watched(), 10, child("train"), own)
-    assert stored.step is not None
-    assert stored.step.failures == 1
+    assert present(stored.step).failures == 1
     gone = follow(make_job(stored), now=after(20))
     assert gone.step is not None
     assert (gone.step.job_name, gone.step.failures) == (f"{NAME}-train-2", 1)

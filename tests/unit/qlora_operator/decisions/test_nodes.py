@@ -22,6 +22,7 @@ from tests.support.builders import (
     message_of,
     node,
     plan_of,
+    present,
     reason_of,
     resolved,
     result,
@@ -153,9 +154,7 @@ def test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow(
     def next_after(*ends: float) -> float:
         last = status_in("train", len(ends) + 1, step=step_status("train", len(ends) + 1, jobUid="").dump())
         jobs = [failed_job(number, end) for number, end in enumerate(ends, start=1)]
-        due = decide(job_in(last), *jobs, at=ends[-1]).look_again
-        assert due is not None
-        return (due - after(ends[-1])).total_seconds()
+        return (present(decide(job_in(last), *jobs, at=ends[-1]).look_again) - after(ends[-1])).total_seconds()
 
     assert [next_after(*range(count)) for count in range(1, 9)] == [10, 20, 40, 80, 160, 320, 360, 360]
     # Occasional losses of nodes do not lengthen the pause.
@@ -201,8 +200,7 @@ def test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_t
 
     def pause(number: int) -> float:
         job = replace(job_in(stored), uid=f"0a1b2c3d-0000-4000-8000-{number:012}")
-        due = plan_of(job, stored, facts(job, *waited).observed, NOW).look_again
-        assert due is not None
+        due = present(plan_of(job, stored, facts(job, *waited).observed, NOW).look_again)
         return (due - after(-10)).total_seconds()
 
     pauses = [pause(number) for number in range(40)]
@@ -295,8 +293,7 @@ def test_a_node_0_that_saves_late_reports_its_checkpoint_and_its_time() -> None:
     status = follow(job_in(status), saved, ended(node(1), INTERRUPTED), now=after(30))
 
     assert status.active_seconds == 3020
-    assert status.checkpoint is not None
-    assert status.checkpoint.step == 70
+    assert present(status.checkpoint).step == 70
 
 
 def test_the_result_is_that_of_node_0() -> None:
@@ -328,14 +325,12 @@ def test_the_status_shows_the_running_nodes_and_why_others_wait() -> None:
     assert (status.phase, reason_of(status)) == ("Queued", "Unschedulable")
     assert message in message_of(status)
     status = follow(job_in(), RUNS, running(node(0)), running(node(1)))
-    assert status.step is not None
-    assert (status.step.running_nodes, status.phase) == (2, "Training")
+    assert (present(status.step).running_nodes, status.phase) == (2, "Training")
 
 
 def test_progress_is_read_from_node_0() -> None:
     status = follow(job_in(), RUNS, running(node(1), since=-90), running(node(0), since=-60))
-    assert status.step is not None
-    assert status.step.running_pod == node(0)["metadata"]["uid"]
+    assert present(status.step).running_pod == node(0)["metadata"]["uid"]
 
 
 def test_pods_that_hang_are_restarted_together_and_that_is_one_failure() -> None:

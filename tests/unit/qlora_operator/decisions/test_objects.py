@@ -30,6 +30,7 @@ from tests.support.builders import (
     node,
     plan_of,
     pod,
+    present,
     result,
     running,
     seen,
@@ -179,8 +180,7 @@ def test_any_object_is_stored_and_its_job_continues(
     store = Store()
     store.job_changed(job_body(status_in("train").dump()))
     store.child_changed(kind, shown)
-    held = store.held(("team", NAME))
-    assert held is not None
+    held = present(store.held(("team", NAME)))
     found = [*(each.name for each in held.observed.children), *(each.name for each in held.observed.pods)]
     assert found == [body["metadata"]["name"]]
     if typed:

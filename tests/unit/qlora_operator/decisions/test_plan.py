@@ -25,6 +25,7 @@ from tests.support.builders import (
     message_of,
     plan_of,
     pod,
+    present,
     reason_of,
     resolved,
     running,
@@ -56,8 +57,7 @@ def test_the_resolved_spec_is_read_from_the_first_job_and_never_again_computed()
     first = with_resolved(child("prepare"), image="example.org/old")
     for spec in ({}, {"suspend": True}, {"scheduling": {"profile": "gone"}}):
         status = follow(make_job(**spec), first)
-        assert status.resolved is not None
-        assert status.resolved.profile.image == "example.org/old"
+        assert present(status.resolved).profile.image == "example.org/old"
         assert status.step == step_status("prepare")
 
 
@@ -75,8 +75,7 @@ def test_a_first_job_deleted_before_the_status_write_is_followed_by_the_second()
     lost = parse_child(with_resolved(child("prepare"), image="example.org/old"))
     found = facts(make_job(), observed=Observed(lost=lost))
     status = next_status(found).status
-    assert status.resolved is not None
-    assert status.resolved.profile.image == "example.org/old"
+    assert present(status.resolved).profile.image == "example.org/old"
     assert plan_of(found.job, status, found.observed, found.now).actions == (CreateClaim(), CreateJob("prepare", 2))
 
 

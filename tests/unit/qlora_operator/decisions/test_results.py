@@ -26,6 +26,7 @@ from tests.support.builders import (
     make_job,
     message_of,
     pod,
+    present,
     progress,
     reason_of,
     resolved,
@@ -43,8 +44,7 @@ SIGNING = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signi
 def test_a_profile_with_a_key_needs_a_trainer_that_signs() -> None:
     """An older one ends with UnsupportedContract before it publishes anything."""
     status = follow(make_job(), profiles={"default": SIGNING})
-    assert status.resolved is not None
-    assert status.resolved.contract_version == needed_contract(1, signed=True) == 5
+    assert present(status.resolved).contract_version == needed_contract(1, signed=True) == 5
 
 
 TRACKING = Profile.model_validate(PROFILE.dump() | {"tracking": {"mlflow": {"url": "https://m.example.org"}}})
@@ -67,8 +67,7 @@ def test_an_adapter_that_is_not_signed_although_the_profile_has_a_key_fails_the_
     assert ADAPTER.uri in message_of(status, "Failed")
     assert "create the job again" in message_of(status, "Failed")
     signed = published(SIGNING, lineage="signed")
-    assert signed.adapter is not None
-    assert (signed.phase, signed.adapter.lineage) == ("Succeeded", "signed")
+    assert (signed.phase, present(signed.adapter).lineage) == ("Succeeded", "signed")
     assert published(PROFILE, lineage=lineage).phase == "Succeeded"
 
 
@@ -92,8 +91,7 @@ def test_the_status_names_page_and_tracked_runs_and_an_event_a_failed_upload() -
     assert end.report is not None
     assert (end.report.uri, end.report.sha256) == (f"{ADAPTER.uri}/report.html", "d" * 64)
     assert end.tracking == tracking
-    event = tracking_event(before, end, NOW)
-    assert event is not None
+    event = present(tracking_event(before, end, NOW))
     assert (event["type"], event["reason"]) == ("Warning", "TrackingFailed")
     assert event["message"].endswith("could not be uploaded to wandb: denied")
     assert tracking_event(make_job(end), end, NOW) is None
@@ -102,8 +100,7 @@ def test_the_status_names_page_and_tracked_runs_and_an_event_a_failed_upload() -
 def test_the_results_of_prepare_are_shown_and_train_is_next() -> None:
     status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
     assert (status.memory, status.dataset, status.base) == (MEMORY, FOUND, BASE)
-    assert status.resolved is not None
-    assert status.resolved.model_revision == "c0ffee"
+    assert present(status.resolved).model_revision == "c0ffee"
     assert conditions_of(status)["Prepared"] == "True"
     assert status.step == step_status("train", jobUid="")
     assert status.phase == "Preparing"
@@ -122,8 +119,7 @@ def test_the_final_figures_of_training_are_shown() -> None:
     status = follow(make_job(stored), child("train", Complete=""), succeeded("train"))
     assert status.progress is not None
     assert (status.progress.summary, status.progress.loss, status.progress.percent) == ("100% 10/10", 1.2346, 100)
-    assert status.memory is not None
-    assert status.memory.peak_bytes == 99
+    assert present(status.memory).peak_bytes == 99
     assert conditions_of(status)["Trained"] == "True"
     assert status.step == step_status("publish", jobUid="")
 
@@ -143,8 +139,7 @@ def test_a_run_that_was_interrupted_has_not_stopped_early() -> None:
     interrupted = ended(body, 143, result(body, "train", 143, training_step=120, total_steps=400))
     stored = status_in("train", progress={"step": 110, "totalSteps": 400, "percent": 27, "summary": "27% 110/400"})
     status = follow(make_job(stored), child("train", Failed="BackoffLimitExceeded"), interrupted)
-    assert status.progress is not None
-    assert "stopped early" not in status.progress.summary
+    assert "stopped early" not in present(status.progress).summary
 
 
 def test_the_results_of_a_failed_step_are_shown() -> None:
@@ -166,8 +161,7 @@ def test_the_checkpoint_of_a_result_is_shown_without_a_log_line() -> None:
     set_back = status.model_copy(update={"checkpoint": status.checkpoint.model_copy(update={"step": 5})})
     assert follow(make_job(set_back), child("train"), saved).checkpoint == set_back.checkpoint
     done = follow(make_job(stored), child("train", Complete=""), succeeded("train"))
-    assert done.checkpoint is not None
-    assert done.checkpoint.step == 10
+    assert present(done.checkpoint).step == 10
 
 
 @pytest.mark.parametrize(
@@ -190,8 +184,7 @@ def test_a_record_counts_only_with_exit_code_0() -> None:
         ended(pod("train", number=2), 0),
     ]
     status = follow(make_job(status_in("train")), child("train", Complete=""), *bodies)
-    assert status.step is not None
-    assert (status.step.job_name, conditions_of(status)["Trained"]) == (f"{NAME}-train-2", "Unknown")
+    assert (present(status.step).job_name, conditions_of(status)["Trained"]) == (f"{NAME}-train-2", "Unknown")
 
 
 @pytest.mark.parametrize("code", [0, 11])
@@ -302,7 +295,6 @@ def test_figures_of_preferences_are_shown_with_four_digits_from_progress_and_res
 def test_the_activity_of_prepare_is_shown_until_training_has_figures() -> None:
     record = progress(step="prepare", activity="downloading 40%")
     status = follow(make_job(status_in("prepare")), child("prepare"), running(pod("prepare")), progress=record)
-    assert status.progress is not None
-    assert status.progress.summary == "downloading 40%"
+    assert present(status.progress).summary == "downloading 40%"
     status = follow(make_job(status), child("prepare", Complete=""), succeeded("prepare"))
     assert status.progress is None

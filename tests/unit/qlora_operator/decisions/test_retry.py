@@ -29,6 +29,7 @@ from tests.support.builders import (
     message_of,
     plan_of,
     pod,
+    present,
     reason_of,
     resolved,
     running,
@@ -107,8 +108,7 @@ def test_a_retry_uses_the_current_profile() -> None:
     mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended", "hubEndpoint": "https://hub"})
     kept = mended.model_copy(update={"image": PROFILE.image})
     stored = failed_job()
-    assert stored.resolved is not None
-    old = stored.model_copy(update={"resolved": stored.resolved.model_copy(update={"contract_version": 1})})
+    old = stored.model_copy(update={"resolved": present(stored.resolved).model_copy(update={"contract_version": 1})})
 
     status = take_up(old, profiles={"default": mended})
 
@@ -116,16 +116,14 @@ def test_a_retry_uses_the_current_profile() -> None:
     # Except for the image: only the trainer that began a run continues it.
     assert (status.resolved.profile, status.resolved.contract_version) == (kept, 1)
     without = take_up(old, profiles={"other": mended})
-    assert without.resolved is not None
-    assert without.resolved.profile == PROFILE
+    assert present(without.resolved).profile == PROFILE
 
 
 def test_a_trainer_that_does_not_sign_does_not_publish_after_a_key_was_added() -> None:
     """The image stays, and ends with UnsupportedContract if it is too old for a key."""
     status = take_up(failed_job(), profiles={"default": SIGNING})
-    assert status.resolved is not None
     assert status.step is not None
-    assert (status.step.name, status.resolved.contract_version) == ("publish", needed_contract(1, signed=True))
+    assert (status.step.name, present(status.resolved).contract_version) == ("publish", needed_contract(1, signed=True))
 
 
 def begun_with_a_key() -> dict[str, Any]:
@@ -136,8 +134,7 @@ def begun_with_a_key() -> dict[str, Any]:
 def test_a_trainer_that_does_not_sign_publishes_after_the_key_was_removed() -> None:
     stored = follow(make_job(status_in("publish", **begun_with_a_key())), *FORBIDDEN)
     status = take_up(stored)
-    assert status.resolved is not None
-    assert status.resolved.contract_version == needed_contract(1)
+    assert present(status.resolved).contract_version == needed_contract(1)
 
 
 def test_a_job_that_waits_for_a_signing_trainer_continues_without_a_key() -> None:
@@ -150,8 +147,7 @@ def test_a_job_that_waits_for_a_signing_trainer_continues_without_a_key() -> Non
 
     status = follow(make_job(waiting), *old)
 
-    assert status.step is not None
-    assert status.step.job_name == f"{NAME}-prepare-2"
+    assert present(status.step).job_name == f"{NAME}-prepare-2"
     assert status.resolved is not None
     assert (status.resolved.profile, status.resolved.contract_version) == (PROFILE, needed_contract(1))
 
@@ -173,13 +169,11 @@ def test_no_number_of_a_job_is_used_twice() -> None:
     broken = (child("train", Failed="PodFailurePolicy"), failed("train", 14, "Diverged", "the loss is not finite"))
     stored = follow(make_job(training), *broken)
     status = take_up(stored, 1, child("clean"), *broken)
-    assert status.step is not None
-    assert status.step.job_name == f"{NAME}-prepare-8"
+    assert present(status.step).job_name == f"{NAME}-prepare-8"
     begun = status.model_copy(update={"step": step_status("prepare", 8)})
     again = (child("prepare", 8, Complete=""), succeeded("prepare", 8), *broken)
     status = follow(make_job(begun, retry={"request": 1}), *again)
-    assert status.step is not None
-    assert (status.step.job_name, status.last_failure) == (f"{NAME}-train-8", None)
+    assert (present(status.step).job_name, status.last_failure) == (f"{NAME}-train-8", None)
 
 
 def test_each_end_of_a_job_has_a_separate_clean_up() -> None:
@@ -197,33 +191,28 @@ def test_a_job_without_its_base_model_or_rows_restarts_at_prepare(step: StepName
     gone = (child(step, Failed="PodFailurePolicy"), failed(step, code, reason, "gone"))
     stored = follow(make_job(status_in(step)), *gone)
     status = take_up(stored, 1, *gone)
-    assert status.step is not None
-    assert status.step.name == "prepare"
+    assert present(status.step).name == "prepare"
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
     status = take_up(failed_job(), profiles={"default": cached})
-    assert status.step is not None
-    assert status.step.name == "prepare"
+    assert present(status.step).name == "prepare"
 
 
 def test_a_step_that_could_not_start_uses_the_current_profile_on_request() -> None:
     mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended"})
     stored = follow(make_job(status_in("prepare")), child("prepare"), pod("prepare"))
     status = take_up(stored, 1, child("prepare"), pod("prepare"), profiles={"default": mended})
-    assert status.resolved is not None
     assert status.step is not None
-    assert (status.resolved.profile, status.step.job_name) == (mended, f"{NAME}-prepare-2")
+    assert (present(status.resolved).profile, status.step.job_name) == (mended, f"{NAME}-prepare-2")
 
 
 def test_a_profile_is_not_fixed_before_anything_exists() -> None:
     mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended"})
     rejected = follow(make_job())
     status = follow(make_job(rejected), profiles={"default": mended})
-    assert status.resolved is not None
-    assert status.resolved.profile == mended
+    assert present(status.resolved).profile == mended
     # Existing objects name the profile that they were made from.
     status = follow(make_job(rejected), child("prepare"), profiles={"default": mended})
-    assert status.resolved is not None
-    assert status.resolved.profile == PROFILE
+    assert present(status.resolved).profile == PROFILE
 
 
 @pytest.mark.parametrize("cleaning", [child("clean"), child("clean", Complete="")], ids=["cleaning", "cleaned"])
@@ -273,17 +262,14 @@ def test_a_trainer_of_another_release_is_waited_for_and_costs_no_failure() -> No
     newer = Profile.model_validate(PROFILE.dump() | {"image": "example.org/newer"})
     status = follow(make_job(status), *old, profiles={"default": newer})
 
-    assert status.step is not None
-    assert status.step.job_name == f"{NAME}-train-2"
-    assert status.resolved is not None
-    assert status.resolved.profile.image == "example.org/newer"
+    assert present(status.step).job_name == f"{NAME}-train-2"
+    assert present(status.resolved).profile.image == "example.org/newer"
 
 
 def test_a_status_without_its_step_restarts_at_prepare() -> None:
     stored = status_in("train", highestAttempt=3).model_copy(update={"step": None})
     status = follow(make_job(stored))
-    assert status.step is not None
-    assert (status.step.job_name, status.phase) == (f"{NAME}-prepare-4", "Preparing")
+    assert (present(status.step).job_name, status.phase) == (f"{NAME}-prepare-4", "Preparing")
 
 
 def test_a_withdrawn_clean_up_is_removed_from_the_status() -> None:
@@ -331,8 +317,7 @@ def test_a_rejected_adapter_is_checked_again_by_the_current_gate() -> None:
     for gate, read in ((MILD, MILD), (None, None)):
         spec: dict[str, Any] = {"dataset": GATED, "retry": {"request": 1}} | ({} if gate is None else {"gate": gate})
         status = follow(make_job(stored, **spec), *seen_then)
-        assert status.step is not None
-        assert (status.phase, status.step.job_name, status.gate) == ("Publishing", f"{NAME}-publish-2", None)
+        assert (status.phase, present(status.step).job_name, status.gate) == ("Publishing", f"{NAME}-publish-2", None)
         assert gate_read(make_job(status, **spec), status) == read
 
 

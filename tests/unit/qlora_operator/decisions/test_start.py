@@ -14,6 +14,7 @@ from tests.support.builders import (
     follow,
     make_job,
     message_of,
+    present,
     reason_of,
     status_in,
     time,
@@ -134,8 +135,7 @@ def test_a_job_that_names_the_secret_with_the_proxys_password_waits() -> None:
 def test_a_profile_that_changes_later_does_not_change_the_job() -> None:
     changed = PROFILE.model_copy(update={"image": "other"})
     status = follow(make_job(status_in("train")), child("train"), profiles={"default": changed})
-    assert status.resolved is not None
-    assert status.resolved.profile == PROFILE
+    assert present(status.resolved).profile == PROFILE
 
 
 def test_a_job_that_is_created_suspended_is_current_and_nothing_is_fixed_yet() -> None:

@@ -22,6 +22,7 @@ from tests.support.builders import (
     make_job,
     message_of,
     pod,
+    present,
     reason_of,
     running,
     status_in,
@@ -58,8 +59,7 @@ def test_phase_and_reason_show_the_current_step(step: Any, bodies: Any, phase: s
 def test_once_the_next_job_is_made_the_phase_moves_on_in_the_same_write() -> None:
     found = facts(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
     status = with_child(next_status(found).status, found, "uid-new")
-    assert status.step is not None
-    assert (status.step.job_uid, status.phase) == ("uid-new", "Queued")
+    assert (present(status.step).job_uid, status.phase) == ("uid-new", "Queued")
 
 
 def test_the_clean_up_job_is_not_recorded_as_the_last_steps_job() -> None:
@@ -105,10 +105,8 @@ def test_a_suspension_ends_when_no_pod_is_left() -> None:
     assert conditions_of(status)["Suspended"] == "False"
     status = follow(make_job(status, suspend=True))
     assert (status.phase, conditions_of(status)["Suspended"]) == ("Suspended", "True")
-    assert status.step is not None
-    assert status.step.attempt == 1
-    assert status.progress is not None
-    assert status.progress.remaining == ""
+    assert present(status.step).attempt == 1
+    assert present(status.progress).remaining == ""
     resumed = follow(make_job(status))
     assert (resumed.phase, resumed.step) == ("Queued", step_status("train", 2, jobUid=""))
 

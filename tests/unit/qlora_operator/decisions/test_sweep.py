@@ -18,7 +18,7 @@ from qlora_operator.decisions.sweeps.sweep import (
     parse_sweep,
     suspension,
 )
-from tests.support.builders import NOW, PROFILE, PROFILES, UID, after, condition, job_body
+from tests.support.builders import NOW, PROFILE, PROFILES, UID, after, condition, job_body, present
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 NAME = "rates"
@@ -123,12 +123,10 @@ def test_a_suspended_sweep_suspends_its_cells_and_takes_back_only_what_it_has_do
 def test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded() -> None:
     unfinished = cell(2, eval_loss=0.1)
     status = status_of(make(), done(0, 1.5), done(1, 1.25), unfinished, cell(3, "Failed", eval_loss=0.2, adapter="x"))
-    assert status.best is not None
-    assert status.best.cell == "rates-01"
+    assert present(status.best).cell == "rates-01"
     assert [line.rank for line in status.cells] == [2, 1, None, None]
     tied = status_of(make(), done(0, 1.5), done(1, 1.5))
-    assert tied.best is not None
-    assert tied.best.cell == "rates-00"
+    assert present(tied.best).cell == "rates-00"
 
 
 def test_the_best_by_score_has_the_highest_and_of_two_the_lower_loss() -> None:
@@ -140,8 +138,7 @@ def test_the_best_by_score_has_the_highest_and_of_two_the_lower_loss() -> None:
     assert [line.rank for line in status.cells] == [3, 2, 1, None]
     assert "with loss 1.25 on the held-out rows, score 0.75, its adapter" in of(status, "Succeeded")[2]
     by_loss = status_of(make(template=gate), *jobs)
-    assert by_loss.best is not None
-    assert by_loss.best.cell == "rates-03"
+    assert present(by_loss.best).cell == "rates-03"
 
 
 def test_a_sweep_ends_when_its_last_cell_does() -> None:
@@ -210,9 +207,7 @@ def test_a_failed_cell_whose_retry_is_about_to_begin_has_its_place() -> None:
         conditions = [condition("Failed", "True"), condition("Succeeded", "False")]
         body = job_body({"phase": "Failed", "conditions": conditions, "retryRequest": seen}, retry={"request": request})
         body["metadata"] |= {"ownerReferences": [OWNER], "name": "rates-00"}
-        found = parse_cell(body, UID)
-        assert found is not None
-        return found
+        return present(parse_cell(body, UID))
 
     assert created(make(), failed(1, 1)) == ["rates-01"]
     assert created(make(), failed(2, 1)) == []
@@ -255,25 +250,20 @@ def test_the_reason_of_a_waiting_cell_is_reported_and_time_changes_nothing() -> 
 
 def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
     assert objection_to(make(), PROFILES) is None
-    unknown = objection_to(make(template={"scheduling": {"profile": "other"}}), PROFILES)
-    assert unknown is not None
+    unknown = present(objection_to(make(template={"scheduling": {"profile": "other"}}), PROFILES))
     assert unknown.word == "ProfileNotFound"
     limited = Profile.model_validate(PROFILE.dump() | {"limits": {"workspaceSize": "1Gi"}})
-    too_large = objection_to(make(template={"workspace": {"size": "2Gi"}}), {"default": limited})
-    assert too_large is not None
+    too_large = present(objection_to(make(template={"workspace": {"size": "2Gi"}}), {"default": limited}))
     assert too_large.word == "LimitExceeded"
     few = {"default": Profile.model_validate(SHARED.dump() | {"limits": {"jobs": 2}})}
-    too_many = objection_to(make(cellsPerPod=4), few)
-    assert too_many is not None
+    too_many = present(objection_to(make(cellsPerPod=4), few))
     assert "spec.cellsPerPod is 4, and profile 'default' allows 2 jobs at a time" in too_many.sentence
     assert objection_to(make(cellsPerPod=2), few) is None
     # What keeps each cell from starting keeps the sweep from creating them.
     prompt = {"systemPrompt": {"text": "a" + "\x01" * 16_000}}
     score = {"check": "jsonSchema", "schema": "\x01" * 8192}
     texts = {"dataset": TEMPLATE["dataset"] | prompt, "gate": {"minScore": 0.5, "score": score}}
-    too_long = objection_to(make(template=texts), PROFILES)
-    assert too_long is not None
-    assert too_long.word == "SpecTooLarge"
+    assert present(objection_to(make(template=texts), PROFILES)).word == "SpecTooLarge"
 
 
 def test_what_keeps_one_cell_from_starting_keeps_its_sweep_from_creating_it() -> None:
@@ -282,8 +272,7 @@ def test_what_keeps_one_cell_from_starting_keeps_its_sweep_from_creating_it() ->
     other = {"source": "s3://data/other.jsonl", "secretRef": {"name": "proxy"}}
     spec: dict[str, Any] = {"select": "all", "grid": None, "cells": [{}, {"dataset": other}]}
     sweep = make(**spec)
-    found = objection_to(sweep, proxied)
-    assert found is not None
+    found = present(objection_to(sweep, proxied))
     assert found.word == "SecretNotAllowed"
     assert found.sentence.startswith("cell rates-01 (dataset")
     assert "could not start: spec.dataset.secretRef names" in found.sentence
@@ -342,9 +331,6 @@ def test_the_gpu_time_of_all_cells_is_added_up_and_stays_when_one_is_deleted() -
 
 def test_the_cost_of_a_sweep_is_not_that_of_some_of_its_cells() -> None:
     used: dict[str, Any] = {"gpu_seconds": 3600, "lost_gpu_seconds": 60, "cost": "2.50 EUR"}
-    part = status_of(make(), done(0, 1.5, **used), cell(1, **(used | {"cost": None}))).usage
-    assert part is not None
+    part = present(status_of(make(), done(0, 1.5, **used), cell(1, **(used | {"cost": None}))).usage)
     assert (part.gpu_seconds, part.cost) == (7200, None)
-    waits = status_of(make(), done(0, 1.5, **used), cell(1)).usage
-    assert waits is not None
-    assert waits.cost == "2.50 EUR"
+    assert present(status_of(make(), done(0, 1.5, **used), cell(1)).usage).cost == "2.50 EUR"

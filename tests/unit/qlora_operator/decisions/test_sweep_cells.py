@@ -16,7 +16,7 @@ from qlora_operator.decisions.sweeps.sweep import (
     parse_sweep,
     sweep_of,
 )
-from tests.support.builders import ADAPTER, PROFILE, UID, condition, job_body, resolved
+from tests.support.builders import ADAPTER, PROFILE, UID, condition, job_body, present, resolved
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 NAME = "rates"
@@ -77,18 +77,13 @@ def test_what_is_read_of_a_cell() -> None:
     body = job_body(status, suspend=True)
     assert parse_cell(body, UID) is None, "no owner"
     body["metadata"] |= {"ownerReferences": [OWNER]}
-    found = parse_cell(body, UID)
-    assert found is not None
+    found = present(parse_cell(body, UID))
     assert (found.phase, found.eval_loss, found.adapter, found.suspend) == ("Succeeded", 1.5, ADAPTER.uri, True)
     assert parse_cell(body, "another") is None
     assert not found.trained
     body["status"]["conditions"] += [condition("Trained", "True")]
-    trained = parse_cell(body, UID)
-    assert trained is not None
-    assert trained.trained
-    unreadable = parse_cell(body | {"status": {"phase": 3}}, UID)
-    assert unreadable is not None
-    assert unreadable.phase == "Pending"
+    assert present(parse_cell(body, UID)).trained
+    assert present(parse_cell(body | {"status": {"phase": 3}}, UID)).phase == "Pending"
 
 
 def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> None:
@@ -138,6 +133,5 @@ def test_a_cell_is_read_with_its_gpu_time() -> None:
     lost = {"startup": 5, "failure": 7}
     usage = {"gpuSeconds": 90, "gpuHours": "0.03", "lostGpuSeconds": lost, "cost": "0.06 EUR", "pods": []}
     body = job_body({"usage": usage})
-    found = parse_cell(body | {"metadata": body["metadata"] | {"ownerReferences": [OWNER]}}, UID)
-    assert found is not None
+    found = present(parse_cell(body | {"metadata": body["metadata"] | {"ownerReferences": [OWNER]}}, UID))
     assert (found.gpu_seconds, found.lost_gpu_seconds, found.cost) == (90, 12, "0.06 EUR")

@@ -23,6 +23,7 @@ from tests.support.builders import (
     ended,
     message_of,
     pod,
+    present,
     reason_of,
     result,
     running,
@@ -134,8 +135,7 @@ def test_a_suspended_sweep_starts_no_pod_and_stops_the_one_that_runs() -> None:
     saved = deleted(running(pod("train")), requested=0)
     assert found.then(saved).actions == ()
     assert found.then(at=60).actions == ()
-    assert found.stored is not None
-    assert found.stored.reason == "Suspended"
+    assert present(found.stored).reason == "Suspended"
     found.spec = {}
     while not (planned := found.then(at=90)).actions:
         assert planned.store_first
@@ -209,8 +209,7 @@ def test_a_cell_that_has_used_its_gpu_hours_fails_when_its_pod_has_ended() -> No
     for bodies in ((), (), observed, observed):
         found.then(*bodies)
     spent = cell_status_of(found, FIRST)
-    assert spent.usage is not None
-    assert (spent.phase, spent.usage.gpu_seconds > 1800) == ("Training", True)
+    assert (spent.phase, present(spent.usage).gpu_seconds > 1800) == ("Training", True)
     assert budget_at(replace(found.cell(FIRST), status=spent), spent, Observed(), NOW) is None
     found.store_status(FIRST, spent)
     for _ in range(2):
@@ -252,9 +251,7 @@ def test_after_its_end_each_cell_has_a_train_step_of_its_own(code: int) -> None:
     assert (left.status.alone, left.status.cells, left.status.ended) == (NAMES, (), False)
     assert left.status.step.job_name == f"{POD}-train-2"
     for name in NAMES:
-        shared = found.shared(name)
-        assert shared is not None
-        assert waits_for_sweep(found.cell(name).status, shared) is None
+        assert waits_for_sweep(found.cell(name).status, present(found.shared(name))) is None
     # However they end, no later Job of the sweep trains them.
     assert found.then(*done(code)).actions == ()
 
@@ -281,14 +278,12 @@ def test_a_job_that_a_user_has_deleted_is_created_again() -> None:
 
 def test_interruptions_have_a_limit_after_which_the_cells_go_on_alone() -> None:
     found = started()
-    assert found.stored is not None
     limit = found.sweep().spec.template.spec.retry.max_disruptions
-    found.stored = found.stored.model_copy(update={"disruptions": limit})
+    found.stored = present(found.stored).model_copy(update={"disruptions": limit})
     evicted = ended(pod("train"), 143)
     planned = found.then(child("train"), evicted, at=10)
     assert planned.status.ended
-    assert planned.status.last_failure is not None
-    assert planned.status.last_failure.reason == "RetriesExhausted"
+    assert present(planned.status.last_failure).reason == "RetriesExhausted"
     assert found.then(child("train"), evicted, at=20).actions == (DeleteJob(CHILD, f"uid-{CHILD}"),)
     assert found.then(evicted, at=30).status.alone == NAMES
 
@@ -309,8 +304,7 @@ def test_as_many_are_trained_together_as_fit_the_gpu() -> None:
     card: dict[str, Any] = {"resources": {"gpuMemory": 32}}
     found.cells = {name: cell_body(name=name, status=memory(18), **card) for name in NAMES}
     assert found.then().status.cells == (FIRST, SECOND)
-    assert found.stored is not None
-    assert found.stored.waiting == (THIRD,)
+    assert present(found.stored).waiting == (THIRD,)
     found = Pod(cells={name: cell_body(name=name, status=memory(30), **card) for name in NAMES})
     assert found.then().status.alone == (FIRST,), "one that fits with no other is trained alone"
 
@@ -338,5 +332,4 @@ def test_a_retry_of_a_cell_that_is_trained_alone_stays_so() -> None:
     found.then(*done())
     found.cells[SECOND] = cell_body(name=SECOND)
     assert found.then(*done()).actions == ()
-    assert found.stored is not None
-    assert SECOND in found.stored.alone
+    assert SECOND in present(found.stored).alone

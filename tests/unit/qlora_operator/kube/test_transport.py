@@ -19,7 +19,7 @@ from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.connection import connect, endpoint_of
 from qlora_operator.kube.errors import ClusterError, RejectedError
 from qlora_operator.kube.transport import TooLongError
-from tests.support.builders import NAME, UID, job_body, make_job
+from tests.support.builders import NAME, UID, job_body, make_job, present
 
 PLUGIN = """
 import json, pathlib, sys
@@ -285,8 +285,7 @@ class Rotated:
         return write_kubeconfig(self._folder, server, {"token": "t"})
 
     async def end(self) -> None:
-        assert self._runner is not None
-        await self._runner.cleanup()
+        await present(self._runner).cleanup()
 
 
 def test_a_replaced_authority_is_read_again_and_the_old_one_distrusted(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.support.builders import (
     ended,
     message_of,
     pod,
+    present,
     reason_of,
     running,
     status_in,
@@ -122,8 +123,7 @@ def test_a_retried_job_waits_for_the_detached_pod_of_its_failure(
     cluster.pods = [*cluster.pods, running(pod("train", 2), since=63)]
     reconcile(cluster, shown(cluster), after(64))
     assert (cluster.status.phase, cluster.status.disruptions, cluster.status.failures) == ("Training", 0, 0)
-    assert cluster.status.step is not None
-    assert cluster.status.step.running_pod_name == f"{NAME}-train-2-pod1"
+    assert present(cluster.status.step).running_pod_name == f"{NAME}-train-2-pod1"
 
 
 def test_a_restart_waits_for_its_stopped_pod_although_that_is_detached() -> None:
@@ -138,8 +138,7 @@ def test_a_restart_waits_for_its_stopped_pod_although_that_is_detached() -> None
     cluster = stored(status_in("train", step=stalled.dump(), conditions=conditions), retry={"onNoProgress": "restart"})
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"), since=-4000)]
     reconcile(cluster, shown(cluster))
-    assert cluster.status.step is not None
-    assert (cluster.status.step.attempt, f"deletion of {NAME}-train-1" in cluster.writes) == (2, True)
+    assert (present(cluster.status.step).attempt, f"deletion of {NAME}-train-1" in cluster.writes) == (2, True)
     hidden, cluster.jobs = both(cluster.pods[0]), []
     for suspended in (False, True, False):
         _spec_changed(cluster, suspend=suspended)
@@ -179,8 +178,7 @@ def test_a_pod_without_labels_is_found_by_the_labels_of_its_job() -> None:
     cluster.pods = [without_labels(running(pod("train")))]
     reconcile(cluster, shown(cluster))
     assert cluster.writes[0] == f"deletion of {NAME}-train-1"
-    assert cluster.status.step is not None
-    assert cluster.status.step.running_pod_name == f"{NAME}-train-1-pod1"
+    assert present(cluster.status.step).running_pod_name == f"{NAME}-train-1-pod1"
 
 
 def test_a_new_pod_that_the_watch_is_about_to_show_is_not_taken_for_detached() -> None:

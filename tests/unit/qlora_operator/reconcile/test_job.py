@@ -21,6 +21,7 @@ from tests.support.builders import (
     make_job,
     message_of,
     pod,
+    present,
     reason_of,
     running,
     status_in,
@@ -120,8 +121,7 @@ def test_a_finished_job_without_clean_up_is_not_requeued(status: QLoRAJobStatus)
 def test_a_finished_job_of_another_release_is_cleaned_up_if_its_pods_can_read_it(
     document: str | None,
 ) -> None:
-    assert FINISHED.resolved is not None
-    fixed = FINISHED.resolved.model_copy(update={"document": document})
+    fixed = present(FINISHED.resolved).model_copy(update={"document": document})
     cluster = stored(FINISHED.model_copy(update={"resolved": fixed}), cleanupAfterSeconds=0)
     cluster.job["spec"]["model"] = {"source": "nfs://server/model"}
     reconcile(cluster, now=after(10))

@@ -17,6 +17,7 @@ from tests.support.builders import (
     ended,
     job_body,
     pod,
+    present,
     reason_of,
     result,
     running,
@@ -44,8 +45,7 @@ def test_the_first_job_of_a_job_older_than_the_watch_is_looked_up_first() -> Non
     cluster.jobs = [with_resolved(child("prepare"), image="example.org/old")]
     reconcile(cluster, store)
     assert (cluster.writes, cluster.reads) == (["status", "Event"], 3)
-    assert cluster.status.resolved is not None
-    assert cluster.status.resolved.profile.image == "example.org/old"
+    assert present(cluster.status.resolved).profile.image == "example.org/old"
 
 
 def test_the_first_job_of_another_operator_has_the_resolved_spec() -> None:
@@ -53,8 +53,7 @@ def test_the_first_job_of_another_operator_has_the_resolved_spec() -> None:
     store = shown(cluster, created=True)
     cluster.existing = with_resolved(child("prepare"), image="example.org/other")
     reconcile(cluster, store)
-    assert cluster.status.resolved is not None
-    assert cluster.status.resolved.profile.image == "example.org/other"
+    assert present(cluster.status.resolved).profile.image == "example.org/other"
 
 
 @pytest.mark.parametrize("before_the_answer", [False, True])
@@ -81,8 +80,7 @@ def test_a_job_that_the_store_has_missed_is_not_created_again() -> None:
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
     reconcile(cluster, store)
     assert "Job" not in cluster.writes
-    assert cluster.status.step is not None
-    assert (cluster.status.step.job_name, cluster.reads) == (step_status("train").job_name, 3)
+    assert (present(cluster.status.step).job_name, cluster.reads) == (step_status("train").job_name, 3)
 
 
 def test_an_end_that_the_watch_has_shown_is_read_again_before_it_is_stored() -> None:
@@ -114,8 +112,7 @@ def test_a_job_that_lost_its_label_is_not_created_again() -> None:
     cluster.existing = child("train", owner="")
     reconcile(cluster)
     assert "Job" not in cluster.writes
-    assert cluster.status.step is not None
-    assert cluster.status.step.attempt == 1
+    assert present(cluster.status.step).attempt == 1
 
 
 def test_a_failed_job_that_waits_for_a_place_is_still_cleaned_up() -> None:

@@ -32,6 +32,7 @@ from tests.support.builders import (
     job_body,
     make_job,
     message_of,
+    present,
     reason_of,
     starts,
     status_in,
@@ -73,14 +74,12 @@ def prompted(text: str, **score: str) -> dict[str, Any]:
 def test_a_system_prompt_of_any_characters_reaches_the_pods() -> None:
     text = "\N{PARROT}" * 16_384
     job = make_job(**prompted(text))
-    resolved = follow(job).resolved
-    assert resolved is not None
+    resolved = present(follow(job).resolved)
     assert resolved == Resolved.model_validate(resolved.dump())  # as the API server bounds it
     annotations = build_job(job, resolved, "prepare", 1)["spec"]["template"]["metadata"]["annotations"]
     assert sum(len(name.encode()) + len(text.encode()) for name, text in annotations.items()) < 256 * 1024
     read = QLoRAJobDocument.model_validate_json(annotations[SPEC_ANNOTATION])
-    assert read.spec.dataset.system_prompt is not None
-    assert read.spec.dataset.system_prompt.text == text
+    assert present(read.spec.dataset.system_prompt).text == text
 
 
 def test_a_spec_too_large_for_an_annotation_waits_and_names_its_long_texts() -> None:
@@ -104,9 +103,8 @@ def test_a_spec_too_large_for_an_annotation_waits_and_names_its_long_texts() -> 
 def test_a_job_within_its_profiles_limits_starts(settings: dict[str, Any], spec: dict[str, Any]) -> None:
     profiles = limited(**settings)
     status = follow(make_job(**spec), profiles=profiles, jobs_of_profile=2)
-    assert status.resolved is not None
     # The names of other tenants' namespaces are not for this one, and an older release reads the status as before.
-    assert {"namespaces", "limits"}.isdisjoint(status.resolved.profile.dump())
+    assert {"namespaces", "limits"}.isdisjoint(present(status.resolved).profile.dump())
     # Later limits do not stop a job that has started.
     later = follow(make_job(status_in("train")), profiles=limited(namespaces=["other"], limits={"jobs": 1}))
     assert later.step is not None

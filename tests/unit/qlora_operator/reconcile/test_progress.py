@@ -17,7 +17,7 @@ from qlora_operator.reconcile.progress import (
     ReadSchedule,
     latest_record,
 )
-from tests.support.builders import NAME, NOW, UID, child, make_job, pod, progress, running, seen, status_in
+from tests.support.builders import NAME, NOW, UID, child, make_job, pod, present, progress, running, seen, status_in
 
 POD = Pod(name="pod", uid=f"uid-{NAME}-train-1-pod1", owner_uid="", created=NOW, phase="Running")
 
@@ -35,8 +35,9 @@ def latest(*lines: str) -> ProgressRecord | None:
 
 
 def test_the_last_record_counts_among_any_other_lines() -> None:
-    found = latest("noise", line(training_step=1), "{}", line(training_step=2), "Traceback", '{"kind": "result"}', "")
-    assert found is not None
+    found = present(
+        latest("noise", line(training_step=1), "{}", line(training_step=2), "Traceback", '{"kind": "result"}', "")
+    )
     assert found.training_step == 2
 
 
@@ -66,9 +67,7 @@ def test_the_last_record_counts_among_any_other_lines() -> None:
 )
 def test_a_line_that_a_status_cannot_hold_is_no_record(text: str) -> None:
     assert latest(text) is None
-    found = latest(line(training_step=1), text)
-    assert found is not None
-    assert found.training_step == 1
+    assert present(latest(line(training_step=1), text)).training_step == 1
 
 
 def test_one_job_is_read_every_ten_seconds() -> None:
@@ -130,9 +129,7 @@ def test_a_reader_reads_when_it_is_due_and_only_a_running_pod() -> None:
         clock.now = 4.0
         assert (await reader.read(key, job, active)).again == pytest.approx(6)
         clock.now = 10.0
-        record = (await reader.read(key, job, active)).record
-        assert record is not None
-        assert record.training_step == 2
+        assert present((await reader.read(key, job, active)).record).training_step == 2
 
     asyncio.run(scenario())
     assert asked == [("team", f"{NAME}-train-1-pod1")] * 2

@@ -14,7 +14,7 @@ from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.probes import Health
 from qlora_operator.reconcile.queue import RetryError, Schedule, WorkQueue
 from qlora_operator.settings import Settings
-from tests.support.builders import VirtualLoop
+from tests.support.builders import VirtualLoop, present
 
 A: Key = ("team", "a")
 B: Key = ("team", "b")
@@ -47,8 +47,7 @@ def test_a_busy_namespace_gets_no_more_than_its_turns() -> None:
     served = []
     for _ in range(10):
         schedule.add(("eager", "one"), 0)
-        key = schedule.take(0)
-        assert key is not None
+        key = present(schedule.take(0))
         served.append(key[0])
         schedule.done(key, None)
     assert served.count("patient") == 5
@@ -67,9 +66,7 @@ def test_a_namespace_does_not_occupy_the_last_workers() -> None:
     assert schedule.take(1) is None
     schedule.done(taken[0], None)
     assert schedule.next_due() == 0
-    again = schedule.take(1)
-    assert again is not None
-    assert again[0] == "flood"
+    assert present(schedule.take(1))[0] == "flood"
 
 
 @pytest.mark.parametrize(("namespaces", "together"), [((), 14), (("flood",), 16), (("flood", "neighbor"), 14)])

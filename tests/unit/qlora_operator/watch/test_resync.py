@@ -23,6 +23,7 @@ from tests.support.builders import (
     job_body,
     make_job,
     pod,
+    present,
     running,
     status_in,
 )
@@ -337,12 +338,10 @@ def test_a_resync_of_many_jobs_is_spread_over_at_most_half_of_its_interval(jobs:
 def test_a_change_of_phase_is_an_event_whose_name_is_the_same_after_a_restart() -> None:
     job = make_job(status_in("train", phase="Queued"))
     bodies = [child("train"), running(pod("train"))]
-    event = phase_event(job, follow(job, *bodies), NOW)
-    assert event is not None
+    event = present(phase_event(job, follow(job, *bodies), NOW))
     assert (event["type"], event["reason"]) == ("Normal", "Training")
     assert (event["involvedObject"]["kind"], event["involvedObject"]["uid"]) == ("QLoRAJob", UID)
-    later = phase_event(job, follow(job, *bodies, now=after(60)), after(60))
-    assert later is not None
+    later = present(phase_event(job, follow(job, *bodies, now=after(60)), after(60)))
     assert later["metadata"] == event["metadata"]
 
 
@@ -351,8 +350,7 @@ def test_the_event_of_a_failure_is_a_warning_with_the_reason() -> None:
     status = follow(
         job, child("prepare", Failed="PodFailurePolicy"), failed("prepare", 11, "BadDataset", "row 3 is cut")
     )
-    event = phase_event(job, status, NOW)
-    assert event is not None
+    event = present(phase_event(job, status, NOW))
     assert (event["type"], event["reason"], event["message"]) == ("Warning", "BadDataset", "row 3 is cut")
 
 

@@ -21,7 +21,7 @@ from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.kube.listing import ChildKind, ChildList, child_view
 from qlora_operator.watch.store import Store
-from tests.support.builders import NAME, UID, child, ended, job_body, pod, running, status_in, with_resolved
+from tests.support.builders import NAME, UID, child, ended, job_body, pod, present, running, status_in, with_resolved
 from tests.support.cluster.stores import KEY, OTHER, at, rows
 
 FIRST = child_job_name(NAME, *FIRST_JOB)
@@ -36,15 +36,12 @@ def store_with(*children: tuple[Any, dict[str, Any]], job: dict[str, Any] | None
 
 
 def names(store: Store) -> tuple[list[str], list[str]]:
-    held = store.held(KEY)
-    assert held is not None
+    held = present(store.held(KEY))
     return [each.name for each in held.observed.children], [each.name for each in held.observed.pods]
 
 
 def status(store: Store) -> Any:
-    held = store.held(KEY)
-    assert held is not None
-    return held.body["status"]
+    return present(store.held(KEY)).body["status"]
 
 
 def test_an_older_event_after_a_write_of_the_operator_changes_nothing() -> None:
@@ -86,8 +83,7 @@ def test_a_job_of_the_same_name_is_another_job(deletion_first: bool) -> None:
     assert store.job_changed(new, created=True)
     if not deletion_first:
         store.job_changed(at(20, job_body()), deleted=True)
-    held = store.held(KEY)
-    assert held is not None
+    held = present(store.held(KEY))
     assert (held.body["metadata"]["uid"], held.fresh, names(store)) == (OTHER, True, ([], []))
     assert not store.job_changed(at(19, job_body()))
     assert store.held(KEY) is not None
@@ -97,9 +93,7 @@ def test_a_late_event_of_a_deleted_job_does_not_take_the_name_of_the_new_one() -
     store = Store()
     store.job_changed(at(30, job_body(), uid=OTHER))
     store.job_changed(at(10, job_body()))
-    held = store.held(KEY)
-    assert held is not None
-    assert held.body["metadata"]["uid"] == OTHER
+    assert present(store.held(KEY)).body["metadata"]["uid"] == OTHER
 
 
 @pytest.mark.parametrize(("created", "fresh"), [(True, True), (False, False)])
@@ -107,9 +101,7 @@ def test_only_a_job_whose_creation_a_watch_has_shown_is_fresh(created: bool, fre
     store = Store()
     store.job_changed(at(10, job_body()), created=created)
     store.job_changed(at(11, job_body(suspend=True)), created=True)
-    held = store.held(KEY)
-    assert held is not None
-    assert held.fresh == fresh
+    assert present(store.held(KEY)).fresh == fresh
 
 
 def test_a_label_in_another_namespace_or_without_control_makes_no_child() -> None:
@@ -205,15 +197,12 @@ def test_a_deleted_first_job_is_remembered_until_the_status_is_resolved() -> Non
     first = with_resolved(child("prepare"))
     store = store_with(("jobs", at(11, first)))
     store.child_changed("jobs", at(12, first), deleted=True)
-    held = store.held(KEY)
-    assert held is not None
+    held = present(store.held(KEY))
     assert held.observed.lost is not None
     lists = (ChildList([], "30"), ChildList([], "30"))
     assert store.note_live_read(at(13, job_body()), *lists).lost == held.observed.lost
     store.job_changed(at(14, job_body(status_in("prepare").dump())))
-    held = store.held(KEY)
-    assert held is not None
-    assert held.observed.lost is None
+    assert present(store.held(KEY)).observed.lost is None
 
 
 def jobs_with_resolved(names: Iterable[str], length: int = 0) -> list[dict[str, Any]]:
@@ -236,16 +225,14 @@ def test_only_the_first_job_may_state_the_resolved_spec() -> None:
         tracemalloc.stop()
     assert grown < 10 * MAX_RESOLVED
     store.child_changed("jobs", at(13, foreign[0]), deleted=True)
-    held = store.held(KEY)
-    assert held is not None
+    held = present(store.held(KEY))
     assert (held.observed.lost, len(held.observed.children)) == (None, 49)
 
 
 @pytest.mark.parametrize(("length", "kept"), [(MAX_RESOLVED, MAX_RESOLVED), (MAX_RESOLVED + 1, 0)])
 def test_annotations_longer_than_any_operator_writes_are_dropped(length: int, kept: int) -> None:
     (first,) = jobs_with_resolved([FIRST], length)
-    held = store_with(("jobs", first)).held(KEY)
-    assert held is not None
+    held = present(store_with(("jobs", first)).held(KEY))
     assert [len(each.resolved) for each in held.observed.children] == [kept]
 
 
@@ -256,9 +243,7 @@ def test_a_first_job_that_is_shown_before_its_job_is_read_once_more() -> None:
     store.job_changed(at(12, job_body()))
     assert store.held(KEY) is None
     store.note_live_read(at(12, job_body()), ChildList([child_view("jobs", first)], "30"), ChildList([], "30"))
-    held = store.held(KEY)
-    assert held is not None
-    assert held.observed.children[0].resolved
+    assert present(store.held(KEY)).observed.children[0].resolved
 
 
 def test_a_job_is_settled_until_something_is_shown_about_it() -> None:
@@ -291,9 +276,7 @@ def test_a_job_of_any_size_is_held_as_it_was_shown(length: int) -> None:
     store = Store()
     shown = job_body({"lastFailure": {"message": "äx{" * length}})
     store.job_changed(shown)
-    held = store.held(KEY)
-    assert held is not None
-    assert held.body == shown
+    assert present(store.held(KEY)).body == shown
 
 
 def test_unread_fields_of_a_job_are_dropped() -> None:
@@ -301,8 +284,7 @@ def test_unread_fields_of_a_job_are_dropped() -> None:
     queue = {QUEUE_LABEL: "research", QUEUE_PRIORITY_LABEL: "high"}
     shown = at(10, job_body(), managedFields=[noise], annotations=noise, labels=noise | queue, finalizers=list(noise))
     store = store_with(job=shown)
-    held = store.held(KEY)
-    assert held is not None
+    held = present(store.held(KEY))
     assert held.body["metadata"] == at(10, job_body())["metadata"] | {"labels": queue}
     assert parse_job(held.body) == parse_job(shown)
     assert len(store._entries["team", UID].body) < 1000

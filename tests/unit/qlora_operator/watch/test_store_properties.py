@@ -11,7 +11,7 @@ from qlora_api.status import StepName
 from qlora_operator.decisions.observed.parsing import observe
 from qlora_operator.kube.listing import KINDS, ChildKind, ChildList, child_view
 from qlora_operator.watch.store import Store
-from tests.support.builders import NAME, UID, child, job_body, pod, running
+from tests.support.builders import NAME, UID, child, job_body, pod, present, running
 from tests.support.cluster.stores import KEY, OTHER, at, rows, show
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
@@ -70,8 +70,7 @@ def happened(seed: int) -> tuple[Random, World]:
 
 
 def check_truth(store: Store, world: World) -> None:
-    held = store.held(KEY)
-    assert held is not None
+    held = present(store.held(KEY))
     truth = observe(UID, world.labelled("jobs"), world.labelled("pods"))
     assert replace(held.observed, lost=None) == truth
     assert held.body["metadata"] == world.objects["qlorajobs", UID]["metadata"]

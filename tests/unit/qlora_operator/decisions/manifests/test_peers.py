@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.profile import Profile
 from qlora_operator.decisions.manifests.objects import build_job, build_peer_policy, build_peer_service
-from tests.support.builders import NAME, PROFILE, UID, follow, make_job, message_of, reason_of, resolved
+from tests.support.builders import NAME, PROFILE, UID, follow, make_job, message_of, present, reason_of, resolved
 from tests.support.cluster.nodes import INTERRUPTED
 
 SHARED = {"topology": "shared", "accessMode": "ReadWriteMany"}
@@ -55,8 +55,7 @@ def test_only_a_job_of_several_nodes_needs_a_release_that_supports_them(nodes: i
 
     status = follow(job, profiles={"default": profile})
 
-    assert status.resolved is not None
-    assert status.resolved.contract_version == version
+    assert present(status.resolved).contract_version == version
 
 
 def train_job(**profile: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tests.support.builders import (
     node,
     plan_of,
     pod,
+    present,
     progress,
     reason_of,
     resolved,
@@ -86,14 +87,12 @@ def test_the_largest_numbers_that_a_pod_may_report_have_a_forecast() -> None:
     done = ended(body, 0, result(body, "prepare", **FACTS["prepare"], work=work))
     status = follow(make_job(status_with("prepare", slow)), child("prepare", Complete="Done"), done)
     assert status.forecast is not None
-    assert status.forecast.cost is not None
-    assert float(status.forecast.cost.removesuffix(" EUR")) == pytest.approx(1e30 / 0.01e12 / 0.3 / 3600 * 1e9)
+    assert float(present(status.forecast.cost).removesuffix(" EUR")) == pytest.approx(1e30 / 0.01e12 / 0.3 / 3600 * 1e9)
     assert QLoRAJobStatus.model_validate(status.dump()) == status
 
 
 def test_prepare_is_followed_by_a_forecast_if_the_gpus_speed_is_known() -> None:
-    forecast = prepared().forecast
-    assert forecast is not None
+    forecast = present(prepared().forecast)
     assert (forecast.gpu_hours, forecast.basis, forecast.utilization) == ("5.56", "Flops", ASSUMED_UTILIZATION)
     assert forecast.cost == "13.89 EUR"
     assert prepared(PROFILE).forecast is None
@@ -107,12 +106,10 @@ def test_after_ten_steps_the_forecast_is_of_the_runs_own_pace() -> None:
         return follow(make_job(stored), *RUNNING, progress=record, log_read=True, now=after(at))
 
     stored = report(prepared_and_running(), 5, 0)
-    assert stored.forecast is not None
-    assert stored.forecast.basis == "Flops"
+    assert present(stored.forecast).basis == "Flops"
     # The pod has made nine steps since it was first seen to train, then ten.
     assert (report(stored, 14, 60).forecast, report(stored, 14, 60).forecast) == (stored.forecast, stored.forecast)
-    measured = report(stored, 15, 1800).forecast
-    assert measured is not None
+    measured = present(report(stored, 15, 1800).forecast)
     assert (measured.basis, measured.gpu_hours, measured.cost) == ("Measured", "3.50", "8.75 EUR")
     assert measured.utilization is None
 
@@ -130,8 +127,7 @@ def test_a_forecast_above_the_budget_is_reported_before_the_gpu_is_used() -> Non
     assert conditions_of(status)["WithinBudget"] == "False"
     assert reason_of(status, "WithinBudget") == "ForecastExceedsBudget"
     assert "raise spec.budget.gpuHours" in message_of(status, "WithinBudget")
-    event = budget_event(make_job(status_with("prepare"), **budget), status, after(0))
-    assert event is not None
+    event = present(budget_event(make_job(status_with("prepare"), **budget), status, after(0)))
     assert (event["type"], event["reason"]) == ("Warning", "ForecastExceedsBudget")
     assert budget_event(make_job(status, **budget), status, after(0)) is None
     # It is raised, then taken away.
@@ -169,8 +165,7 @@ def test_a_retry_with_a_larger_budget_keeps_the_counted_hours() -> None:
     body = pod("train")
     saved = ended(body, 143, result(body, "train", 143, training_step=7), start=-3600, end=60)
     stopped = follow(make_job(failed, budget={"gpuHours": 0.5}), deleted(saved, 0), now=after(70))
-    assert stopped.usage is not None
-    assert stopped.usage.gpu_seconds == 3660
+    assert present(stopped.usage).gpu_seconds == 3660
 
     again: dict[str, Any] = {"retry": {"request": 1}}
     same = follow(make_job(stopped, budget={"gpuHours": 0.5}, **again), deleted(saved, 0), now=after(80))
@@ -214,8 +209,7 @@ def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
     spec: dict[str, Any] = {"budget": {"gpuHours": 1}, "resources": {"gpus": 2, "nodes": 2}}
     pods = child("train"), running(node(0), since=-600), running(node(1), since=-300)
     stored = make_job(follow(make_job(status_with("train"), **spec), *pods), **spec)
-    assert stored.status.usage is not None
-    assert stored.status.usage.gpu_seconds == 2 * 900
+    assert present(stored.status.usage).gpu_seconds == 2 * 900
     # 1800 of 3600 GPU seconds are left at NOW, and both nodes have 4 GPUs.
     for at in (0, 300):
         status = follow(stored, *pods, now=after(at))
@@ -226,8 +220,7 @@ def test_the_budget_of_several_nodes_is_used_up_by_all_of_them() -> None:
 
 def test_the_profile_limits_a_job_without_a_budget() -> None:
     profile = PROFILE.model_copy(update={"limits": Limits(gpu_hours=0.5)})
-    fixed = follow(make_job(), profiles={"default": profile}).resolved
-    assert fixed is not None
+    fixed = present(follow(make_job(), profiles={"default": profile}).resolved)
     assert (fixed.gpu_hours, fixed.profile.limits) == (0.5, None)
     stored = status_in("train", resolved=resolved().model_copy(update={"gpu_hours": 0.5}).dump())
     status = follow(make_job(stored, budget={"gpuHours": 9}), *RUNNING)

@@ -23,6 +23,7 @@ from tests.support.builders import (
     facts,
     make_job,
     pod,
+    present,
     progress,
     running,
     status_in,
@@ -197,8 +198,7 @@ def test_a_cell_copies_each_pod_of_its_sweep_once() -> None:
     status = own.status.model_copy(update={"usage": alone})
     for _ in range(4):
         status = count_usage(status, facts(replace(own, status=status), shared=shared(entries)))
-        assert status.usage is not None
-        assert status.usage.gpu_seconds == 630 + 5 * 30
+        assert present(status.usage).gpu_seconds == 630 + 5 * 30
 
 
 def test_a_cell_counts_a_pod_of_its_sweep_that_many_have_overtaken() -> None:
@@ -218,8 +218,7 @@ def test_a_cell_counts_a_pod_of_its_sweep_that_many_have_overtaken() -> None:
         (330, (late.model_copy(update={"seconds": 306, "end": "completed"}),)),
     ]:
         status = count_usage(status, facts(replace(own, status=status), shared=shared(entries), now=after(at)))
-    assert status.usage is not None
-    assert status.usage.gpu_seconds == 20 + 102
+    assert present(status.usage).gpu_seconds == 20 + 102
 
 
 _EVENTS = st.lists(

@@ -19,6 +19,7 @@ from tests.support.builders import (
     node,
     plan_of,
     pod,
+    present,
     progress,
     resolved,
     result,
@@ -71,8 +72,7 @@ def test_a_pod_counts_from_its_node_to_its_end_times_its_gpus() -> None:
     body = train_pod()
     done = ended(body, 0, result(body, "train", training_step=20, total_steps=20, loss=1.0), start=-90, end=50)
     status = then(stored, child("train", Complete="Done"), done, at=70)
-    assert status.step is not None
-    assert status.step.name == "publish"
+    assert present(status.step).name == "publish"
     assert (usage_of(status).gpu_seconds, lost(status)) == (300, {"startup": 40})
 
 
