@@ -15,7 +15,7 @@ from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.profile_limit import held_back
-from qlora_operator.kube.listing import ChildKind, ChildList, child_view
+from qlora_operator.kube.client import Cluster
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.watch.store import Store
@@ -45,6 +45,8 @@ from tests.support.builders import (
     status_in,
 )
 from tests.support.cluster.shared_pods import OWNER
+from tests.unit.qlora_operator.simulation.agenda import Agenda
+from tests.unit.qlora_operator.simulation.api_server import ApiServer
 
 OTHER_UID = "ffffffff-0000-4000-8000-000000000000"
 ENDED = [condition("Failed", "True", reason="DeadlineExceeded")]
@@ -223,80 +225,35 @@ def test_a_retried_job_mounts_the_other_run_only_if_it_still_needs_it(
     assert bool(mounts(status.resolved, "prepare")) == still_mounted
 
 
-class TwoJobs:
-    """Answers a waiting job's calls to the API server. `bodies`: the jobs by name."""
-
-    def __init__(
-        self,
-        *bodies: Object,
-        jobs: Sequence[Object] = (),
-        pods: Sequence[Object] = (),
-        sweep: Object | None = None,
-    ) -> None:
-        self.sweep = sweep
-        self.bodies = {body["metadata"]["name"]: body for body in bodies}
-        self.jobs, self.pods = list(jobs), list(pods)
-        self.asked: list[str] = []
-        self.written: Object = {}
-        self.created = ""
-
-    async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
-        self.asked.append(f"{namespace}/{name}")
-        return self.bodies.get(name)
-
-    async def get_sweep(self, _namespace: str, _name: str) -> Object | None:
-        return self.sweep
-
-    async def list_jobs(self, _namespace: str, _job_name: str, job_uid: str) -> ChildList:
-        return self._children("jobs", self.jobs, job_uid)
-
-    async def list_pods(self, _namespace: str, job_uid: str) -> ChildList:
-        return self._children("pods", self.pods, job_uid)
-
-    def _children(self, kind: ChildKind, bodies: Sequence[Object], job_uid: str) -> ChildList:
-        views = [child_view(kind, body) for body in bodies]
-        return ChildList([view for view in views if view.job_uid == job_uid], "9")
-
-    async def create_claim(self, namespace: str, manifest: Object) -> None: ...
-
-    async def create_job(self, namespace: str, manifest: Object) -> Object:
-        self.created = str(manifest["metadata"]["name"])
-        return child("prepare") | {"metadata": child("prepare")["metadata"] | dict(manifest["metadata"])}
-
-    async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
-        self.written = status
-        self.bodies[job.name] = dict(self.bodies[job.name]) | {"status": status}
-        return self.bodies[job.name]
-
-    async def create_event(self, namespace: str, manifest: Object) -> None: ...
+def one_pass(
+    other: Object, *, jobs: Sequence[Object] = (), pods: Sequence[Object] = (), sweeps: Sequence[Object] = ()
+) -> tuple[float | None, str]:
+    """After a pass: the seconds until the next, and the message of Succeeded, or the name of the job's first Job."""
+    api, store = ApiServer(Agenda(0)), Store()
+    stored: dict[str, Sequence[Object]] = {"jobs": jobs, "pods": pods, "qlorasweeps": sweeps}
+    for kind, bodies in stored.items():
+        api.put(kind, *map(dict, bodies))
+    api.put("qlorajobs", job_body(continues="other"), dict(other))
+    store.job_changed(api.objects["qlorajobs"][NAME], created=True)
+    reconciler = Reconciler(Cluster(api), PROFILES, None, Metrics(), lambda: NOW, starts(), store)
+    again = asyncio.run(reconciler.reconcile(("team", NAME)))
+    if created := api.owned("jobs", UID):
+        return again, str(created[0]["metadata"]["name"])
+    conditions = api.objects["qlorajobs"][NAME]["status"]["conditions"]
+    (why,) = [each for each in conditions if each["type"] == "Succeeded"]
+    return again, f"{why['reason']}: {why['message']}"
 
 
-def test_the_operator_reads_it_in_the_jobs_namespace_every_15_seconds() -> None:
-    cluster, store = TwoJobs(job_body(continues="other"), other_body(None) | {"status": {"step": "?"}}), Store()
-    store.job_changed(cluster.bodies[NAME], created=True)
-    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
-    assert asyncio.run(reconciler.reconcile(("team", NAME))) == 15
-    assert set(cluster.asked) == {"team/other"}
-    reasons = {each["type"]: each["reason"] for each in cluster.written["conditions"]}
-    assert reasons["Succeeded"] == "ContinuedJobNotFound", "nor is one that cannot be read an end of the operator"
+def test_the_operator_reads_it_every_15_seconds_even_if_it_cannot_be_read() -> None:
+    again, why = one_pass(other_body(None) | {"status": {"step": "?"}})
+    assert again == 15
+    assert why.startswith("ContinuedJobNotFound")
 
 
 def owned(body: dict[str, Any], name: str, uid: str) -> dict[str, Any]:
     """A Job or a pod as one of the QLoRAJob of that name and UID."""
     found: dict[str, Any] = json.loads(json.dumps(body).replace(f"{NAME}-train", f"{name}-train").replace(UID, uid))
     return found
-
-
-def one_pass(cluster: TwoJobs) -> str:
-    """The message of Succeeded after a pass, or the name of the job's first Job."""
-    store = Store()
-    store.job_changed(cluster.bodies[NAME], created=True)
-    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
-    asyncio.run(reconciler.reconcile(("team", NAME)))
-    if cluster.created:
-        return cluster.created
-    (why,) = [each for each in cluster.written["conditions"] if each["type"] == "Succeeded"]
-    return f"{why['reason']}: {why['message']}"
 
 
 def stored_other(*conditions: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -306,29 +263,23 @@ def stored_other(*conditions: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 def test_it_waits_for_the_train_pod_of_a_failed_job_to_save_its_checkpoint() -> None:
     still = owned(running(pod("train")), "other", OTHER_UID)
-    waiting = one_pass(TwoJobs(job_body(continues="other"), stored_other(*ENDED), pods=[still]))
-    assert waiting.startswith("ContinuedJobRunning: pod other-train-1-pod1 may still save a checkpoint")
-    job = owned(child("train"), "other", OTHER_UID)
-    waiting = one_pass(TwoJobs(job_body(continues="other"), stored_other(*ENDED), jobs=[job]))
-    assert waiting.startswith("ContinuedJobRunning: Job other-train-1 may still save a checkpoint"), "it may make a pod"
-    cluster = TwoJobs(
-        job_body(continues="other"),
-        stored_other(*ENDED),
-        jobs=[owned(child("train", Failed="x"), "other", OTHER_UID)],
-        pods=[owned(ended(pod("train"), 143), "other", OTHER_UID)],
-    )
-    assert one_pass(cluster) == f"{NAME}-prepare-1"
+    _, why = one_pass(stored_other(*ENDED), pods=[still])
+    assert why.startswith("ContinuedJobRunning: pod other-train-1-pod1 may still save a checkpoint")
+    _, why = one_pass(stored_other(*ENDED), jobs=[owned(child("train"), "other", OTHER_UID)])
+    assert why.startswith("ContinuedJobRunning: Job other-train-1 may still save a checkpoint"), "it may make a pod"
+    failed_job = owned(child("train", Failed="x"), "other", OTHER_UID)
+    stopped = owned(ended(pod("train"), 143), "other", OTHER_UID)
+    assert one_pass(stored_other(*ENDED), jobs=[failed_job], pods=[stopped])[1] == f"{NAME}-prepare-1"
 
 
 def test_it_waits_for_the_pod_of_a_sweep_that_trains_a_suspended_cell_on() -> None:
     cell = stored_other(condition("Suspended", "True"))
-    marks = {"annotations": {CELLS_IN_POD_ANNOTATION: "2"}, "ownerReferences": [OWNER]}
-    cell["metadata"] |= marks
+    cell["metadata"] |= {"annotations": {CELLS_IN_POD_ANNOTATION: "2"}, "ownerReferences": [OWNER]}
 
     def started(*cells: str) -> str:
         step = {"name": "train", "jobName": "rates-p00-train-1", "jobUid": "uid", "attempt": 1}
-        sweep = {"metadata": {}, "status": {"pods": [{"number": 0, "step": step, "cells": list(cells)}]}}
-        return one_pass(TwoJobs(job_body(continues="other"), cell, sweep=sweep))
+        status = {"pods": [{"number": 0, "step": step, "cells": list(cells)}]}
+        return one_pass(cell, sweeps=[{"metadata": {"name": "rates"}, "status": status}])[1]
 
     assert started("other", "rates-01").startswith(
         "ContinuedJobRunning: Job rates-p00-train-1 of QLoRASweep rates may still save"

@@ -3,12 +3,15 @@
 import asyncio
 from typing import Any
 
-from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, parse_cell
-from qlora_operator.kube.errors import NotFoundError
+import pytest
+
+from qlora_api.naming import SWEEP_UID_LABEL
+from qlora_operator.kube.client import Cluster
 from qlora_operator.reconcile.sweep import SweepReconciler
-from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body, time
+from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body, present, time
 from tests.support.sweeps import TEMPLATE
+from tests.unit.qlora_operator.simulation.agenda import Agenda
+from tests.unit.qlora_operator.simulation.api_server import ApiServer
 
 OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
 
@@ -20,51 +23,32 @@ def cell(number: int, eval_loss: float, **spec: Any) -> dict[str, Any]:
     body = job_body(
         {"phase": "Succeeded", "adapter": ADAPTER.dump(), "progress": progress, "conditions": conditions}, **spec
     )
-    body["metadata"] |= {"name": f"rates-{number:02}", "uid": f"uid-{number}", "ownerReferences": [OWNER]}
-    return body
+    labels = {SWEEP_UID_LABEL: UID}
+    more = {"name": f"rates-{number:02}", "uid": f"uid-{number}", "ownerReferences": [OWNER], "labels": labels}
+    return body | {"metadata": body["metadata"] | more}
 
 
-class Api:
-    """The calls that a sweep needs. `unlabelled`: QLoRAJobs that no list by label has."""
+class Namespace(ApiServer):
+    """A sweep that publishes its best cell, and these QLoRAJobs."""
 
-    def __init__(self, *jobs: dict[str, Any]) -> None:
+    def __init__(self, *jobs: dict[str, Any], status: dict[str, Any] | None = None, **spec: Any) -> None:
+        super().__init__(Agenda(0))
         template = TEMPLATE | {"output": {"destination": "hf://org/adapter"}}
-        spec = {"template": {"spec": template}, "cells": [{"rank": 8}, {"rank": 16}], "publish": "best"}
+        content = spec or {"template": {"spec": template}, "cells": [{"rank": 8}, {"rank": 16}], "publish": "best"}
         metadata = {"namespace": "team", "name": "rates", "uid": UID, "generation": 1, "resourceVersion": "7"}
-        self.sweep: dict[str, Any] = {"metadata": metadata, "spec": spec}
-        self.jobs = {job["metadata"]["name"]: job for job in jobs}
-        self.unlabelled: set[str] = set()
+        self.put("qlorasweeps", {"metadata": metadata, "spec": content, "status": status or {}})
+        self.put("qlorajobs", *jobs)
 
-    async def get_sweep(self, _namespace: str, _name: str) -> Object:
-        return self.sweep
-
-    async def list_cells(self, _namespace: str, sweep_uid: str) -> list[CellJob]:
-        found = (parse_cell(body, sweep_uid) for name, body in self.jobs.items() if name not in self.unlabelled)
-        return [job for job in found if job is not None]
-
-    async def get_cell(self, _namespace: str, name: str) -> Object:
-        if name not in self.jobs:
-            raise NotFoundError(name)
-        return self.jobs[name]
-
-    async def create_claim(self, _namespace: str, _manifest: Object) -> None: ...
-
-    async def create_cell(self, _namespace: str, manifest: Object) -> Object:
-        metadata = {**manifest["metadata"], "uid": "uid-best"}
-        self.jobs[metadata["name"]] = dict(manifest) | {"metadata": metadata}
-        return self.jobs[metadata["name"]]
-
-    async def apply_sweep_status(self, _sweep: QLoRASweep, status: Object) -> None:
-        self.sweep["status"] = status
-
-    async def create_event(self, _namespace: str, _manifest: Object) -> None: ...
+    def job(self, name: str) -> dict[str, Any]:
+        """The stored QLoRAJob."""
+        return present(self.get("qlorajobs", name))
 
 
-def passes(api: Api) -> dict[str, Any]:
+def passes(namespace: Namespace) -> dict[str, Any]:
     """The sweep's status after a pass."""
-    reconciler = SweepReconciler(api, PROFILES, lambda: NOW)  # type: ignore[arg-type]
+    reconciler = SweepReconciler(Cluster(namespace), PROFILES, lambda: NOW)
     asyncio.run(reconciler.reconcile(("team", "rates")))
-    return dict(api.sweep["status"])
+    return dict(present(namespace.get("qlorasweeps", "rates"))["status"])
 
 
 def succeeded(status: dict[str, Any]) -> tuple[str, str]:
@@ -73,66 +57,60 @@ def succeeded(status: dict[str, Any]) -> tuple[str, str]:
 
 
 def test_the_best_cell_is_found_without_its_label() -> None:
-    running = cell(1, 1.5)
-    running["status"] = {"phase": "Training"}
-    api = Api(cell(0, 1.25), running)
-    assert passes(api)["best"]["cell"] == "rates-00"
-    api.unlabelled, api.jobs["rates-01"] = {"rates-00"}, cell(1, 1.5)
-    status = passes(api)
+    namespace = Namespace(cell(0, 1.25), cell(1, 1.5) | {"status": {"phase": "Training"}})
+    assert passes(namespace)["best"]["cell"] == "rates-00"
+    del namespace.job("rates-00")["metadata"]["labels"]
+    namespace.put("qlorajobs", cell(1, 1.5))
+    status = passes(namespace)
     assert (status["phase"], status["published"]["cell"]) == ("Running", "rates-00")
-    assert api.jobs["rates-best"]["spec"]["continues"] == "rates-00"
+    assert namespace.job("rates-best")["spec"]["continues"] == "rates-00"
     # It is needed until that job has read where its run is.
-    assert passes(api)["phase"] == "Running"
+    assert passes(namespace)["phase"] == "Running"
 
 
 def test_a_best_cell_deleted_before_its_run_is_continued_ends_the_sweep() -> None:
-    api = Api(cell(0, 1.25), cell(1, 1.5))
-    assert passes(api)["phase"] == "Running"
-    del api.jobs["rates-00"]
-    assert succeeded(passes(api))[0] == "BestNotPublished"
-    api.jobs["rates-best"]["status"] = {"phase": "Preparing", "resolved": {"newer": "than this operator"}}
-    assert succeeded(passes(api))[0] == "Running", "it has read it before"
+    namespace = Namespace(cell(0, 1.25), cell(1, 1.5))
+    assert passes(namespace)["phase"] == "Running"
+    namespace.remove("qlorajobs", "rates-00")
+    assert succeeded(passes(namespace))[0] == "BestNotPublished"
+    namespace.job("rates-best")["status"] = {"phase": "Preparing", "resolved": {"newer": "than this operator"}}
+    assert succeeded(passes(namespace))[0] == "Running", "it has read it before"
 
 
 def test_a_change_of_the_best_cell_that_cannot_be_read_is_in_the_status() -> None:
-    api = Api(cell(0, 1.25, gate={"newer": 1}), cell(1, 1.5))
-    status = passes(api)
+    namespace = Namespace(cell(0, 1.25, gate={"newer": 1}), cell(1, 1.5))
+    status = passes(namespace)
     assert (status["phase"], status["summary"]) == ("Running", "2/2")
     assert succeeded(status) == (
         "CellsNotReadable",
         "the spec of QLoRAJob rates-00: gate.newer: Extra inputs are not permitted",
     )
-    assert "rates-best" not in api.jobs
+    assert namespace.get("qlorajobs", "rates-best") is None
 
 
-def test_a_sweep_whose_cells_cannot_be_made_is_at_its_end() -> None:
-    api = Api()
-    api.sweep["spec"] = {"template": {"spec": TEMPLATE}, "grid": {"learningRate": [0.0001, 0.0001]}}
-    status = passes(api)
-    assert (status["phase"], succeeded(status)[0]) == ("Failed", "InvalidCells")
-    assert "rates-01" in succeeded(status)[1]
-    assert status["completionTime"] == time()
+EQUAL_CELLS: dict[str, Any] = {"template": {"spec": TEMPLATE}, "cells": [{}, {"rank": 64}]}
 
 
-def test_a_sweep_that_would_train_an_adapter_twice_creates_nothing() -> None:
-    api = Api()
-    api.sweep["spec"] = {"template": {"spec": TEMPLATE}, "cells": [{}, {"rank": 64}]}
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"template": {"spec": TEMPLATE}, "grid": {"learningRate": [0.0001, 0.0001]}}, "rates-01"),
+        (EQUAL_CELLS, "spec.cells[1] (rank=64) is the same as spec.cells[0] (template)"),
+    ],
+)
+def test_a_sweep_that_would_train_an_adapter_twice_creates_nothing(spec: dict[str, Any], sentence: str) -> None:
+    namespace = Namespace(**spec)
     for _ in range(2):
-        status = passes(api)
-        assert (status["phase"], succeeded(status)[0]) == ("Failed", "InvalidCells")
-        assert "spec.cells[1] (rank=64) is the same as spec.cells[0] (template)" in succeeded(status)[1]
-    assert api.jobs == {}
+        status = passes(namespace)
+        assert (status["phase"], status["completionTime"]) == ("Failed", time())
+        assert succeeded(status)[0] == "InvalidCells"
+        assert sentence in succeeded(status)[1]
+    assert namespace.all("qlorajobs") == []
 
 
 def test_a_sweep_with_equal_cells_that_an_earlier_release_has_admitted_goes_on() -> None:
-    spec = {"template": {"spec": TEMPLATE}, "cells": [{}, {"rank": 64}]}
-    waiting = Api()
-    waiting.sweep |= {
-        "spec": spec,
-        "status": {"phase": "Pending", "cells": [{"name": "rates-00", "overrides": "template"}]},
-    }
-    interrupted = Api(cell(0, 1.25))
-    interrupted.sweep["spec"] = spec
-    for api, created in ((waiting, "rates-00"), (interrupted, "rates-01")):
-        assert passes(api)["phase"] == "Running"
-        assert created in api.jobs
+    pending = {"phase": "Pending", "cells": [{"name": "rates-00", "overrides": "template"}]}
+    waiting, interrupted = Namespace(status=pending, **EQUAL_CELLS), Namespace(cell(0, 1.25), **EQUAL_CELLS)
+    for namespace, created in ((waiting, "rates-00"), (interrupted, "rates-01")):
+        assert passes(namespace)["phase"] == "Running"
+        assert namespace.get("qlorajobs", created) is not None

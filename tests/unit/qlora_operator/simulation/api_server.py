@@ -37,6 +37,8 @@ class ApiServer(Transport):
         self.logs: Callable[[Object], str | None] = lambda _pod: None
         self.errors = self.lost_answers = self.races = 0.0
         """Parts of the requests that fail, that lose their answer, and that the cluster overtakes."""
+        self.rejected: set[str] = set()
+        """Kinds of which no object may be created."""
         self.writes = 0
         self._agenda, self._versions, self._uids = agenda, itertools.count(100), itertools.count(1)
 
@@ -50,9 +52,15 @@ class ApiServer(Transport):
         """The objects that this one controls."""
         return [body for body in self.all(kind) if controller(body).get("uid") == uid]
 
+    def put(self, kind: str, *bodies: Object) -> None:
+        """Store the objects as they are, in place of others of their names, which no watch shows."""
+        self.objects.setdefault(kind, {}).update({body["metadata"]["name"]: body for body in bodies})
+
     def create(self, kind: str, body: Mapping[str, Any]) -> Object:
-        """Store a new object. Raises AnswerError if the name is taken."""
+        """Store a new object. Raises AnswerError if the name is taken, or the kind rejected."""
         name = body["metadata"]["name"]
+        if kind in self.rejected:
+            raise AnswerError(403, "exceeded quota")
         if name in self.objects.setdefault(kind, {}):
             raise AnswerError(409, "AlreadyExists")
         uid = f"{next(self._uids):08x}-0000-4000-8000-000000000000"
