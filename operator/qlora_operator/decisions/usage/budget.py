@@ -13,6 +13,7 @@ from qlora_operator.decisions.observed.endings import fail, failure_of
 from qlora_operator.decisions.observed.facts import Facts, set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
 from qlora_operator.decisions.observed.shared_pod import trained_by
+from qlora_operator.decisions.pods.attempts import charge_running
 from qlora_operator.decisions.usage.usage import (
     count_usage,
     gpus_at_a_time,
@@ -61,6 +62,8 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     counted = count_usage(status, facts, until_now=True)
     if used_seconds(counted) < allowed:
         return status
+    # Count the time until now, for a later retry: the pods have not ended yet.
+    counted = charge_running(counted, facts.observed, now)
     reason = Reason(BUDGET_EXCEEDED, _exceeded(counted, job, allowed))
     failed = fail(counted, job, now, failure_of(step.name, reason.word, reason.sentence, now))
     return set_condition(failed, job, now, "WithinBudget", "False", reason)

@@ -151,7 +151,7 @@ def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
         "spec.retry.request to continue from the checkpoint"
     )
     assert status.usage is not None
-    assert (status.usage.gpu_seconds, status.usage.cost) == (5400, "3.75 EUR")
+    assert (status.usage.gpu_seconds, status.usage.cost, status.active_seconds) == (5400, "3.75 EUR", 5400)
     assert budget_event(job, status, after(1800)) is None
     # The Job is deleted, so that the trainer is asked to save and stop.
     stored = make_job(status, budget={"gpuHours": 1.5})
