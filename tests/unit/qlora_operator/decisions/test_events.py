@@ -1,33 +1,37 @@
 """Which Events a job's changes of phase give."""
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
+from qlora_api.status import StepName
 from qlora_operator.decisions.events import phase_event
-from tests.support.builders import NOW, child, follow, make_job, pod, running, status_in, succeeded
+from tests.support.builders import (
+    NOW,
+    UID,
+    after,
+    child,
+    failed,
+    follow,
+    make_job,
+    pod,
+    present,
+    running,
+    status_in,
+    succeeded,
+)
 
 
 def test_events_of_one_second_have_names_in_their_order() -> None:
-    changes = [
-        (None, follow(make_job())),
-        (follow(make_job()), follow(make_job(status_in("prepare")), child("prepare", created=-5))),
-        (
-            status_in("prepare", phase="Preparing"),
-            follow(make_job(status_in("train")), child("train"), pod("train")),
-        ),
-        (
-            status_in("train", phase="Queued"),
-            follow(make_job(status_in("train")), child("train"), running(pod("train"))),
-        ),
-        (
-            status_in("train", phase="Training"),
-            follow(make_job(status_in("publish")), child("publish"), running(pod("publish"))),
-        ),
-        (
-            status_in("publish", phase="Publishing"),
-            follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish")),
-        ),
+    seen: list[tuple[StepName, list[dict[str, Any]]]] = [
+        ("prepare", [child("prepare", created=-5)]),
+        ("train", [child("train"), pod("train")]),
+        ("train", [child("train"), running(pod("train"))]),
+        ("publish", [child("publish"), running(pod("publish"))]),
+        ("publish", [child("publish", Complete=""), succeeded("publish")]),
     ]
-    events = [phase_event(make_job(before), after, NOW) for before, after in changes]
+    statuses = [None, follow(make_job()), *(follow(make_job(status_in(step)), *bodies) for step, bodies in seen)]
+    events = [phase_event(make_job(before), status, NOW) for before, status in itertools.pairwise(statuses) if status]
     by_name = sorted((event for event in events if event), key=lambda event: str(event["metadata"]["name"]))
     assert [event["reason"] for event in by_name] == [
         "Pending",
@@ -50,3 +54,21 @@ def test_each_preemption_of_a_job_has_a_separate_event() -> None:
 
     assert name("7") == name("7")
     assert name("7") != name("11")
+
+
+def test_a_change_of_phase_is_an_event_whose_name_is_the_same_after_a_restart() -> None:
+    job, bodies = make_job(status_in("train", phase="Queued")), [child("train"), running(pod("train"))]
+    event = present(phase_event(job, follow(job, *bodies), NOW))
+    assert (event["type"], event["reason"]) == ("Normal", "Training")
+    assert (event["involvedObject"]["kind"], event["involvedObject"]["uid"]) == ("QLoRAJob", UID)
+    later = present(phase_event(job, follow(job, *bodies, now=after(60)), after(60)))
+    assert later["metadata"] == event["metadata"]
+    training = follow(job, *bodies)
+    assert phase_event(make_job(training), training, NOW) is None
+
+
+def test_the_event_of_a_failure_is_a_warning_with_the_reason() -> None:
+    job = make_job(status_in("prepare", phase="Preparing"))
+    ended = [child("prepare", Failed="PodFailurePolicy"), failed("prepare", 11, "BadDataset", "row 3 is cut")]
+    event = present(phase_event(job, follow(job, *ended), NOW))
+    assert (event["type"], event["reason"], event["message"]) == ("Warning", "BadDataset", "row 3 is cut")

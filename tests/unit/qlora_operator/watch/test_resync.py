@@ -1,32 +1,16 @@
-"""Whether a watch is alive, by the changes that only lists show; Events of phases."""
+"""Whether a watch is alive, by the changes that only lists show."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from qlora_operator.decisions.events import phase_event
 from qlora_operator.kube.errors import ClusterError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.kube.listing import Kind, ObjectVersion, object_version
 from qlora_operator.watch.resync import Identity, Resync, WatchMonitor
 from qlora_operator.watch.store import Store
-from tests.support.builders import (
-    NAME,
-    NOW,
-    UID,
-    VirtualLoop,
-    after,
-    child,
-    failed,
-    follow,
-    job_body,
-    make_job,
-    pod,
-    present,
-    running,
-    status_in,
-)
+from tests.support.builders import NAME, VirtualLoop, job_body, present
 
 JOB: Identity = ("qlorajobs", "team", "a", "u")
 POD: Identity = ("pods", "team", "p", "v")
@@ -101,259 +85,208 @@ def test_a_job_recreated_before_the_old_ones_deletion_event_is_not_missed() -> N
     assert watch.dead == ()
 
 
-class Lists:
-    """Answers the lists of an otherwise empty cluster, or raises `failure`."""
+def listed(name: str = "a", namespace: str | None = "team", **more: Any) -> dict[str, Any]:
+    """A QLoRAJob as a list shows it."""
+    metadata = {"namespace": namespace, "name": name, "uid": f"uid-{namespace}-{name}", "resourceVersion": "1"}
+    return {"metadata": metadata, **more}
 
-    def __init__(self) -> None:
+
+class Lists:
+    """Answers the lists of a cluster with these QLoRAJobs, or raises `failure`, or denies a namespace."""
+
+    def __init__(self, *jobs: dict[str, Any]) -> None:
         self.failure: ClusterError | None = None
-        self.jobs: list[dict[str, object]] = [
-            {"metadata": {"namespace": "team", "name": "a", "uid": "u", "resourceVersion": "1"}}
-        ]
+        self.failing: tuple[str, ...] = ("qlorajobs", "jobs", "pods")
+        """The kinds whose lists raise it."""
+        self.denied = ""
+        self.jobs = list(jobs)
 
     async def pages(
         self, kind: Kind, namespace: str | None, read: Callable[[dict[str, object]], Any]
     ) -> AsyncIterator[list[Any]]:
-        yield [read(body) for body in self.jobs] if kind == "qlorajobs" else []
+        yield [read(body) for body in self._listed(kind, namespace)]
 
     async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
         await self.check_list(kind, namespace)
-        return [object_version(kind, body) for body in self.jobs] if kind == "qlorajobs" else [], "9"
+        return [object_version(kind, body) for body in self._listed(kind, namespace)], "9"
 
     async def check_list(self, kind: str, namespace: str | None) -> None:
-        if self.failure is not None:
+        if self.failure is not None and kind in self.failing:
             raise self.failure
+        if namespace is not None and namespace == self.denied:
+            raise RejectedError("forbidden")
+
+    def _listed(self, kind: Kind, namespace: str | None) -> list[dict[str, Any]]:
+        jobs = self.jobs if kind == "qlorajobs" else []
+        return [body for body in jobs if namespace in (None, body["metadata"]["namespace"])]
+
+
+class Played:
+    """A resync of these lists in virtual time, and what it asks for."""
+
+    def __init__(self, *jobs: dict[str, Any], namespaces: tuple[str, ...] = ()) -> None:
+        self.lists, self.store, self._loop = Lists(*jobs), Store(), VirtualLoop()
+        self.asked: list[tuple[str, str]] = []
+        self.pauses: list[float] = []
+        self.changes: list[tuple[str | None, bool]] = []
+        self.resync = Resync(
+            self.lists,  # type: ignore[arg-type]
+            namespaces,
+            self._ask,
+            store=self.store,
+            interval=300,
+            monotonic=self._loop.time,
+            on_access=lambda namespace, denied: self.changes.append((namespace, denied)),
+        )
+
+    def _ask(self, key: tuple[str, str], after: float) -> None:
+        self.asked.append(key)
+        self.pauses.append(after)
+
+    def show(self, body: dict[str, Any]) -> None:
+        """Let the watch show the QLoRAJob."""
+        found = body["metadata"]
+        identity: Identity = ("qlorajobs", found["namespace"], found["name"], found["uid"])
+        self.resync.monitor.show(identity, found["resourceVersion"], deleted=False)
+
+    def play(self, scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(scenario())
+
+    def begin(self) -> None:
+        self._task = asyncio.create_task(self.resync.run())
 
 
 def test_a_denied_namespace_leaves_the_others_alone_and_comes_back(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class TwoNamespaces(Lists):
-        denied = False
-
-        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
-            await self.check_list(kind, namespace)
-            body = {"metadata": {"namespace": namespace, "name": "a", "uid": f"u-{namespace}", "resourceVersion": "1"}}
-            return [object_version(kind, body)] if kind == "qlorajobs" else [], "9"
-
-        async def check_list(self, kind: str, namespace: str | None) -> None:
-            if self.denied and namespace == "lost":
-                raise RejectedError("forbidden")
-
-    loop = VirtualLoop()
-    lists = TwoNamespaces()
-    asked: list[Any] = []
-    changes: list[tuple[str | None, bool]] = []
-    resync = Resync(
-        lists,  # type: ignore[arg-type]
-        ("kept", "lost"),
-        lambda key, after: asked.append(key),
-        store=Store(),
-        interval=300,
-        monotonic=loop.time,
-        on_access=lambda namespace, denied: changes.append((namespace, denied)),
-    )
+    played = Played(listed(namespace="kept"), listed(namespace="lost"), namespaces=("kept", "lost"))
+    resync = played.resync
 
     async def scenario() -> None:
-        task = asyncio.create_task(resync.run())
-        for namespace in ("kept", "lost"):
-            resync.monitor.show(("qlorajobs", namespace, "a", f"u-{namespace}"), "1", deleted=False)
-        lists.denied = True
+        played.begin()
+        for body in played.lists.jobs:
+            played.show(body)
+        played.lists.denied = "lost"
         await asyncio.sleep(700)
-        assert ("kept", "a") in asked
-        assert ("lost", "a") not in asked
+        assert ("kept", "a") in played.asked
+        assert ("lost", "a") not in played.asked
         assert "lost" in (resync.note() or "")
-        assert changes[-2:] == [("kept", False), ("lost", True)]
+        assert played.changes[-2:] == [("kept", False), ("lost", True)]
         assert resync.problem() is None
-        lists.denied = False
+        played.lists.denied = ""
         await asyncio.sleep(41)
-        assert ("lost", "a") in asked
+        assert ("lost", "a") in played.asked
         assert resync.note() is None
-        task.cancel()
 
-    loop.run_until_complete(scenario())
-    loop.close()
+    played.play(scenario)
     assert sum("namespace lost cannot be listed" in record.message for record in caplog.records) == 1
 
 
 def test_a_recreated_definition_needs_a_new_watch() -> None:
-    loop = VirtualLoop()
-    lists = Lists()
-    resync = Resync(lists, (), lambda _key, _after: None, store=Store(), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+    played = Played()
+    resync = played.resync
 
     async def scenario() -> None:
-        task = asyncio.create_task(resync.run())
-        lists.failure = NotFoundError("none")
+        played.begin()
+        played.lists.failure = NotFoundError("none")
         await asyncio.sleep(90)
         assert "CustomResourceDefinition" in (resync.problem() or "")
         assert resync.monitor.dead == ()
-        lists.failure = None
+        played.lists.failure = None
         await asyncio.sleep(30)
         assert resync.monitor.dead == ("qlorajobs",)
         resync.monitor.start_again()
         assert resync.problem() is None
-        task.cancel()
 
-    loop.run_until_complete(scenario())
-    loop.close()
+    played.play(scenario)
 
 
 @pytest.mark.parametrize(
-    ("failure", "after_a_minute_and_a_half", "after_an_hour"),
+    ("failure", "says"),
     [
-        (None, None, None),
-        (RejectedError("forbidden"), "denies", "denies"),
-        (ClusterError("connection refused"), "no list has succeeded", "no list has succeeded"),
+        (None, None),
+        (RejectedError("forbidden"), "denies"),
+        (ClusterError("connection refused"), "no list has succeeded"),
     ],
     ids=["well", "denied", "unreachable"],
 )
-def test_lost_rights_and_a_lost_server_are_distinguished(
-    failure: ClusterError | None, after_a_minute_and_a_half: str | None, after_an_hour: str | None
-) -> None:
-    loop = VirtualLoop()
-    lists = Lists()
-    asked: list[Any] = []
-    resync = Resync(lists, (), lambda key, after: asked.append(key), store=Store(), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
-
-    def says(words: str | None) -> bool:
-        problem = resync.problem()
-        return problem is None if words is None else words in (problem or "")
+def test_lost_rights_and_a_lost_server_are_distinguished(failure: ClusterError | None, says: str | None) -> None:
+    played = Played(listed())
 
     async def scenario() -> None:
-        task = asyncio.create_task(resync.run())
-        resync.monitor.show(JOB, "1", deleted=False)
+        played.begin()
+        played.show(listed())
         await asyncio.sleep(400)
-        assert ("team", "a") in asked
-        lists.failure = failure
-        await asyncio.sleep(90)
-        assert says(after_a_minute_and_a_half)
-        await asyncio.sleep(3600)
-        assert says(after_an_hour)
-        lists.failure = None
+        assert ("team", "a") in played.asked
+        played.lists.failure = failure
+        for seconds in (90, 3600):
+            await asyncio.sleep(seconds)
+            problem = played.resync.problem()
+            assert problem is None if says is None else says in present(problem)
+        played.lists.failure = None
         await asyncio.sleep(60)
-        assert resync.problem() is None
-        task.cancel()
+        assert played.resync.problem() is None
 
-    loop.run_until_complete(scenario())
-    loop.close()
+    played.play(scenario)
 
 
 def test_a_deletion_during_the_start_of_the_watches_is_noticed_soon_after() -> None:
-    loop = VirtualLoop()
-    lists, store = Lists(), Store()
-    body: dict[str, Any] = job_body()
-    lists.jobs = [body]
-    asked: list[Any] = []
-    resync = Resync(lists, (), lambda key, _: asked.append(key), store=store, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+    played = Played(job_body())
 
     async def scenario() -> None:
-        await resync.fill()
-        assert asked == [("team", NAME)]
-        lists.jobs = []
-        task = asyncio.create_task(resync.run())
+        await played.resync.fill()
+        assert played.asked == [("team", NAME)]
+        played.lists.jobs.clear()
+        played.begin()
         await asyncio.sleep(30)
-        assert (store.held(("team", NAME)), asked) == (None, [("team", NAME)] * 2)
-        task.cancel()
+        assert (played.store.held(("team", NAME)), played.asked) == (None, [("team", NAME)] * 2)
 
-    loop.run_until_complete(scenario())
-    loop.close()
+    played.play(scenario)
 
 
 def test_a_job_missing_from_a_list_is_requeued_although_the_next_list_fails() -> None:
-    class FirstListOnly(Lists):
-        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
-            if kind != "qlorajobs":
-                raise UnavailableError("connection refused")
-            return [ObjectVersion("team", "busy", "uid-of-busy", "5", "uid-of-busy", "busy")], "9"
-
-    store = Store()
-    store.job_changed(job_body())
-    busy = job_body()
-    store.job_changed(busy | {"metadata": busy["metadata"] | {"name": "busy", "uid": "uid-of-busy"}})
-    asked: list[Any] = []
-    resync = Resync(
-        FirstListOnly(),  # type: ignore[arg-type]
-        (),
-        lambda key, _: asked.append(key),
-        store=store,
-        interval=300,
-        monotonic=lambda: 0.0,
-    )
+    played = Played(listed("busy"))
+    played.lists.failing = ("jobs", "pods")
+    played.lists.failure = UnavailableError("connection refused")
+    for body in (job_body(), listed("busy", spec=job_body()["spec"])):
+        played.store.job_changed(body)
     with pytest.raises(UnavailableError):
-        asyncio.run(resync.once())
+        played.play(played.resync.once)
     # And no other: all of them, each time that a list fails, would be more load while there is too much.
-    assert asked == [("team", NAME)]
+    assert played.asked == [("team", NAME)]
 
 
 def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
-    loop = VirtualLoop()
-    resync = Resync(Lists(), (), lambda _key, _after: None, store=Store(), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+    played = Played(listed())
+    resync = played.resync
 
     async def scenario() -> None:
-        task = asyncio.create_task(resync.run())
+        played.begin()
         await asyncio.sleep(400)
         assert resync.problem() is None
         await asyncio.sleep(300)
         assert resync.problem() == "the watch of qlorajobs is dead"
-        resync.monitor.show(JOB, "1", deleted=False)
+        played.show(listed())
         await asyncio.sleep(400)
         assert resync.problem() is None
-        task.cancel()
 
-    loop.run_until_complete(scenario())
-    loop.close()
+    played.play(scenario)
 
 
 def test_at_the_start_unfinished_jobs_are_requested_before_ended_ones() -> None:
-    lists, asked = Lists(), list[tuple[str, float]]()
-    lists.jobs = [
-        {
-            "metadata": {"namespace": "team", "name": name, "uid": name, "resourceVersion": "1"},
-            "status": {"phase": phase},
-        }
-        for name, phase in (("a", "Succeeded"), ("b", "Training"), ("c", "Failed"), ("d", "Queued"))
-    ]
-    enqueue = lambda key, after: asked.append((key[1], after))  # noqa: E731
-    resync = Resync(lists, (), enqueue, store=Store(), interval=300, monotonic=lambda: 0.0)  # type: ignore[arg-type]
-    asyncio.run(resync.fill())
-    assert asked == [("b", 0.0), ("d", 0.0), ("a", 0.0), ("c", 0.01)]
+    phases = {"a": "Succeeded", "b": "Training", "c": "Failed", "d": "Queued"}
+    played = Played(*(listed(name, status={"phase": phase}) for name, phase in phases.items()))
+    played.play(played.resync.fill)
+    assert [name for _, name in played.asked] == ["b", "d", "a", "c"]
+    assert played.pauses == [0.0, 0.0, 0.0, 0.01]
 
 
 @pytest.mark.parametrize(("jobs", "last"), [(2, 1.01), (5000, 50.99), (50_000, 150.997)])
 def test_a_resync_of_many_jobs_is_spread_over_at_most_half_of_its_interval(jobs: int, last: float) -> None:
-    lists = Lists()
-    lists.jobs = [
-        {"metadata": {"namespace": "team", "name": f"job-{n}", "uid": f"u{n}", "resourceVersion": "1"}}
-        for n in range(jobs)
-    ]
-    asked: list[float] = []
-    store = Store()
-    for body in lists.jobs:
-        store.job_changed(body)
-    resync = Resync(lists, (), lambda key, after: asked.append(after), store=store, interval=300, monotonic=lambda: 0.0)  # type: ignore[arg-type]
-    asyncio.run(resync.once())
-    assert (len(asked), asked[0]) == (jobs, 1.0)
-    assert max(asked) == pytest.approx(last)
-
-
-def test_a_change_of_phase_is_an_event_whose_name_is_the_same_after_a_restart() -> None:
-    job = make_job(status_in("train", phase="Queued"))
-    bodies = [child("train"), running(pod("train"))]
-    event = present(phase_event(job, follow(job, *bodies), NOW))
-    assert (event["type"], event["reason"]) == ("Normal", "Training")
-    assert (event["involvedObject"]["kind"], event["involvedObject"]["uid"]) == ("QLoRAJob", UID)
-    later = present(phase_event(job, follow(job, *bodies, now=after(60)), after(60)))
-    assert later["metadata"] == event["metadata"]
-
-
-def test_the_event_of_a_failure_is_a_warning_with_the_reason() -> None:
-    job = make_job(status_in("prepare", phase="Preparing"))
-    status = follow(
-        job, child("prepare", Failed="PodFailurePolicy"), failed("prepare", 11, "BadDataset", "row 3 is cut")
-    )
-    event = present(phase_event(job, status, NOW))
-    assert (event["type"], event["reason"], event["message"]) == ("Warning", "BadDataset", "row 3 is cut")
-
-
-def test_without_a_change_of_phase_no_event_is_created() -> None:
-    stored = follow(make_job(status_in("train")), child("train"), running(pod("train")))
-    assert phase_event(make_job(stored), stored, NOW) is None
+    played = Played(*(listed(f"job-{number}") for number in range(jobs)))
+    for body in played.lists.jobs:
+        played.store.job_changed(body)
+    played.play(played.resync.once)
+    assert (len(played.pauses), played.pauses[0]) == (jobs, 1.0)
+    assert max(played.pauses) == pytest.approx(last)
