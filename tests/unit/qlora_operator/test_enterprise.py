@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from qlora_api.profile import Profile
 from qlora_api.status import StepName
-from qlora_operator.decisions.manifests.objects import build_job
-from tests.support.builders import make_job, resolved, to_json
+from tests.support.builders import to_json
+from tests.support.job_manifests import build, container_of, environment_of, pod_of
 
 NETWORK: dict[str, Any] = {
     "caConfigMap": {"name": "company-ca", "key": "bundle.pem"},
@@ -24,20 +24,11 @@ ONLINE: tuple[StepName, ...] = ("prepare", "publish")
 OFFLINE: tuple[StepName, ...] = ("train", "clean")
 
 
-def build(step: StepName, /, profile: dict[str, Any], **spec: Any) -> dict[str, Any]:
-    full = Profile.model_validate({"image": "example.org/trainer", "gpuResource": "nvidia.com/gpu", **profile})
-    return build_job(make_job(**spec), resolved(full), step, 2)["spec"]["template"]
-
-
-def environment_of(template: dict[str, Any]) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in template["spec"]["containers"][0]["env"] if "value" in entry}
-
-
 @pytest.mark.parametrize("step", ONLINE)
 def test_a_step_with_a_network_gets_the_authority_and_the_proxy(step: StepName) -> None:
-    template = build(step, NETWORK)
+    job = build(step, NETWORK)
     assert (
-        environment_of(template).items()
+        environment_of(job).items()
         >= {
             "QLORA_CA_FILE": "/ca/company-ca/bundle.pem",
             "HTTPS_PROXY": "http://proxy.example.org:3128",
@@ -45,7 +36,7 @@ def test_a_step_with_a_network_gets_the_authority_and_the_proxy(step: StepName) 
             "QLORA_PROXY_SECRET": "/proxy/proxy-login",
         }.items()
     )
-    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
     # Not optional: the pod waits for them, and its status names the missing ones.
     items = [{"key": "bundle.pem", "path": "bundle.pem"}]
     assert volumes["ca"]["configMap"] == {"name": "company-ca", "items": items}
@@ -54,7 +45,7 @@ def test_a_step_with_a_network_gets_the_authority_and_the_proxy(step: StepName) 
         "items": [{"key": "username", "path": "username"}, {"key": "password", "path": "password"}],
         "defaultMode": 0o440,
     }
-    mounts = {mount["name"]: mount for mount in template["spec"]["containers"][0]["volumeMounts"]}
+    mounts = {mount["name"]: mount for mount in container_of(job)["volumeMounts"]}
     assert mounts["ca"] == {"name": "ca", "mountPath": "/ca/company-ca", "readOnly": True}
     assert mounts["proxy"] == {"name": "proxy", "mountPath": "/proxy/proxy-login", "readOnly": True}
 
@@ -82,11 +73,12 @@ def test_the_stores_of_clouds_are_the_profiles(step: StepName) -> None:
 def test_prepare_and_publish_alone_have_the_identity_that_the_profile_names(provider: str) -> None:
     identity = {"cloudIdentity": {"provider": provider, "serviceAccountName": "data"}, "serviceAccountName": "plain"}
     for step in (*ONLINE, *OFFLINE):
-        template, online = build(step, identity), step in ONLINE
+        job, online = build(step, identity), step in ONLINE
+        template = job["spec"]["template"]
         assert template["spec"]["serviceAccountName"] == ("data" if online else "plain")
         # The cloud's webhook adds a separate token.
         assert template["spec"]["automountServiceAccountToken"] is False
-        assert environment_of(template).get("QLORA_CLOUD_IDENTITY") == (provider if online else None)
+        assert environment_of(job).get("QLORA_CLOUD_IDENTITY") == (provider if online else None)
         labels = template["metadata"]["labels"]
         assert labels.get("qlora.dev/cloud-identity") == (provider if online else None)
         assert ("azure.workload.identity/use" in labels) == (online and provider == "azure")
@@ -94,9 +86,10 @@ def test_prepare_and_publish_alone_have_the_identity_that_the_profile_names(prov
 
 @pytest.mark.parametrize("step", [*ONLINE, *OFFLINE])
 def test_without_an_identity_in_the_profile_pods_have_none(step: StepName) -> None:
-    template = build(step, {})
+    job = build(step, {})
+    template = job["spec"]["template"]
     assert "serviceAccountName" not in template["spec"]
-    assert "QLORA_CLOUD_IDENTITY" not in environment_of(template)
+    assert "QLORA_CLOUD_IDENTITY" not in environment_of(job)
     assert not {"qlora.dev/cloud-identity", "azure.workload.identity/use"} & set(template["metadata"]["labels"])
 
 
@@ -107,7 +100,7 @@ def test_the_secrets_of_clouds_are_files_with_the_keys_of_their_scheme() -> None
     }
     sources = {
         volume["name"]: [source["secret"] for source in volume["projected"]["sources"]]
-        for volume in build("prepare", {}, **spec)["spec"]["volumes"]
+        for volume in pod_of(build("prepare", **spec))["volumes"]
         if "projected" in volume
     }
     key = "GOOGLE_SERVICE_ACCOUNT_KEY"

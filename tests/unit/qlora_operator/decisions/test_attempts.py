@@ -111,6 +111,9 @@ def test_an_attempt_that_is_retried_is_explained_once() -> None:
     status = follow(job, child("prepare"), failed("prepare", 200, "Unreachable", "secret hub is missing"))
     assert [entry.type for entry in status.conditions if "secret hub" in entry.message] == ["Succeeded"]
     assert (reason_of(status, "Prepared"), reason_of(status, "Trained")) == ("NotEnded", "NotReached")
+    assert (status.failures, status.disruptions, status.phase) == (1, 0, "Preparing")
+    failure = present(status.last_failure)
+    assert (failure.exit_code, failure.time) == (200, time(-10))
 
 
 def test_a_failure_without_its_pods_is_reported_from_the_last_status() -> None:
@@ -177,15 +180,6 @@ def test_out_of_memory_names_the_jobs_limit_and_the_remedy() -> None:
     status = follow(job, child("train"), ended(pod("train"), 137, reason="OOMKilled"))
     assert "9Gi" in message_of(status)
     assert "spec.resources.memory" in message_of(status)
-
-
-def test_a_retried_attempt_is_shown() -> None:
-    job = make_job(status_in("prepare"))
-    status = follow(job, child("prepare"), failed("prepare", 200, "Unreachable", "secret hub is missing"))
-    assert (status.failures, status.disruptions, status.phase) == (1, 0, "Preparing")
-    assert status.last_failure is not None
-    assert (status.last_failure.exit_code, status.last_failure.time) == (200, time(-10))
-    assert "secret hub is missing" in message_of(status)
 
 
 def test_an_interruption_is_not_a_failure() -> None:

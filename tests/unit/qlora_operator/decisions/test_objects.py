@@ -78,6 +78,16 @@ def test_a_jobs_end_is_read_from_its_conditions(
     assert (job.complete, job.failure.word if job.failure else None) == (complete, failure)
 
 
+EVICTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
+
+
+def beside_a_sidecar(body: dict[str, Any]) -> dict[str, Any]:
+    """The pod, with an injected container that has failed."""
+    sidecar = {"name": "proxy", "state": {"terminated": {"exitCode": 9, "reason": "Error"}}}
+    containers = [sidecar, *body["status"]["containerStatuses"]]
+    return body | {"status": body["status"] | {"containerStatuses": containers}}
+
+
 @pytest.mark.parametrize(
     ("body", "live", "runs", "interrupted", "out_of_memory"),
     [
@@ -91,6 +101,8 @@ def test_a_jobs_end_is_read_from_its_conditions(
         (ended(pod("train"), 1, reason="OOMKilled"), False, False, False, True),
         (ended(pod("train"), 0, reason="OOMKilled"), False, False, False, False),
         (deleted(running(pod("train")), -5), True, True, True, False),
+        (ended(pod("train", conditions=[EVICTED]), 137), False, False, True, False),
+        (beside_a_sidecar(running(pod("train"))), True, True, False, False),
     ],
     ids=[
         "pending",
@@ -103,6 +115,8 @@ def test_a_jobs_end_is_read_from_its_conditions(
         "OOM of a child",
         "done despite OOM",
         "deleted",
+        "evicted",
+        "beside a sidecar",
     ],
 )
 def test_a_pods_state_is_read_from_its_status(
@@ -187,21 +201,6 @@ def test_any_object_is_stored_and_its_job_continues(
         # Values of other types the API server does not admit.
         job = make_job(status_in("train"))
         plan_of(job, next_status(facts(job, shown)).status, with_detached_pods(job, held.observed), NOW)
-
-
-def test_a_disruption_is_an_interruption_with_any_exit_code() -> None:
-    body = ended(pod("train"), 137)
-    body["status"]["conditions"] = [
-        {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
-    ]
-    assert seen(body).pods[0].interrupted
-
-
-def test_an_injected_sidecar_does_not_count() -> None:
-    body = running(pod("train"))
-    sidecar = {"name": "proxy", "state": {"terminated": {"exitCode": 9, "reason": "Error"}}}
-    body["status"]["containerStatuses"].insert(0, sidecar)
-    assert seen(body).pods[0].running
 
 
 @pytest.mark.parametrize(

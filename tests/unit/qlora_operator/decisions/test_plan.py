@@ -178,16 +178,10 @@ def test_a_suspension_deletes_the_running_step_and_creates_nothing() -> None:
     assert decide(job, child("train"), running(pod("train"))).actions == (delete("train"),)
     assert decide(job, deleted(running(pod("train")), -5)).actions == ()
     assert decide(job).actions == ()
-
-
-def test_a_suspension_before_the_start_creates_nothing() -> None:
-    job = make_job(suspend=True)
-    assert decide(make_job(follow(job), suspend=True)) == Plan()
-
-
-def test_a_step_that_ended_before_its_suspension_is_kept() -> None:
-    job = make_job(status_in("train"), suspend=True)
+    # A step that ended before the suspension is kept, and none is created before the start.
     assert decide(job, child("train", Complete=""), succeeded("train")).actions == ()
+    new = make_job(suspend=True)
+    assert decide(make_job(follow(new), suspend=True)) == Plan()
 
 
 def test_resuming_creates_the_next_number() -> None:
@@ -195,17 +189,17 @@ def test_resuming_creates_the_next_number() -> None:
     assert decide(make_job(suspended)).actions == (CreateJob("train", 2),)
 
 
-def test_a_killed_step_is_recorded_first_and_deleted_then() -> None:
-    bodies = [child("train"), ended(pod("train"), 137, reason="OOMKilled")]
-    job = make_job(status_in("train"))
-    assert decide(job, *bodies) == Plan(store_first=True)
-    assert decide(make_job(follow(job, *bodies)), *bodies).actions == (delete("train"),)
-
-
-def test_a_missed_deadline_is_recorded_first_and_the_step_deleted_then() -> None:
-    bodies = [child("train"), running(pod("train"), since=-100)]
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        [child("train"), ended(pod("train"), 137, reason="OOMKilled")],
+        [child("train"), running(pod("train"), since=-100)],
+    ],
+    ids=["killed", "after its deadline"],
+)
+def test_a_step_that_ends_its_job_is_recorded_first_and_deleted_then(bodies: list[dict[str, Any]]) -> None:
     job = make_job(status_in("train"), activeDeadlineSeconds=100)
-    assert decide(job, *bodies).actions == ()
+    assert decide(job, *bodies) == Plan(store_first=True)
     assert decide(make_job(follow(job, *bodies), activeDeadlineSeconds=100), *bodies).actions == (delete("train"),)
 
 
@@ -269,21 +263,23 @@ def test_the_clean_up_job_goes_last_after_clean_up_is_recorded() -> None:
     assert decide(job(recorded), at=150) == Plan()
 
 
-def test_a_job_is_requeued_at_its_deadline() -> None:
+@pytest.mark.parametrize(
+    ("bodies", "due"),
+    [
+        # At its deadline.
+        ([child("train"), running(pod("train"), since=-60)], 10),
+        ([child("train"), pod("train")], None),
+        # After a minute without a pod.
+        ([child("train", created=-10)], 50),
+        ([child("train", created=-61)], None),
+        # When a pod should have ended.
+        ([child("train"), deleted(running(pod("train"), since=-20), -20)], 50),
+        ([child("train"), deleted(pod("train"), -20)], 160),
+    ],
+)
+def test_a_job_is_requeued_when_time_alone_decides(bodies: list[dict[str, Any]], due: float | None) -> None:
     job = make_job(status_in("train", activeSeconds=30), activeDeadlineSeconds=100)
-    assert decide(job, child("train"), running(pod("train"), since=-60)).look_again == after(10)
-    assert decide(job, child("train"), pod("train")).look_again is None
-
-
-def test_a_job_is_requeued_after_a_minute_without_a_pod() -> None:
-    job = make_job(status_in("train"))
-    assert decide(job, child("train", created=-10)).look_again == after(50)
-    assert decide(job, child("train", created=-61)).look_again is None
-
-
-def test_a_job_is_requeued_when_a_pod_should_have_ended() -> None:
-    job = make_job(status_in("train"))
-    assert decide(job, child("train"), deleted(running(pod("train")), -20)).look_again == after(160)
+    assert decide(job, *bodies).look_again == (None if due is None else after(due))
 
 
 def test_a_job_whose_creation_was_interrupted_keeps_its_number() -> None:

@@ -204,16 +204,6 @@ def test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result() 
     assert status.step == step_status("publish", 2, jobUid="", unverified=1)
 
 
-def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> None:
-    body = pod("publish")
-    status = follow(
-        make_job(status_in("publish")),
-        child("publish", Complete=""),
-        ended(body, 0, result(body, "publish")),
-    )
-    assert status.step == step_status("publish", 2, jobUid="", unverified=1)
-
-
 GGUF = GgufStatus(file="adapter.gguf", sha256="c" * 64, size_bytes=3, architecture="llama")
 MERGED = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
 PUBLISHED_BASE = BaseStatus(origin="cache", sha256="b" * 64, uri="pvc://out/base")
@@ -230,10 +220,11 @@ PUBLISHED_BASE = BaseStatus(origin="cache", sha256="b" * 64, uri="pvc://out/base
             {"base": PUBLISHED_BASE},
             {"base": PUBLISHED_BASE.model_copy(update={"uri": None})},
         ),
+        ({}, {"adapter": ADAPTER}, {"adapter": None}),
     ],
-    ids=["merged model", "GGUF file", "base", "base that is not published"],
+    ids=["merged model", "GGUF file", "base", "base that is not published", "the adapter alone"],
 )
-def test_a_further_output_is_reported_and_required_for_success(
+def test_each_output_is_reported_and_required_for_success(
     output: dict[str, Any], whole: dict[str, Any], partial: dict[str, Any]
 ) -> None:
     body = pod("publish")

@@ -73,63 +73,51 @@ def test_a_job_above_its_profiles_limits_waits_and_names_them(field: str, value:
     assert follow(make_job(), profiles=strict).resolved is not None
 
 
-@pytest.mark.parametrize(
-    ("field", "spec"),
-    [
-        ("workspace.claimName", {"workspace": {"claimName": "models"}}),
-        ("model.source", {"model": {"source": "pvc://models/models/c0ffee"}}),
-        ("dataset.source", {"dataset": {"source": "pvc://models/rows.jsonl"}}),
-        ("dataset.mix[1].source", {"dataset": {"mix": [DATASET, {"source": "pvc://models/rows.jsonl"}]}}),
-        ("dataset.eval.source", {"dataset": DATASET | {"eval": {"source": "pvc://models/rows.jsonl"}}}),
-        ("output.destination", {"output": {"destination": "pvc://models/models/c0ffee"}}),
-        ("lora.from.source", {"lora": {"from": {"source": "pvc://models/adapter"}}}),
-        ("output.merged.destination", {"output": {"merged": {"destination": "pvc://models/merged"}}}),
-        ("output.base.destination", {"output": {"base": {"destination": "pvc://models/base"}}}),
-    ],
-)
-def test_a_job_that_names_the_claim_of_a_cache_waits_with_any_profile(field: str, spec: dict[str, Any]) -> None:
-    assert follow(make_job(**spec)).resolved is not None
-    cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
-    status = follow(make_job(**spec), profiles={"default": PROFILE, "cached": cached})
-    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "ClaimNotAllowed")
-    assert message_of(status).startswith(f"spec.{field} names the claim 'models'")
-    assert follow(make_job(), profiles={"default": cached}).resolved is not None
+Reserved = tuple[dict[str, Any], str, str]
+"""Settings of a profile, and the reason and the name of the object that they reserve."""
+CACHED: Reserved = ({"modelCache": {"claimName": "models"}}, "ClaimNotAllowed", "the claim 'models'")
+SIGNED: Reserved = ({"signingKey": {"name": "signing"}}, "SecretNotAllowed", "the Secret 'signing'")
+PROXY = {"httpsProxy": "http://proxy:3128", "proxySecretName": "proxy-login"}
+PROXIED: Reserved = (PROXY, "SecretNotAllowed", "the Secret 'proxy-login'")
+
+
+def token(secret: str) -> dict[str, Any]:
+    """A job whose model is read with a token of that Secret."""
+    return {"model": {"source": "hf://a/b", "tokenSecretRef": {"name": secret, "key": "key"}}}
 
 
 @pytest.mark.parametrize(
-    ("field", "spec"),
+    ("reserved", "field", "spec"),
     [
+        (CACHED, "workspace.claimName", {"workspace": {"claimName": "models"}}),
+        (CACHED, "model.source", {"model": {"source": "pvc://models/models/c0ffee"}}),
+        (CACHED, "dataset.source", {"dataset": {"source": "pvc://models/rows.jsonl"}}),
+        (CACHED, "dataset.mix[1].source", {"dataset": {"mix": [DATASET, {"source": "pvc://models/rows.jsonl"}]}}),
+        (CACHED, "dataset.eval.source", {"dataset": DATASET | {"eval": {"source": "pvc://models/rows.jsonl"}}}),
+        (CACHED, "output.destination", {"output": {"destination": "pvc://models/models/c0ffee"}}),
+        (CACHED, "lora.from.source", {"lora": {"from": {"source": "pvc://models/adapter"}}}),
+        (CACHED, "output.merged.destination", {"output": {"merged": {"destination": "pvc://models/merged"}}}),
+        (CACHED, "output.base.destination", {"output": {"base": {"destination": "pvc://models/base"}}}),
+        # A step would send the key, or the proxy's password, to a server as if it were a token.
+        (SIGNED, "model.tokenSecretRef", token("signing")),
+        (SIGNED, "output.secretRef", {"output": {"destination": "s3://team/a", "secretRef": {"name": "signing"}}}),
         (
-            "model.tokenSecretRef",
-            {"model": {"source": "hf://a/b", "tokenSecretRef": {"name": "signing", "key": "key"}}},
-        ),
-        ("output.secretRef", {"output": {"destination": "s3://team/a", "secretRef": {"name": "signing"}}}),
-        (
+            SIGNED,
             "output.tracking.secretRef",
             {"training": {"reportTo": ["wandb"]}, "output": {"tracking": {"secretRef": {"name": "signing"}}}},
         ),
+        (PROXIED, "model.tokenSecretRef", token("proxy-login")),
     ],
 )
-def test_a_job_that_names_the_secret_with_a_signing_key_waits(field: str, spec: dict[str, Any]) -> None:
-    """A step would send the key to a server as if it were a token."""
+def test_a_job_that_names_an_object_of_any_profile_waits(reserved: Reserved, field: str, spec: dict[str, Any]) -> None:
+    settings, reason, name = reserved
     assert follow(make_job(**spec)).resolved is not None
-    signing = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signing"}})
-    status = follow(make_job(**spec), profiles={"default": PROFILE, "signed": signing})
-    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "SecretNotAllowed")
-    assert message_of(status).startswith(f"spec.{field} names the Secret 'signing'")
-    assert follow(make_job(), profiles={"default": signing}).resolved is not None
-
-
-def test_a_job_that_names_the_secret_with_the_proxys_password_waits() -> None:
-    """Prepare would send the password to the hub as a token."""
-    proxy = {"httpsProxy": "http://proxy:3128", "proxySecretName": "proxy-login"}
-    behind = Profile.model_validate(PROFILE.dump() | proxy)
-    spec: dict[str, Any] = {
-        "model": {"source": "hf://a/b", "tokenSecretRef": {"name": "proxy-login", "key": "password"}}
-    }
-    status = follow(make_job(**spec), profiles={"default": PROFILE, "behind": behind})
-    assert (status.resolved, reason_of(status)) == (None, "SecretNotAllowed")
-    assert "(proxySecretName)" in message_of(status)
+    other = Profile.model_validate(PROFILE.dump() | settings)
+    status = follow(make_job(**spec), profiles={"default": PROFILE, "other": other})
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, reason)
+    assert message_of(status).startswith(f"spec.{field} names {name}")
+    assert ("(proxySecretName)" in message_of(status)) == (reserved is PROXIED)
+    assert follow(make_job(), profiles={"default": other}).resolved is not None
 
 
 def test_a_profile_that_changes_later_does_not_change_the_job() -> None:

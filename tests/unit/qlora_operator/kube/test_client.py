@@ -252,13 +252,18 @@ def test_of_many_workloads_one_is_read() -> None:
 
 
 class Answering(Transport):
-    """Answers every request with one status and message."""
+    """Answers every request with one status and body, as the API server or a proxy before it."""
 
-    def __init__(self, status: int, message: str, reason: str = "") -> None:
-        self._status, self._message, self._reason = status, message, reason
+    def __init__(self, status: int, body: bytes) -> None:
+        self._answer = status, body
 
     async def send(self, method: str, path: str, **_: Any) -> tuple[int, bytes]:
-        return self._status, json.dumps({"message": self._message, "reason": self._reason}).encode()
+        return self._answer
+
+
+def failing(status: int, message: str, reason: str = "") -> Cluster:
+    """An API server that fails with this message."""
+    return Cluster(Answering(status, json.dumps({"message": message, "reason": reason}).encode()))
 
 
 WEBHOOK = 'Internal error occurred: failed calling webhook "mjob.kb.io": failed to call webhook: connection refused'
@@ -276,7 +281,7 @@ def test_a_webhook_that_does_not_answer_rejects_and_a_server_that_fails_does_not
     status: int, message: str, error: type[ClusterError]
 ) -> None:
     with pytest.raises(ClusterError, match=message) as raised:
-        asyncio.run(Cluster(Answering(status, message)).create_job("team", {}))
+        asyncio.run(failing(status, message).create_job("team", {}))
     assert type(raised.value) is error
 
 
@@ -291,18 +296,8 @@ def test_only_a_conflict_with_that_reason_means_that_the_object_exists(
     reason: str, message: str, error: type[ClusterError]
 ) -> None:
     with pytest.raises(ConflictError, match=r"already|Operation") as raised:
-        asyncio.run(Cluster(Answering(409, message, reason)).create_service("team", {}))
+        asyncio.run(failing(409, message, reason).create_service("team", {}))
     assert type(raised.value) is error
-
-
-class Foreign(Transport):
-    """A proxy between the operator and the API server answers in its place."""
-
-    def __init__(self, status: int, body: bytes) -> None:
-        self._answer = status, body
-
-    async def send(self, method: str, path: str, **_: Any) -> tuple[int, bytes]:
-        return self._answer
 
 
 @pytest.mark.parametrize(
@@ -320,7 +315,7 @@ class Foreign(Transport):
     ],
 )
 def test_an_answer_that_is_not_the_api_servers_is_an_error_like_any_other(status: int, body: bytes, found: str) -> None:
-    cluster = Cluster(Foreign(status, body))
+    cluster = Cluster(Answering(status, body))
 
     async def versions() -> None:
         await cluster.list_versions("jobs", None)
@@ -331,6 +326,6 @@ def test_an_answer_that_is_not_the_api_servers_is_an_error_like_any_other(status
 
 
 def test_a_schema_is_an_object_without_metadata() -> None:
-    assert asyncio.run(Cluster(Foreign(200, b'{"openapi": "3.0.0"}')).get_schema()) == {"openapi": "3.0.0"}
+    assert asyncio.run(Cluster(Answering(200, b'{"openapi": "3.0.0"}')).get_schema()) == {"openapi": "3.0.0"}
     with pytest.raises(UnavailableError, match="not JSON"):
-        asyncio.run(Cluster(Foreign(200, b"<html>")).get_schema())
+        asyncio.run(Cluster(Answering(200, b"<html>")).get_schema())

@@ -68,18 +68,24 @@ def test_a_missing_kind_is_reported_instead_of_its_fields() -> None:
     assert missing_fields(served) == ["QLoRASweep"]
 
 
+class Schemas:
+    """Answers with the first of these, or raises it."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self._answers = answers
+
+    async def get_schema(self) -> Any:
+        if isinstance(self._answers[0], Exception):
+            raise self._answers[0]
+        return self._answers[0]
+
+
 def test_it_waits_reports_the_reason_once_and_continues(caplog: pytest.LogCaptureFixture) -> None:
     answers: list[Any] = [ClusterError("refused"), NotFoundError("none"), document(without("status", "phase"))]
 
-    class Schemas:
-        async def get_schema(self) -> Any:
-            if isinstance(answers[0], Exception):
-                raise answers[0]
-            return answers[0]
-
     lacks: list[bool] = []
     loop = VirtualLoop()
-    check = SchemaCheck(Schemas(), lacks.append)
+    check = SchemaCheck(Schemas(answers), lacks.append)
 
     async def scenario() -> None:
         running = asyncio.create_task(check.run())
@@ -106,15 +112,9 @@ def test_outdated_crd_is_reported_once_and_clears(
     caplog.set_level("INFO")
     answers: list[Any] = [document()]
 
-    class Schemas:
-        async def get_schema(self) -> Any:
-            if isinstance(answers[0], Exception):
-                raise answers[0]
-            return answers[0]
-
     changes: list[bool] = []
     loop = VirtualLoop()
-    check = SchemaCheck(Schemas(), changes.append)
+    check = SchemaCheck(Schemas(answers), changes.append)
 
     async def scenario() -> None:
         await check.run()

@@ -8,6 +8,7 @@ from qlora_api.profile import Profile
 from qlora_operator.decisions.manifests.objects import build_job, build_peer_policy, build_peer_service
 from tests.support.builders import NAME, PROFILE, UID, follow, make_job, message_of, present, reason_of, resolved
 from tests.support.cluster.nodes import INTERRUPTED
+from tests.support.job_manifests import environment_of
 
 SHARED = {"topology": "shared", "accessMode": "ReadWriteMany"}
 
@@ -61,11 +62,6 @@ def test_only_a_job_of_several_nodes_needs_a_release_that_supports_them(nodes: i
 def train_job(**profile: Any) -> dict[str, Any]:
     job = make_job(resources={"nodes": 2, "gpus": 4}, retry={"maxFailures": 5})
     return build_job(job, resolved(Profile.model_validate(PROFILE.dump() | profile)), "train", 3)
-
-
-def environment_of(body: dict[str, Any]) -> dict[str, str]:
-    (container,) = body["spec"]["template"]["spec"]["containers"]
-    return {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
 
 
 def test_a_train_job_of_several_nodes_is_indexed_and_fails_as_a_whole() -> None:
