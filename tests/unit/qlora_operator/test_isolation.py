@@ -18,7 +18,9 @@ from qlora_operator.settings import Settings
 from qlora_operator.watch.handlers import Hooks, watch
 from qlora_operator.watch.resync import Resync, WatchMonitor
 from qlora_operator.watch.store import Store
-from tests.support.builders import NAME, NOW, PROFILES, job_body, starts, time
+from tests.support.builders import NAME, NOW, PROFILES, job_body, starts
+from tests.unit.qlora_operator.simulation.agenda import Agenda
+from tests.unit.qlora_operator.simulation.api_server import ApiServer
 
 CANARY = "canary"
 _recorded: list[tuple[str, tuple[Any, ...]]] | None = None
@@ -42,32 +44,17 @@ def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
     _recorded = None
 
 
-class RecordingCluster(Cluster):
-    """Answers every request as an API server with one job, and keeps the requests."""
+class Recording(ApiServer):
+    """An API server that keeps the requests. `body`: its only QLoRAJob."""
 
     def __init__(self, body: dict[str, Any]) -> None:
-        super().__init__(None)  # type: ignore[arg-type]
-        self.body = body
-        self.jobs: list[dict[str, Any]] = []
-        self.requests: list[tuple[str, str]] = []
+        super().__init__(Agenda(0))
+        self.put("qlorajobs", body)
+        self.paths: list[str] = []
 
-    async def _request(self, method: str, path: str, **request: Any) -> bytes:
-        self.requests.append((method, path))
-        return json.dumps(self._answer(method, path, request.get("body"))).encode()
-
-    def _answer(self, method: str, path: str, body: Any) -> Any:
-        if method == "PATCH":
-            self.body = self.body | {"status": body["status"]}
-            return self.body
-        if method == "POST" and path.endswith("/jobs"):
-            made = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": time(), "resourceVersion": "8"}
-            self.jobs.append(body | {"metadata": body["metadata"] | made})
-            return self.jobs[-1]
-        if method == "POST":
-            return body
-        if path.endswith(f"/qlorajobs/{NAME}"):
-            return self.body
-        return {"metadata": {"resourceVersion": "9"}, "items": self.jobs if path.endswith("/jobs") else []}
+    async def send(self, method: str, path: str, **request: Any) -> tuple[int, bytes]:
+        self.paths.append(path)
+        return await super().send(method, path, **request)
 
 
 HOSTILE = [
@@ -90,35 +77,34 @@ HOSTILE = [
 ]
 
 
-def reconciled(body: dict[str, Any]) -> RecordingCluster:
+def reconciled(body: dict[str, Any]) -> Recording:
     """The cluster after the operator's last possible pass over the job."""
-    cluster = RecordingCluster(body)
-    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW + timedelta(seconds=1), starts())
+    api = Recording(body)
+    reconciler = Reconciler(Cluster(api), PROFILES, None, Metrics(), lambda: NOW + timedelta(seconds=1), starts())
     for _ in range(5):
         asyncio.run(reconciler.reconcile(("team", NAME)))
-    return cluster
+    return api
 
 
 @pytest.mark.parametrize("spec", HOSTILE, ids=["s3", "hf, oci and configMap", "pvc"])
 def test_no_address_or_name_of_a_job_is_opened_requested_or_started(spec: dict[str, Any], recorded: list[Any]) -> None:
-    cluster = reconciled(job_body(**spec))
-    assert cluster.jobs, "the operator has not come as far as a pod"
-    assert CANARY in json.dumps(cluster.jobs), "the job's pods are to use what it names"
+    api = reconciled(job_body(**spec))
+    assert api.all("jobs"), "the operator has not come as far as a pod"
+    assert CANARY in json.dumps(api.all("jobs")), "the job's pods are to use what it names"
     assert [event for event in recorded if CANARY in repr(event)] == []
-    assert {path for _, path in cluster.requests if CANARY in path} == set()
+    assert [path for path in api.paths if CANARY in path] == []
     own = re.compile(r"/(apis/qlora\.dev/v1alpha1|apis/batch/v1|api/v1)/namespaces/team/[a-z]+(/.*)?")
-    assert [path for _, path in cluster.requests if not own.fullmatch(path)] == []
+    assert [path for path in api.paths if not own.fullmatch(path)] == []
 
 
 def test_an_operator_of_some_namespaces_lists_these_only() -> None:
-    cluster = RecordingCluster(job_body())
-    resync = Resync(
-        cluster, ("team-a", "team-b"), lambda _key, _after: None, store=Store(), interval=300, monotonic=lambda: 0.0
-    )
+    api = Recording(job_body())
+    cluster, namespaces = Cluster(api), ("team-a", "team-b")
+    resync = Resync(cluster, namespaces, lambda *_: None, store=Store(), interval=300, monotonic=lambda: 0.0)
     asyncio.run(resync.fill())
     asyncio.run(resync.once())
     asyncio.run(resync._beat())
-    found = {path.partition("/namespaces/")[2] for _, path in cluster.requests}
+    found = {path.partition("/namespaces/")[2] for path in api.paths}
     assert found == {f"team-{name}/{kind}" for name in "ab" for kind in ("qlorajobs", "jobs", "pods")}
 
 

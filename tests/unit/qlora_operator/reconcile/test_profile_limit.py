@@ -1,7 +1,6 @@
 """Limits of a profile for a namespace: users, size, and number of running jobs."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import Resolved
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import Observed
-from qlora_operator.decisions.observed.parsing import profile_in_use
 from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.plan import is_settled
 from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
-from qlora_operator.kube.listing import ChildList
+from qlora_operator.kube.client import Cluster
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.reconcile.profile_limit import SECONDS_BETWEEN_LOOKS, SECONDS_FULL, Starts
@@ -38,6 +36,8 @@ from tests.support.builders import (
     status_in,
     time,
 )
+from tests.unit.qlora_operator.simulation.agenda import Agenda
+from tests.unit.qlora_operator.simulation.api_server import ApiServer, Object
 
 
 def limited(**fields: Any) -> dict[str, Profile]:
@@ -142,72 +142,47 @@ def test_a_quantity_is_compared_by_value(text: str, number: float) -> None:
     assert amount(text) == number
 
 
-class Namespace:
-    """One namespace's QLoRAJobs in memory, and their operator. Nothing else exists."""
+class Namespace(ApiServer):
+    """One namespace's QLoRAJobs, and their operator, whose requests take turns."""
 
     def __init__(self, count: int, limit: int) -> None:
-        self.bodies = {f"job-{number}": self._body(f"job-{number}") for number in range(count)}
+        super().__init__(Agenda(0))
+        self.put("qlorajobs", *(self.body(f"job-{number}") for number in range(count)))
         self.woken: list[Any] = []
         self.counts = 0
         self.now = 0.0
-        starts = Starts(self.profiles_in_use, self.woken.append, lambda: self.now)
+        self.check = self._check
+        cluster, self._shown = Cluster(self), Store()
+        starts = Starts(cluster.profiles_in_use, self.woken.append, lambda: self.now)
         profiles = limited(limits={"jobs": limit})
-        self._store = Store()
-        self._operator = Reconciler(self, profiles, None, Metrics(), lambda: NOW, starts, self._store)  # type: ignore[arg-type]
+        self._operator = Reconciler(cluster, profiles, None, Metrics(), lambda: NOW, starts, self._shown)
+
+    async def send(self, method: str, path: str, **request: Any) -> tuple[int, bytes]:
+        await asyncio.sleep(0)
+        self.counts += "fieldSelector" in dict(request.get("query") or ())
+        return await super().send(method, path, **request)
+
+    def _check(self, method: str, kind: str, _before: Object | None, after: Object | None) -> None:
+        # A job with a Job counts, whatever happens to the next write of its status.
+        if (method, kind) == ("POST", "jobs"):
+            assert present(after)["metadata"]["labels"][JOB_LABEL] in self.started()
 
     def show(self, name: str, **metadata: str) -> None:
         """Change its metadata, as a watch shows it."""
-        body = self.bodies[name]
-        newer = {"resourceVersion": str(int(body["metadata"]["resourceVersion"]) + 1)}
-        self.bodies[name] = body | {"metadata": body["metadata"] | metadata | newer}
-        self._store.job_changed(self.bodies[name])
+        self._shown.job_changed(self.change("qlorajobs", name, metadata=metadata))
 
     def delete(self, *names: str) -> None:
         """Delete these QLoRAJobs, as a watch shows it."""
         for name in names:
-            self._store.job_changed(self.bodies.pop(name), deleted=True)
+            self._shown.job_changed(self.objects["qlorajobs"].pop(name), deleted=True)
 
     @staticmethod
-    def _body(name: str) -> dict[str, Any]:
+    def body(name: str) -> dict[str, Any]:
         body = job_body()
         return body | {"metadata": body["metadata"] | {"name": name, "uid": f"uid-{name}"}}
 
-    async def profiles_in_use(self, _namespace: str) -> AsyncIterator[list[str | None]]:
-        self.counts += 1
-        for body in list(self.bodies.values()):
-            await asyncio.sleep(0)
-            yield [profile_in_use(body)]
-
-    async def get_qlora_job(self, _namespace: str, name: str) -> dict[str, Any] | None:
-        return self.bodies.get(name)
-
-    async def list_jobs(self, *_: Any) -> ChildList:
-        await asyncio.sleep(0)
-        return ChildList([], "9")
-
-    list_pods = list_jobs
-
-    async def create_event(self, *_: Any) -> None:
-        pass
-
-    async def create_claim(self, *_: Any) -> None:
-        pass
-
-    async def create_job(self, _namespace: str, manifest: dict[str, Any]) -> dict[str, Any]:
-        # A job with a Job counts, whatever happens to the next write of its status.
-        assert manifest["metadata"]["labels"][JOB_LABEL] in self.started()
-        created = {"uid": f"uid-{manifest['metadata']['name']}", "resourceVersion": "8", "creationTimestamp": time()}
-        return manifest | {"metadata": manifest["metadata"] | created}
-
-    async def apply_status(self, job: Any, status: dict[str, Any]) -> dict[str, Any]:
-        await asyncio.sleep(0)
-        before = self.bodies[job.name]
-        newer = {"resourceVersion": str(int(before["metadata"]["resourceVersion"]) + 1)}
-        self.bodies[job.name] = before | {"status": status, "metadata": before["metadata"] | newer}
-        return self.bodies[job.name]
-
     def started(self) -> list[str]:
-        return [name for name, body in self.bodies.items() if body["status"].get("resolved")]
+        return [body["metadata"]["name"] for body in self.all("qlorajobs") if body["status"].get("resolved")]
 
     def reconcile(self, *names: str) -> None:
         """All of them concurrently."""
@@ -225,7 +200,7 @@ class Namespace:
 
 def test_concurrent_passes_start_no_more_jobs_than_the_profile_allows() -> None:
     namespace = Namespace(count=50, limit=3)
-    namespace.reconcile(*namespace.bodies)
+    namespace.reconcile(*namespace.objects["qlorajobs"])
     assert len(namespace.started()) == 3
     # Three that found room, and one that found none.
     assert namespace.counts == 4
@@ -233,7 +208,7 @@ def test_concurrent_passes_start_no_more_jobs_than_the_profile_allows() -> None:
 
 def test_the_longest_waiting_job_starts_when_another_ends_or_is_deleted() -> None:
     namespace = Namespace(count=5, limit=2)
-    for name in namespace.bodies:
+    for name in namespace.objects["qlorajobs"]:
         namespace.reconcile(name)
     assert namespace.started() == ["job-0", "job-1"]
     namespace.delete("job-0")
@@ -249,7 +224,7 @@ def test_the_longest_waiting_job_starts_when_another_ends_or_is_deleted() -> Non
 
 def test_a_job_stuck_in_deletion_blocks_no_other() -> None:
     namespace = Namespace(count=4, limit=1)
-    for name in namespace.bodies:
+    for name in namespace.objects["qlorajobs"]:
         namespace.reconcile(name)
     namespace.show("job-1", deletionTimestamp=time())
     namespace.delete("job-0")
@@ -260,7 +235,7 @@ def test_a_job_stuck_in_deletion_blocks_no_other() -> None:
 
 def test_the_head_of_the_queue_is_requeued_periodically() -> None:
     waiting = starts()
-    first, second = make_job(), parse_job(Namespace._body("second"))
+    first, second = make_job(), parse_job(Namespace.body("second"))
     assert waiting.wait(first) == SECONDS_BETWEEN_LOOKS
     assert waiting.wait(second) is None
     waiting.place_may_be_free((first.namespace, first.name))
@@ -279,8 +254,8 @@ def test_a_full_count_expires() -> None:
     namespace.reconcile("job-0")
     namespace.reconcile("job-1")
     finished = {"conditions": [{"type": "Failed", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}
-    first = namespace.bodies["job-0"]
-    namespace.bodies["job-0"] = first | {"status": first["status"] | finished}
+    first = present(namespace.get("qlorajobs", "job-0"))
+    namespace.change("qlorajobs", "job-0", status=first["status"] | finished)
     namespace.reconcile("job-1")
     assert namespace.started() == ["job-0"]
     namespace.now = SECONDS_FULL
