@@ -1,7 +1,7 @@
 """A sweep of three cells that one pod trains, at any point of its life."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_api.contract import ProgressRecord
@@ -134,8 +134,3 @@ class Pod:
 def deleting(body: dict[str, Any]) -> dict[str, Any]:
     """The cell, whose deletion a finalizer holds up."""
     return body | {"metadata": body["metadata"] | {"deletionTimestamp": time()}}
-
-
-def with_job(cell: CellJob, **changes: Any) -> CellJob:
-    """The cell, whose QLoRAJob differs."""
-    return replace(cell, job=replace(cell.job, **changes)) if cell.job is not None else cell

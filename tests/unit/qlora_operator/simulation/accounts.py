@@ -6,6 +6,7 @@ from qlora_api.crd import structural_schema
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.sweep.status import QLoRASweepStatus
 from tests.unit.qlora_operator.simulation.api_server import ApiServer, Object
+from tests.unit.qlora_operator.simulation.controllers import has
 from tests.unit.qlora_operator.simulation.kubelet import Kubelet, Run
 
 _JOB = Draft4Validator(structural_schema(QLoRAJobStatus, defaults=False))
@@ -21,6 +22,8 @@ class Accounts:
         """UIDs of the jobs that were suspended once: what they lost then was lost on purpose."""
         self._seen: set[str] = set()
         """UIDs of the pods that the operator has seen running, by the status of their jobs."""
+        self._late: set[str] = set()
+        """UIDs of the pods whose end was not shown when their job had failed: they use GPUs, and count for no limit."""
         api.watches.append(self._watch)
 
     def _watch(self, kind: str, _event: str, body: Object) -> None:
@@ -28,6 +31,9 @@ class Accounts:
             self._seen.add((body["status"].get("step") or {}).get("runningPod", ""))
             if body["spec"].get("suspend"):
                 self._suspended.add(body["metadata"]["uid"])
+            if has(body, "Failed"):
+                runs = self._kubelet.runs.values()
+                self._late.update(run.uid for run in runs if body["metadata"]["uid"] in run.uids and run.shown is None)
 
     def check(self) -> None:
         """Compare all."""
@@ -40,9 +46,10 @@ class Accounts:
         name, uid, status = job["metadata"]["name"], job["metadata"]["uid"], job["status"]
         runs = [run for run in self._kubelet.runs.values() if run.uids == (uid,) and run.step != "clean"]
         known = [run for run in runs if run.is_known and run.shown is not None]
-        seconds = sum(run.seconds for run in known if run.node == 0)
+        in_time = [run for run in known if run.uid not in self._late]
+        seconds = sum(run.seconds for run in in_time if run.node == 0)
         assert status.get("activeSeconds", 0) >= seconds, f"{name} has run for {seconds} seconds at least"
-        now = [run for run in known if run.attempt >= status.get("firstAttempt", 1)]
+        now = [run for run in in_time if run.attempt >= status.get("firstAttempt", 1)]
         failures = len({run.job if run.nodes > 1 else run.pod for run in now if run.failed})
         assert status.get("failures", 0) >= failures, f"{name} has failed {failures} times at least"
         if uid not in self._suspended and not status.get("resolved", {}).get("queueName"):
@@ -57,7 +64,8 @@ class Accounts:
         """Return the pods of the job that were seen running and interrupted, and that others of their Job followed."""
         seen = [run for run in self._kubelet.runs.values() if run.uids == (uid,) and run.uid in self._seen]
         last = {run.job: run for run in seen}
-        return [run for run in seen if run.disrupted and run.nodes == 1 and last[run.job] is not run]
+        lost = [run for run in seen if run.disrupted and run.nodes == 1 and run.uid not in self._late]
+        return [run for run in lost if last[run.job] is not run]
 
     def _check_sweep(self, sweep: Object) -> None:
         name, status = sweep["metadata"]["name"], sweep["status"]

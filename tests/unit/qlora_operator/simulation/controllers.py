@@ -183,7 +183,7 @@ class Kueue:
 
     def _watch(self, kind: str, _event: str, _body: Object) -> None:
         if kind == "jobs":
-            self._agenda.soon(self._admit)
+            self._agenda.add(self._agenda.random.choice((1, 3, 10)), self._admit)
 
     def _jobs(self) -> list[Object]:
         queued = [job for job in self._api.all("jobs") if QUEUE_LABEL in job["metadata"]["labels"]]

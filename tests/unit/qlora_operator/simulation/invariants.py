@@ -27,7 +27,7 @@ class Invariants:
         self._api, self._agenda, self._kubelet = api, agenda, kubelet
         self._limit = profile.limits.jobs if profile.limits is not None else None
         self._names: dict[str, set[str]] = {}
-        """The Jobs that each owner has had."""
+        """The Jobs that each owner has noted in its status: none is created again."""
         api.check = self._check
 
     def _check(self, method: str, kind: str, before: Object | None, after: Object | None) -> None:
@@ -56,7 +56,7 @@ class Invariants:
     # --- Jobs
 
     def _job_is_made(self, body: Object) -> None:
-        owner, labels, name = controller(body), body["metadata"]["labels"], body["metadata"]["name"]
+        owner, name = controller(body), body["metadata"]["name"]
         prefix = name.rpartition("-")[0].rpartition("-")[0] if owner["kind"] == SWEEP_KIND else ""
         others = [job for job in self._api.owned("jobs", owner["uid"]) if _begins(job, prefix)]
         alive = [job["metadata"]["name"] for job in others if not has(job, *ENDS)]
@@ -64,10 +64,7 @@ class Invariants:
         pods = [pod for pod in self._api.all("pods") if pod["metadata"]["labels"].get(JOB_UID_LABEL) == owner["uid"]]
         live = [pod["metadata"]["name"] for pod in pods if _begins(pod, prefix) and not over(pod)]
         assert not live, f"Job {name} is created beside pods {live}"
-        known = self._names.setdefault(owner["uid"], set())
-        assert name not in known or labels[STEP_LABEL] == "clean", f"Job {name} is created a second time"
-        if self._api.get("jobs", name) is None:
-            known.add(name)
+        assert name not in self._names.get(owner["uid"], ()), f"Job {name} is created a second time"
         if owner["kind"] == SWEEP_KIND:
             for cell in body["metadata"]["annotations"][CELLS_ANNOTATION].split(","):
                 self._may_run(self._api.get("qlorajobs", cell), name)
@@ -100,7 +97,9 @@ class Invariants:
         assert job is not None
         step, stored = body["metadata"]["labels"][STEP_LABEL], job["status"].get("step") or {}
         allowed = (job["spec"].get("retry") or {}).get("maxFailures", 3) if spec["completions"] == 1 else 0
-        counted = stored.get("failures", 0) if stored.get("name") == step else 0
+        # A retry begins to count again, and is stored after its first Job is created.
+        is_counted = stored.get("name") == step and not _is_retried(job["status"], job["spec"])
+        counted = stored.get("failures", 0) if is_counted else 0
         assert spec["backoffLimit"] <= max(0, allowed - counted), f"{name} allows {spec['backoffLimit']} failures"
         failed = [run for run in self._runs(job["metadata"]["uid"], job["status"]) if run.step == step and run.failed]
         assert spec["backoffLimit"] >= allowed - len(failed), f"{name} allows {spec['backoffLimit']} failures"
@@ -125,6 +124,7 @@ class Invariants:
         assert status != before, f"the status of {name} is written although it is equal"
         assert QLoRAJobStatus.model_validate(status).dump() == status, f"{name} has a status outside the schema"
         self._goes_on(name, before, status, body["spec"])
+        self._note_job(uid, status)
         alone = [run for run in self._kubelet.runs.values() if run.uids == (uid,) and run.step != "clean"]
         self._counts_no_more_than_happened(name, status, alone, self._runs(uid, status))
         if self._limit is not None and "resolved" in status and not before.get("resolved"):
@@ -166,6 +166,10 @@ class Invariants:
         assert status.get("activeSeconds", 0) <= seconds, f"{name} has run for {seconds} seconds"
         for entry in (status.get("usage") or {}).get("pods", ()):
             _entry_is_true(name, entry, self._kubelet.runs.get(entry["uid"]), now)
+
+    def _note_job(self, uid: str, status: Object) -> None:
+        if status.get("step") and status["step"].get("jobUid"):
+            self._names.setdefault(uid, set()).add(status["step"]["jobName"])
 
     def _runs(self, uid: str, status: Object) -> list[Run]:
         """The pods of the job alone since its start, or since its last retry."""
@@ -209,6 +213,7 @@ class Invariants:
         earlier = {pod["number"]: pod for pod in before.get("pods", ())}
         for pod in status.get("pods", ()):
             _pod_goes_on(earlier.get(pod["number"], {}), pod)
+            self._note_job(body["metadata"]["uid"], pod)
             prefix = f"{sweep_pod_name(name, pod['number'])}-"
             runs = [run for run in self._kubelet.runs.values() if run.job.startswith(prefix)]
             self._counts_no_more_than_happened(prefix, pod, runs, runs)
