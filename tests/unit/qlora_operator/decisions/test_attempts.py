@@ -216,6 +216,7 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
         ([running(pod("train", number=2), since=-8)], (0, 1, 50)),
         ([ended(pod("train", number=2), 203, start=-8, end=-5)], (1, 1, 53)),
         ([ended(pod("train", number=2), 203, start=-8, end=-5), pod("train", number=3)], (1, 1, 53)),
+        ([ended(pod("train", number=n), 203, start=4 * n - 16, end=4 * n - 13) for n in (2, 3)], (2, 1, 56)),
     ]
     for pods, expected in steps:
         for _ in range(2):
