@@ -16,11 +16,11 @@ def live(lives: type[Lives], count: int) -> None:
 
 
 def test_jobs_live_and_end_without_breaking_an_invariant() -> None:
-    live(JobLives, 220)
+    live(JobLives, 250)
 
 
 def test_sweeps_live_and_end_without_breaking_an_invariant() -> None:
-    live(SweepLives, 80)
+    live(SweepLives, 50)
 
 
 @pytest.mark.slow
