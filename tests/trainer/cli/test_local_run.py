@@ -24,8 +24,8 @@ from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.commands.command import MANIFEST, SPEC, Files, invoked, new_files, qlora
+from tests.support.ranks import waiting_at
 from tests.support.runs.forked_step import start_forked
-from tests.support.runs.waiting_step import wait_at
 
 
 @pytest.fixture
@@ -107,8 +107,7 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llam
     terminal, end = pty.openpty()
 
     def on_a_terminal() -> None:
-        os.environ.update(COLUMNS="160", TERM="xterm")
-        wait_at(3, 0, folder=str(tmp_path))
+        os.environ.update(waiting_at(tmp_path / "code", 3, 0), COLUMNS="160", TERM="xterm")
 
     process = ForkedRun(command, on_a_terminal, stdout=end, stderr=subprocess.STDOUT)
     os.close(end)
