@@ -192,7 +192,7 @@ def test_several_gpus_are_requested_with_their_shared_memory() -> None:
     assert container_of(job)["resources"]["limits"]["nvidia.com/gpu"] == "4"
     assert mounts_of(job)["/dev/shm"] == ("emptyDir", True)
     (volume,) = (volume for volume in pod_of(job)["volumes"] if volume["name"] == "shared-memory")
-    assert volume["emptyDir"]["medium"] == "Memory"
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
     assert "/dev/shm" not in mounts_of(build("train"))
     assert "/dev/shm" not in mounts_of(build("publish", resources={"gpus": 4}))
     on_cpu = container_of(build("train", {"gpuResource": None}, resources={"gpus": 2}))
