@@ -19,6 +19,8 @@ BY_FILE := --numprocesses=3 --dist=loadfile
 export SELECTION ?= -m 'not slow'
 export PREPARE ?=
 export PODS ?= tests/cluster/test_life.py
+# Random lives of jobs, which cost half as much as all other unit tests: for `make test`, not for `make check`.
+SIMULATION := tests/unit/qlora_operator/simulation
 # What each suite has cost and skipped.
 SPENT := $(CACHE)/spent
 # Targets at the same time: the others go on if one fails, and all after Ctrl-C end before make does.
@@ -94,7 +96,7 @@ suite-trainer:
 	trap 'exit 130' INT
 	failed=0
 	# One thread each, as the processes share the cores.
-	OMP_NUM_THREADS=1 $(PYTEST) $(TOGETHER) $(SELECTION) --spent=$(SPENT)/trainer.json tests/devcluster tests/commands tests/trainer || failed=1
+	OMP_NUM_THREADS=1 $(PYTEST) $(TOGETHER) $(SELECTION) --spent=$(SPENT)/trainer.json $(SIMULATION) tests/devcluster tests/commands tests/trainer || failed=1
 	# In a process of their own: the tests of the trainer hide the GPUs from theirs.
 	$(PYTEST) $(SELECTION) --spent=$(SPENT)/gpu.json tests/gpu || failed=1
 	exit $$failed
@@ -153,7 +155,7 @@ check-text:
 
 .PHONY: check-units
 check-units:
-	@$(PYTHON) -m pytest -q -rfEs $(TOGETHER) $(SELECTION) --spent=$(SPENT)/unit.json tests/unit
+	@$(PYTHON) -m pytest -q -rfEs $(TOGETHER) $(SELECTION) --spent=$(SPENT)/unit.json tests/unit --ignore=$(SIMULATION)
 
 .PHONY: words
 words: $(VENV)/.synced ## List where text breaks the rules of docs/styles, with the rates: all of it, or IN=FOLDER
