@@ -11,7 +11,7 @@ from tests.support.cluster.weather import LEASES, OWN, Site, Tenant, proxy_of
 from tests.support.services.api_proxy import serve_api
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def account(plane: ControlPlane) -> str:
     """Create an account that may only write Leases so far, and return its token."""
     plane.kubectl("create", "namespace", OWN)
