@@ -142,18 +142,23 @@ class Files:
         ]
 
     def start(self, step: str, prefix: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
-        """The step's process, running. `prefix` is a program that starts it."""
+        """The step's process, running: a fork, unless a program starts it or variables are read at its start."""
         command = [*prefix, *self.command(step)]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         if prefix or any(name not in _READ_LATE for name in environment):
             return subprocess.Popen(command, env=_environment(environment), **pipes)
+        # It loads PyTorch, which tests of the API do without.
         from tests.support.runs.forked_step import start_forked
 
         return start_forked(command, _environment(environment), **pipes)
 
     def finish(self, process: "subprocess.Popen[str]", read: str = "") -> Done:
         """Wait for a process of `start`, of whose standard output `read` has been read."""
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+        try:
+            stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
         log = self.root / "termination-log"
         return Done(process.returncode, read + stdout, stderr, log.read_text() if log.exists() else "")
 

@@ -1,4 +1,4 @@
-"""A step's process, forked from one that has loaded the trainer instead of started, with its patches."""
+"""A step's process, forked from one that has loaded the trainer: with pytest's patches, without unittest.mock's."""
 
 import gc
 import logging
@@ -22,29 +22,48 @@ import torch
 from qlora_trainer.__main__ import main
 from qlora_trainer.training.distributed import launch
 
+OpenFile = tuple[int, str]
+"""A number and what it is open for: another file may get the number."""
 _START = subprocess.Popen
 _OPTIONS_OF_PYTHON = 3
 """`python -m qlora_trainer`"""
 
 
-def start_forked(command: Sequence[str], env: Mapping[str, str], **streams: Any) -> "subprocess.Popen[Any]":
-    """Start a step by the trainer's command line, as `subprocess.Popen` does, without a new interpreter."""
+def start_forked(
+    command: Sequence[str], env: Mapping[str, str], inherited: frozenset[OpenFile] = frozenset(), **streams: Any
+) -> "subprocess.Popen[Any]":
+    """Start a step by the trainer's command line, as `subprocess.Popen` does, without a new interpreter.
+
+    It keeps the files `inherited`; those of this process by default.
+    """
     for step in ("prepare", "train", "publish"):
         import_module(f"qlora_trainer.steps.{step}")
-    be_step = partial(_be_step, command, dict(env), _open_files())
+    be_step = partial(_be_step, command, dict(env), inherited or _open_files())
     # Python ignores the signals that would be restored.
     return _START(command, env=env, preexec_fn=be_step, restore_signals=False, **streams)
 
 
-def _open_files() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}
+def _start_rank(
+    inherited: frozenset[OpenFile], command: Sequence[str], env: Mapping[str, str], **streams: Any
+) -> "subprocess.Popen[Any]":
+    """Start another rank without the streams and locks of the first one, whose libraries keep their sockets."""
+    of_libraries = {each for each in _open_files() if each[1].startswith(("socket:", "anon_inode:"))}
+    return start_forked(command, env, inherited | of_libraries, **streams)
 
 
-def _be_step(command: Sequence[str], environment: dict[str, str], inherited: set[int]) -> NoReturn:
+def _open_files() -> frozenset[OpenFile]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the folder that was read
+            found.add((int(name), os.readlink(f"/proc/self/fd/{name}")))
+    return frozenset(found)
+
+
+def _be_step(command: Sequence[str], environment: dict[str, str], inherited: frozenset[OpenFile]) -> NoReturn:
     """Run the step where the program would be executed."""
     # These are pipes of subprocess; one of them shows it that the program is running. Libraries use the others.
-    for number in _open_files() - inherited - {0, 1, 2}:
-        with suppress(OSError):  # the folder that was read
+    for number, _ in _open_files() - inherited:
+        if number > 2:
             os.close(number)
     # What the tests' process still needs is not finalized here.
     gc.freeze()
@@ -57,7 +76,7 @@ def _be_step(command: Sequence[str], environment: dict[str, str], inherited: set
     # PyTorch's pool of threads is not forked.
     torch.set_num_threads(1)
     # The other ranks of the pod. They begin without what the first one waits for.
-    vars(launch)["subprocess"] = SimpleNamespace(**vars(subprocess) | {"Popen": start_forked})
+    vars(launch)["subprocess"] = SimpleNamespace(**vars(subprocess) | {"Popen": partial(_start_rank, inherited)})
     patch.stopall()
     first = Path(environment.get("PYTHONPATH", "").partition(os.pathsep)[0], "sitecustomize.py")
     try:
