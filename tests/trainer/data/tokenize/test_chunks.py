@@ -42,7 +42,11 @@ class StopAfter(Recorded):
 
 
 def test_workers_interruptions_and_chunks_change_nothing(
-    make_context: MakeContext, tmp_path: Path, workers: Any, monkeypatch: pytest.MonkeyPatch
+    make_context: MakeContext,
+    tmp_path: Path,
+    workers: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     spec = {"dataset": {"eval": {"fraction": 0.2}}}
@@ -61,6 +65,7 @@ def test_workers_interruptions_and_chunks_change_nothing(
         assert {name: made[name] for name in made if name != "manifest.json"} == {
             name: whole[name] for name in whole if name != "manifest.json"
         }
+    assert "PyTorch" not in capfd.readouterr().err, "a worker misses what it does without"
 
 
 @pytest.mark.usefixtures("small_chunks")
