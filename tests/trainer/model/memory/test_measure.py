@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from qlora_api.memory.advice import verdict
 from qlora_api.memory.estimate import GIB
@@ -74,13 +74,30 @@ def test_every_part_of_a_llama_is_counted(plain: MeasuredMemory) -> None:
     assert measured_estimate(plain, answering).answers == 256 * 2 * 2 * 512 * 2 + 128**2 * 8 * 8
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_each_listed_family_has_the_weights_that_are_counted_from_its_config(model_type: str) -> None:
+def wide(model_type: str) -> PretrainedConfig:
     # GPT-NeoX has no groups of queries, Ministral no separate head size.
     left_out = {"num_key_value_heads"} if model_type == "gpt_neox" else set()
     sizes = {name: size for name, size in WIDE.items() if name not in left_out}
     extra: dict[str, Any] = {"head_dim": 128} if model_type == "ministral" else {}
-    config = AutoConfig.for_model(model_type, pad_token_id=2, **sizes, **extra)
+    return AutoConfig.for_model(model_type, pad_token_id=2, **sizes, **extra)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_the_dry_run_of_each_listed_family_counts_the_same_weights(model_type: str, tmp_path: Path) -> None:
+    config = wide(model_type)
+    config.save_pretrained(tmp_path)
+    spec = job(training={"maxSequenceLength": 16})
+    found = measure(tmp_path / "config.json", spec, [StepSize(1, 16, True)], "")
+    counted = count_weights(ModelShape.from_config(config.to_dict()), training_shape(spec, ("all-linear",)))
+    for field in ("blocks", "quantized_parameters", "adapter_parameters", "pageable_parameters", "whole_parameters"):
+        assert getattr(found, field) == getattr(counted, field), field
+    assert found.unquantized_bytes == pytest.approx(counted.unquantized_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_each_listed_family_has_the_weights_that_are_counted_from_its_config(model_type: str) -> None:
+    config = wide(model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     counted = count_weights(ModelShape.from_config(config.to_dict()), training_shape(job(), ("all-linear",)))
