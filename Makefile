@@ -18,7 +18,7 @@ TOGETHER := --numprocesses=$(WORKERS) --dist=worksteal
 BY_FILE := --numprocesses=3 --dist=loadfile
 export SELECTION ?= -m 'not slow'
 export PREPARE ?=
-export PODS ?= tests/cluster/test_life.py
+export PODS ?=
 # Random lives of jobs, which cost half as much as all other unit tests: for `make test`, not for `make check`.
 SIMULATION := tests/unit/qlora_operator/simulation
 # What each suite has cost and skipped.
@@ -56,7 +56,7 @@ walk: $(VENV)/.synced ## Record in docs/walk.md what a newcomer types, from inst
 	@$(PYTHON) -m examples.walk $(WALK_OPTIONS)
 
 .PHONY: test
-test: no-cluster suites ## Check, and run the suites of every change: up to 40 minutes on two cores, 20 when all is built
+test: no-cluster suites ## Check, and run the suites of every change: 20 minutes on two cores when all is built
 
 .PHONY: test-cluster
 test-cluster: no-cluster test-tools ## Run the tests that need pods or images, but the slowest: 25 minutes, when all is built
@@ -113,9 +113,10 @@ suite-api:
 # Programs and images are built beside the suites that do without them, which have precedence.
 .PHONY: suite-cluster
 suite-cluster:
-	@nice --adjustment=10 $(DEVCLUSTER) prepare $(PREPARE) > $(CACHE)/cluster.log 2>&1 || { tail --lines=40 $(CACHE)/cluster.log; exit 1; }
+	@echo "Programs and images for the pods: see $(CACHE)/prepare.log"
+	nice --adjustment=10 $(DEVCLUSTER) prepare $(PREPARE) > $(CACHE)/prepare.log 2>&1 || { tail --lines=40 $(CACHE)/prepare.log; exit 1; }
 	failed=0
-	$(PYTEST) $(SELECTION) --spent=$(SPENT)/cluster.json $(PODS) > $(CACHE)/cluster.log 2>&1 || failed=1
+	$(PYTEST) $(SELECTION) --spent=$(SPENT)/cluster.json $(or $(PODS),tests/cluster/test_life.py) > $(CACHE)/cluster.log 2>&1 || failed=1
 	cat $(CACHE)/cluster.log
 	exit $$failed
 
@@ -136,7 +137,7 @@ mutants: $(VENV)/.synced ## Put known defects back into the code: each must fail
 	@$(PYTHON) -m tests.mutants $(if $(SAMPLE),--sample $(SAMPLE) --seed $(or $(SEED),1))
 
 .PHONY: check
-check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, words, generated files, unit tests: a minute
+check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, words, generated files, unit tests without random lives: a minute
 	@$(CHECKS)
 
 .PHONY: check-types

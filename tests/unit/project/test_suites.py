@@ -14,15 +14,16 @@ EXPECTED = {
     "cost": {"unit": {"processor": 100}, "cluster": {"seconds": 100}},
     "skips": {r"needs \d CUDA GPU": "none here"},
 }
-WITHIN = {"unit": Spent(3, 100 * FACTOR, 999, {}), "cluster": Spent(3, 999, 100 * FACTOR, {})}
+MOST, LONGEST = (100 * FACTOR[kind] for kind in ("processor", "seconds"))
+WITHIN = {"unit": Spent(3, MOST, 999, {}), "cluster": Spent(3, 999, LONGEST, {})}
 
 
 def test_each_suite_is_held_against_its_own_kind_of_cost() -> None:
     assert findings(WITHIN, EXPECTED, limits=True) == []
-    more = {"unit": Spent(3, 101 * FACTOR, 1, {}), "cluster": Spent(3, 1, 101 * FACTOR, {})}
+    more = {"unit": Spent(3, MOST + 1, 1, {}), "cluster": Spent(3, 1, LONGEST + 1, {})}
     (unit, cluster) = findings(more, EXPECTED, limits=True)
-    assert "unit: 202 s (processor), may be 200 s" in unit
-    assert "cluster: 202 s (seconds), may be 200 s" in cluster
+    assert "unit: 201 s (processor), may be 200 s" in unit
+    assert "cluster: 401 s (seconds), may be 400 s" in cluster
     assert findings(more, EXPECTED, limits=False) == []
 
 
