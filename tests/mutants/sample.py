@@ -114,7 +114,7 @@ def attempt(change: Change, copy: Path, tests: Tests, log: Path) -> Tried:
     if failed := _failure(change, copy, first[:FIRST], log):
         return Tried(change, diff, Verdict.CAUGHT, (failed,))
     reaching = tuple(_reaching(change, tests, untried))
-    if failed := _failure(change, copy, reaching, log):
+    if failed := _failure(change, copy, [test for test in reaching if test not in first[:FIRST]], log):
         return Tried(change, diff, Verdict.CAUGHT, (failed,))
     return Tried(change, diff, Verdict.SURVIVED if reaching else Verdict.UNREACHED, reaching, len(untried))
 

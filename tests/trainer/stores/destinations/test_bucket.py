@@ -72,7 +72,7 @@ def test_a_store_without_conditional_writes_is_a_permanent_failure(store: Store)
 
 
 def test_a_store_that_quotes_the_request_shows_no_key_of_it(trained: Files, store: Store) -> None:
-    """As S3 does about a key or a signature that it does not know. The keys are in the step's environment."""
+    """As S3 does about an invalid key or signature. The keys are in the step's environment."""
 
     def quote(request: Request) -> Fault:
         return Fault(403, body=f"<Error><Code>Unknown</Code>{request.headers} {SECRET_KEY}</Error>".encode())

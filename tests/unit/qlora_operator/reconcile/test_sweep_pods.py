@@ -45,7 +45,7 @@ class Passes:
         for name in NAMES:
             self.put_cell(cell_body(name=name))
         self.store, self.log = Store(), ""
-        """The log of each pod, and what the watches have shown."""
+        """What the watches have shown, and the log of each pod."""
         cluster = Cluster(self.api)
         progress = ProgressReader(cluster.read_log, _seconds(), concurrent=4)
         logs = ProgressReader(cluster.read_log, _seconds(), concurrent=4)

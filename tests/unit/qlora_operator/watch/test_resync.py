@@ -203,7 +203,7 @@ def test_a_recreated_definition_needs_a_new_watch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "says"),
+    ("failure", "found"),
     [
         (None, None),
         (RejectedError("forbidden"), "denies"),
@@ -211,7 +211,7 @@ def test_a_recreated_definition_needs_a_new_watch() -> None:
     ],
     ids=["well", "denied", "unreachable"],
 )
-def test_lost_rights_and_a_lost_server_are_distinguished(failure: ClusterError | None, says: str | None) -> None:
+def test_lost_rights_and_a_lost_server_are_distinguished(failure: ClusterError | None, found: str | None) -> None:
     played = Played(listed())
 
     async def scenario() -> None:
@@ -223,7 +223,7 @@ def test_lost_rights_and_a_lost_server_are_distinguished(failure: ClusterError |
         for seconds in (90, 3600):
             await asyncio.sleep(seconds)
             problem = played.resync.problem()
-            assert problem is None if says is None else says in present(problem)
+            assert problem is None if found is None else found in present(problem)
         played.lists.failure = None
         await asyncio.sleep(60)
         assert played.resync.problem() is None
