@@ -212,7 +212,8 @@ objective.batch_loss = batch_loss
 
 
 def test_a_cuda_error_in_bitsandbytes_ends_with_exit_code_1_and_a_log_line(prepared: Files, tmp_path: Path) -> None:
-    done = prepared.run("train", **beginning_with(tmp_path / "code", FAILING_CUDA))
+    # Not a fork of this process, where what other tests have started would end too.
+    done = prepared.run("train", ("env",), **beginning_with(tmp_path / "code", FAILING_CUDA))
     assert done.exit_code == 1, done.stdout + done.stderr
     assert not any(isinstance(record, ResultRecord) for record in done.records)
     log = (prepared.workspace / "records" / "train.log").read_text()
