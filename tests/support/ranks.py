@@ -134,7 +134,7 @@ def limit_second_gpu(rows: int) -> None:
 
 
 def waiting_at(folder: Path, step: int, *ranks: int, code: str = "") -> dict[str, str]:
-    """Return an environment in which these ranks wait for a signal after so many steps.
+    """Return an environment that lets these ranks wait for a signal after so many steps.
 
     `until_waiting` shows that they do: a signal that comes before may be lost.
     """

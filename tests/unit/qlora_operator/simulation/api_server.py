@@ -38,7 +38,7 @@ class ApiServer(Transport):
         self.errors = self.lost_answers = self.races = 0.0
         """Parts of the requests that fail, that lose their answer, and that the cluster overtakes."""
         self.rejected: set[str] = set()
-        """Kinds of which no object may be created."""
+        """Kinds whose objects may not be created."""
         self.writes = 0
         self._agenda, self._versions, self._uids = agenda, itertools.count(100), itertools.count(1)
 

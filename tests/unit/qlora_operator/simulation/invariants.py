@@ -90,7 +90,7 @@ class Invariants:
             return
         reads = read_folder(spec["template"]["spec"])
         writers = [run.pod for run in self._kubelet.running() if reads in run.folders and run.step != "clean"]
-        assert not writers, f"{name} is to read {reads}, to which {writers} write"
+        assert not writers, f"{name} is to read {reads} while {writers} write to it"
         if name.endswith("-prepare-1"):
             return  # created by what the watch has shown, perhaps a moment too late
         self._may_run(job, name)
