@@ -273,8 +273,8 @@ def _start_worker(recipe: Recipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Wherever transformers finds PyTorch it loads it, which takes each worker seconds and 700 MiB. It would advise in
-    # the step's log to install it.
+    # transformers loads PyTorch wherever it finds it, which takes each worker seconds and 700 MiB, and else advises, in
+    # the step's log, to install it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     _maker = ChunkMaker(recipe)
