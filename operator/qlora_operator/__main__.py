@@ -125,7 +125,10 @@ class Signals:
 
 
 class Operator:
-    """Wait until this release can work here, be elected, list everything, work."""
+    """Wait until this release can work here, watch, be elected, work.
+
+    A standby watches too: when it is elected, one list of versions shows that it has everything.
+    """
 
     def __init__(
         self,
@@ -144,15 +147,49 @@ class Operator:
         self._signals = signals
         self._check = SchemaCheck(cluster, self._follow_schema)
         self._follow_in_work: Callable[[bool], None] = lambda _lacks: None
+        self._store = Store()
+        self._queue: WorkQueue | None = None
+        """Of jobs; None while this operator does not work, and requests nothing."""
+        self._sweeps: WorkQueue | None = None
+        self._resync = Resync(
+            cluster,
+            settings.namespaces,
+            self._request,
+            store=self._store,
+            interval=settings.resync_seconds,
+            monotonic=time.monotonic,
+            on_access=metrics.namespace_is_denied,
+        )
 
     async def run(self) -> None:
         """Run until canceled."""
         self._health.ready = {"schema": self._schema_problem}
         await self._check.run()
+        hooks = Hooks(
+            self._request_now,
+            self._resync.monitor,
+            self._metrics.show,
+            self._signals.take,
+            self._store,
+            self._request_sweep,
+        )
         async with asyncio.TaskGroup() as group:
-            watching = group.create_task(self._check.watch())
+            beside = [group.create_task(self._check.watch()), group.create_task(watch(self._settings, hooks))]
             await self._lead()
-            watching.cancel()
+            for task in beside:
+                task.cancel()
+
+    def _request(self, key: Key, after: float) -> None:
+        if self._queue is not None:
+            self._queue.add(key, after)
+
+    def _request_now(self, key: Key, *, first: bool = False) -> None:
+        if self._queue is not None:
+            self._queue.add(key, first=first)
+
+    def _request_sweep(self, key: Key, after: float) -> None:
+        if self._sweeps is not None:
+            self._sweeps.add(key, after)
 
     async def _lead(self) -> None:
         if self._lease is None:
@@ -174,27 +211,27 @@ class Operator:
         self._follow_in_work(lacks)
 
     async def _work(self) -> None:
-        settings = self._settings
-        queue, sweeps, resync, hooks = self._wired()
-        with self._at_work((queue, sweeps), resync):
-            await resync.first()
+        settings, (queue, sweeps) = self._settings, self._new_queues()
+        with self._at_work((queue, sweeps)):
+            changed = await self._resync.first()
             _keep_what_is_there()
+            self._queue, self._sweeps = queue, sweeps
+            self._resync.request_all(changed)
             where = ", ".join(settings.namespaces) or "all namespaces"
-            logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
+            logger.info("working in %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
             async with asyncio.TaskGroup() as group:
                 group.create_task(queue.run())
                 group.create_task(sweeps.run())
-                group.create_task(resync.run())
+                group.create_task(self._resync.run())
                 listing = look_at_all_sweeps(self._cluster, settings.namespaces, sweeps.add, settings.resync_seconds)
                 group.create_task(listing)
-                group.create_task(watch(settings, hooks))
 
-    def _wired(self) -> tuple[WorkQueue, WorkQueue, Resync, Hooks]:
-        """Connect the queues, the resync and the hooks to one store without a start."""
-        settings, metrics, store, progress = self._settings, self._metrics, Store(), self._progress_reader()
+    def _new_queues(self) -> tuple[WorkQueue, WorkQueue]:
+        """Return the queues of jobs and sweeps, without a start."""
+        settings, metrics, progress = self._settings, self._metrics, self._progress_reader()
         queue = WorkQueue(
             # It requests others, when one has ended that they wait for.
-            self._reconciler(store, progress, lambda key: queue.add(key)).reconcile,
+            self._reconciler(progress, self._request_now).reconcile,
             monotonic=time.monotonic,
             workers=settings.workers,
             namespaces=settings.namespaces,
@@ -213,33 +250,15 @@ class Operator:
             workers=_SWEEP_WORKERS,
             on_error=metrics.reconcile_errors.inc,
         )
-        resync = Resync(
-            self._cluster,
-            settings.namespaces,
-            queue.add,
-            store=store,
-            interval=settings.resync_seconds,
-            monotonic=time.monotonic,
-            on_access=metrics.namespace_is_denied,
-        )
-        hooks = Hooks(
-            queue.add,
-            resync.monitor,
-            metrics.show,
-            self._signals.take,
-            store,
-            objects_per_page=lambda: self._cluster.shortest_page,
-            enqueue_sweep=sweeps.add,
-        )
-        return queue, sweeps, resync, hooks
+        return queue, sweeps
 
     @contextmanager
-    def _at_work(self, queues: tuple[WorkQueue, WorkQueue], resync: Resync) -> Iterator[None]:
+    def _at_work(self, queues: tuple[WorkQueue, WorkQueue]) -> Iterator[None]:
         """Show the work in probes and metrics until the block ends.
 
         The work pauses while the schema lacks fields.
         """
-        health, candidate = self._health, dict(self._health.ready)
+        health, resync, candidate = self._health, self._resync, dict(self._health.ready)
 
         def follow_schema(lacks: bool) -> None:
             for queue in queues:
@@ -256,6 +275,7 @@ class Operator:
         try:
             yield
         finally:
+            self._queue = self._sweeps = None
             self._follow_in_work = lambda _lacks: None
             self._metrics.works(None)
             health.ready, health.note = candidate, lambda: None
@@ -266,7 +286,7 @@ class Operator:
         concurrent = max(1, self._settings.workers // 2)
         return ProgressReader(self._cluster.read_log, time.monotonic, concurrent=concurrent)
 
-    def _reconciler(self, store: Store, progress: ProgressReader | None, enqueue: Callable[[Key], None]) -> Reconciler:
+    def _reconciler(self, progress: ProgressReader | None, enqueue: Callable[[Key], None]) -> Reconciler:
         settings, cluster = self._settings, self._cluster
         return Reconciler(
             cluster=cluster,
@@ -275,7 +295,7 @@ class Operator:
             metrics=self._metrics,
             clock=lambda: datetime.now(UTC),
             starts=Starts(cluster.profiles_in_use, enqueue, time.monotonic),
-            store=store,
+            store=self._store,
             dns_ports=settings.dns_ports,
             suspect_schema=self._check.suspect,
         )

@@ -8,7 +8,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import aiohttp
 
 from qlora_operator.decisions.observed.objects import Object
-from qlora_operator.kube.errors import UnavailableError, error_for_status, first_characters, unusable_answer
+from qlora_operator.kube.errors import (
+    ExpiredError,
+    UnavailableError,
+    error_for_status,
+    first_characters,
+    unusable_answer,
+)
 from qlora_operator.kube.listing import OBJECTS_PER_PAGE
 from qlora_operator.kube.transport import Query, TooLongError, Transport
 
@@ -33,24 +39,22 @@ class Api:
         self._transport = transport
         # Of all lists together: however many workers read one, and however large its objects are.
         self._room = asyncio.Semaphore(_PAGES_AT_A_TIME)
-        self._shortest_page = OBJECTS_PER_PAGE
-
-    @property
-    def shortest_page(self) -> int:
-        """Return the shortest page so far of a list of large objects.
-
-        A reader that cannot shorten a page that gets too long asks for no more than that.
-        """
-        return self._shortest_page
 
     async def _pages(
-        self, path: str, selector: Query, read: Callable[[Object], T], *, accept: str = "application/json"
+        self,
+        path: str,
+        selector: Query,
+        read: Callable[[Object], T],
+        *,
+        longest: int = OBJECTS_PER_PAGE,
+        **request: Any,
     ) -> AsyncIterator[Page[T]]:
-        """Read a list, and keep only the results of `read` after each page.
+        """Read a list, and keep only the results of `read` after each page of at most `longest` objects.
 
-        Pages are halved until they are short enough, or have one object.
+        Pages are halved until they are short enough, or have one object. A list whose token expires goes on with the
+        objects as they are then, under the version of its beginning.
         """
-        token, size = "", OBJECTS_PER_PAGE
+        token, size = "", longest
         while True:
             query = [("limit", str(size)), *selector, *([("continue", token)] if token else [])]
             most = _BYTES_PER_PAGE if size > 1 else None
@@ -58,17 +62,21 @@ class Api:
                 # One expression: no name keeps an object alive. Nothing waits between the turn and its end, so that
                 # each page is parsed before another one is read.
                 page, token = _read_page(
-                    await self._json("GET", path, query=query, accept=accept, most=most, turn=self._room), read
+                    await self._json("GET", path, query=query, most=most, turn=self._room, **request), read
                 )
             except TooLongError:
                 size //= 2
-                self._shortest_page = min(self._shortest_page, size)
+                continue
+            except ExpiredError as error:
+                if not error.next_token:
+                    raise
+                token = error.next_token
                 continue
             yield page
             if not token:
                 return
             # Few large objects are no reason to ask for thousands of small ones one by one.
-            size = min(2 * size, OBJECTS_PER_PAGE)
+            size = min(2 * size, longest)
 
     async def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         """An object of the API, or a list of them."""
@@ -77,11 +85,13 @@ class Api:
             raise unusable_answer(f"{method} {path}", "a JSON object without metadata")
         return answer
 
-    async def _document(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+    async def _document(
+        self, method: str, path: str, *, parse: Callable[[bytes], Any] | None = None, **request: Any
+    ) -> dict[str, Any]:
         """Read a JSON object: a load balancer or login proxy may answer with anything."""
         data = await self._request(method, path, **request)
         try:
-            answer = json.loads(data)
+            answer = (parse or json.loads)(data)
         except ValueError as error:
             raise unusable_answer(f"{method} {path}", f"not JSON: {first_characters(data)!r}") from error
         if not isinstance(answer, dict):

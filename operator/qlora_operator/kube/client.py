@@ -7,7 +7,7 @@ wait, read again or report.
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import aiohttp
 
@@ -25,6 +25,7 @@ from qlora_operator.kube.errors import (
     NotFoundError,
 )
 from qlora_operator.kube.listing import (
+    VERSIONS_PER_PAGE,
     ChildList,
     ChildView,
     Kind,
@@ -32,6 +33,7 @@ from qlora_operator.kube.listing import (
     child_view,
     compact,
     object_version,
+    parse_versions,
     without_foreign_resolved,
 )
 from qlora_operator.kube.transport import (
@@ -39,8 +41,6 @@ from qlora_operator.kube.transport import (
 )
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 FIELD_MANAGER = "qlora-operator"
 # For what only explains. A log comes from a node through the API server, a Workload perhaps through a webhook: a slow
@@ -51,6 +51,8 @@ _TAIL_BYTES = 64 * 1024
 
 
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+_VERSIONS: dict[str, Any] = {"accept": _METADATA_ONLY, "parse": parse_versions, "longest": VERSIONS_PER_PAGE}
+"""How to list versions or names of many objects."""
 
 _JOBS = "/apis/batch/v1"
 _CORE = "/api/v1"
@@ -121,18 +123,11 @@ class Cluster(Api):
         """
         found: list[ObjectVersion] = []
         version = ""
-        async for page in self._pages(*_watched(kind, namespace), partial(object_version, kind), accept=_METADATA_ONLY):
+        read, where = partial(object_version, kind), _watched(kind, namespace)
+        async for page in self._pages(*where, read, **_VERSIONS):
             found += page.items
             version = version or page.version
         return found, version
-
-    async def pages(self, kind: Kind, namespace: str | None, read: Callable[[Object], T]) -> AsyncIterator[Sequence[T]]:
-        """Yield the result of `read` for the same objects, page by page.
-
-        `read` must not keep the objects.
-        """
-        async for page in self._pages(*_watched(kind, namespace), read):
-            yield page.items
 
     async def check_list(self, kind: Kind, namespace: str | None) -> None:
         """List one object of the kind, to check connection and rights.
@@ -213,7 +208,8 @@ class Cluster(Api):
     async def sweep_names(self, namespace: str | None) -> list[tuple[str, str]]:
         """Namespace and name of each QLoRASweep in one namespace or in all (None)."""
         where = f"/namespaces/{namespace}" if namespace else ""
-        pages = self._pages(f"{_QLORA}{where}/{SWEEP_PLURAL}", [], _name_of, accept=_METADATA_ONLY)
+        path = f"{_QLORA}{where}/{SWEEP_PLURAL}"
+        pages = self._pages(path, [], _name_of, **_VERSIONS)
         return [name async for page in pages for name in page.items]
 
     async def list_cells(self, namespace: str, sweep_uid: str) -> list[CellJob]:

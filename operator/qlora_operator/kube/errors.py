@@ -11,6 +11,14 @@ class UnavailableError(ClusterError):
     """The API server was not reached, or could not answer: try again later."""
 
 
+class ExpiredError(UnavailableError):
+    """The token of a list's next page is older than five minutes. `next_token`: to go on, if the server offers it."""
+
+    def __init__(self, message: str, next_token: str) -> None:
+        super().__init__(message)
+        self.next_token = next_token
+
+
 class NotFoundError(ClusterError):
     """The object does not exist."""
 
@@ -33,11 +41,12 @@ class ForbiddenError(RejectedError):
 
 def error_for_status(status: int, request: str, data: bytes) -> ClusterError:
     """Return the error of an answer with this HTTP status."""
-    text, reason = "", ""
+    text, reason, token = "", "", ""
     try:
         answer = json.loads(data)
         if isinstance(answer, dict):
             text, reason = str(answer.get("message", "")), answer.get("reason", "")
+            token = str((answer.get("metadata") or {}).get("continue") or "")
     except ValueError:
         text = first_characters(data)
     if status == 404:
@@ -45,6 +54,8 @@ def error_for_status(status: int, request: str, data: bytes) -> ClusterError:
     if status == 409:
         # The server also answers so if a quota has changed while it counted the new object.
         return (AlreadyExistsError if reason == "AlreadyExists" else ConflictError)(f"{request}: {text}")
+    if status == 410:
+        return ExpiredError(f"{request}: {text}", token)
     if status in (401, 403):
         return ForbiddenError(text)
     # The server answers with 500 if a webhook of the kind cannot be reached.

@@ -23,13 +23,15 @@ SERIES_PER_RUNNING_JOB = len(FIGURES) + 2
 
 
 class JobMetrics(Collector):
-    """The observed jobs of the working operator, none on standby.
+    """The observed jobs.
 
     `running_jobs`: the number of jobs with separate series: those that began first, also after a restart.
     """
 
     def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS) -> None:
         self._most = running_jobs
+        self.works = True
+        """Whether this operator is the one that works: its standbys observe the same jobs."""
         self._jobs: dict[Key, dict[str, ShownJob]] = {}
         """Of each name, by UID: a job and its replacement exist together for a moment."""
         self._running: dict[str, ShownJob] = {}
@@ -55,14 +57,10 @@ class JobMetrics(Collector):
             if uid != replaced_by:
                 self._drop(key, uid)
 
-    def clear(self) -> None:
-        """Drop all of them: the operator that works now has newer ones."""
-        self._jobs.clear()
-        self._running.clear()
-
     def collect(self) -> Iterator[Metric]:
-        """The metrics of this moment."""
-        jobs = [job for jobs in self._jobs.values() for job in jobs.values()]
+        """The metrics of this moment, none on standby."""
+        jobs = [job for jobs in self._jobs.values() for job in jobs.values()] if self.works else []
+        running = self._running if self.works else {}
         yield _by_phase(jobs)
         yield _failed(jobs)
         yield _queued_since(jobs)
@@ -70,13 +68,13 @@ class JobMetrics(Collector):
         yield GaugeMetricFamily(
             "qlora_jobs_without_progress", "QLoRAJobs whose condition Progressing is False.", stalled
         )
-        left_out = max(0, len(self._running) - self._most)
+        left_out = max(0, len(running) - self._most)
         yield GaugeMetricFamily(
             "qlora_jobs_left_out",
             "Running jobs without metrics of their own, as there are more than settings.metrics.runningJobs.",
             left_out,
         )
-        longest = nsmallest(self._most, self._running.values(), key=lambda job: (job.started, job.uid))
+        longest = nsmallest(self._most, running.values(), key=lambda job: (job.started, job.uid))
         yield from _of_each(tuple(longest))
 
     def _drop(self, key: Key, uid: str) -> None:

@@ -90,10 +90,10 @@ class Metrics:
     def works(self, depth: Callable[[], int] | None) -> None:
         """Note that the operator works with a queue, or is on standby (None) without jobs."""
         self.leads.set(depth is not None)
+        self.jobs.works = depth is not None
         self._depth.set_function(depth or (lambda: 0))
         if depth is None:
             self._denied.clear()
-            self.jobs.clear()
 
     def page(self) -> tuple[bytes, str]:
         """The answer to a scrape, and its content type."""

@@ -1,19 +1,12 @@
-"""Watches through kopf: each event only puts the key of its job on the queue.
+"""Watches through kopf: each event is noted in the store, and requests its job."""
 
-No other module imports kopf.
-"""
-
-import asyncio
-import itertools
-import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import kopf
-from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.spec.job import GROUP, PLURAL, VERSION
@@ -23,21 +16,11 @@ from qlora_operator.decisions.sweeps.sweep import sweep_of, sweep_of_child
 from qlora_operator.keys import Key
 from qlora_operator.kube.listing import ChildKind, Kind
 from qlora_operator.settings import SECONDS_BETWEEN_PASSES, Settings
+from qlora_operator.watch.embedding import EndlessPauses, NoDifferences, NoProgress, Task, keep_running
 from qlora_operator.watch.resync import WatchMonitor
 from qlora_operator.watch.store import Store
-from qlora_operator.watch.tasks import Task, end_all, task_scope
-
-logger = logging.getLogger(__name__)
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-
-# Seconds between requests that fail. kopf's own list of them has an end, and kopf ends with it.
-_GROWING = (1, 1, 2, 3, 5, 8)
-_LONGEST_PAUSE = 10
-# A watch that has worked for so long has not failed immediately.
-_STEADY_SECONDS = 60.0
-_LOOK_SECONDS = 5.0
-_STOP_SECONDS = 3.0
 
 
 class Enqueue(Protocol):
@@ -66,103 +49,28 @@ class Hooks:
     show: Show
     take_signals: Callable[[], None]
     store: Store
-    objects_per_page: Callable[[], int]
-    """The number of objects that kopf may list at a time: it does not check their size."""
     enqueue_sweep: Callable[[Key, float], None] = lambda _key, _after: None
     """Requests a sweep, so many seconds from now."""
 
 
-# A list has to end before its token expires, after five minutes. The largest pods, two at a time, take 140 MiB, and
-# Jobs at the same time as much.
-_FEWEST_OBJECTS = 2
-
-
-class _Pauses(Iterable[float]):
-    """Pauses that grow to a limit and never end.
-
-    They have no length, so that kopf does not count its tries.
-    """
-
-    def __iter__(self) -> Iterator[float]:
-        return itertools.chain(_GROWING, itertools.repeat(_LONGEST_PAUSE))
-
-
 async def watch(settings: Settings, hooks: Hooks) -> None:
-    """Watch until canceled.
-
-    The watches start again after any end, with a pause of at most ten seconds.
-    """
-    loop = asyncio.get_running_loop()
-    pauses, said = iter(_Pauses()), set[str]()
-    while True:
-        began = loop.time()
-        try:
-            await _watch_once(settings, hooks)
-            reason = "a watch is dead"
-        except Exception as error:  # noqa: BLE001 - kopf's errors have no common class, and none may end the process
-            reason = _explain(error)
-        if loop.time() - began > _STEADY_SECONDS:
-            pauses, said = iter(_Pauses()), set()
-        if reason not in said:
-            logger.warning("the watches have ended and start again: %s", reason)
-            said.add(reason)
-        hooks.monitor.start_again()
-        await asyncio.sleep(next(pauses))
+    """Watch until canceled. Raises NotStoppedError."""
+    await keep_running(
+        lambda: _start_kopf(settings, hooks), hooks.monitor, hooks.take_signals, _SERVICE_ACCOUNT / "ca.crt"
+    )
 
 
-def _explain(error: Exception) -> str:
-    if isinstance(error, kopf.LoginError):
-        return "the API server rejects the operator's credentials"
-    # kopf's errors of the API server have the server's sentence, and then its whole answer.
-    return f"{type(error).__name__}: {error.args[0] if error.args else ''}"
-
-
-async def _watch_once(settings: Settings, hooks: Hooks) -> None:
-    """Watch until a watch is found dead, or kopf trusts a replaced authority.
-
-    Raises the error that ends kopf. kopf is not stopped by its flag: it waits without a limit for tasks that may
-    wait for a session that it has closed.
-    """
-    roots: Collection[Task] = ()
-    authority = _authority()
-    with task_scope() as inside:
-        configured = _configure(settings.watch_silence_seconds)
-        configured.watching.chunk_size = _objects_per_page(hooks)
-        starting = asyncio.create_task(_start_kopf(settings, configured, hooks))
-    try:
-        roots = await starting
-        hooks.take_signals()
-        while not hooks.monitor.dead:
-            configured.watching.chunk_size = _objects_per_page(hooks)
-            ended, _ = await asyncio.wait(roots, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            for task in ended:
-                if not task.cancelled():
-                    task.result()
-            if ended:
-                raise RuntimeError("kopf has ended without an error")
-            if _authority() != authority:
-                # kopf has read it when it started, and would try for ever what it cannot verify.
-                raise RuntimeError("the authority of the API server's certificate has been replaced")
-    finally:
-        await end_all(roots, inside, _STOP_SECONDS)
-
-
-async def _start_kopf(settings: Settings, configured: kopf.OperatorSettings, hooks: Hooks) -> Collection[Task]:
+async def _start_kopf(settings: Settings, hooks: Hooks) -> Collection[Task]:
     registry = kopf.OperatorRegistry()
     _register_login(registry)
     _register_events(registry, hooks)
     return await kopf.spawn_tasks(
         registry=registry,
-        settings=configured,
-        memories=_Forgetful(),
+        settings=_configure(settings.watch_silence_seconds),
         standalone=True,
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,
     )
-
-
-def _objects_per_page(hooks: Hooks) -> int:
-    return max(hooks.objects_per_page(), _FEWEST_OBJECTS)
 
 
 def _configure(silence_seconds: float) -> kopf.OperatorSettings:
@@ -170,13 +78,16 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings.posting.enabled = False
     # Kinds come from discovery alone: no right to list namespaces or CustomResourceDefinitions is needed.
     settings.scanning.disabled = True
+    # One object after the other, from the API server's cache: a page of them could be of any length, and the token of
+    # the next one expires after five minutes. If the stream breaks on the way, lists find the objects that it lacks.
+    settings.watching.initial_streaming = True
     # The server ends a stream; the client does a little later, and on silence much sooner (bookmarks).
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = silence_seconds
     # The API server's absence and lost rights end nothing: requests are tried until they succeed.
-    settings.networking.error_backoffs = _Pauses()
+    settings.networking.error_backoffs = EndlessPauses()
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10
     settings.queueing.exit_timeout = 0.5
@@ -187,46 +98,10 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings.watching.label_selectors["v1", "pods"] = JOB_UID_LABEL
     # kopf keeps an object, and a task for it, until nothing has been shown of it for so long.
     settings.queueing.idle_timeout = 0.05
-    # No handler here asks for differences or stores its progress: without this, every object is copied for them.
-    settings.persistence.diffbase_storage = _NoDifferences()
-    settings.persistence.progress_storage = _NoProgress()
+    # Without this, every object is copied for differences and progress.
+    settings.persistence.diffbase_storage = NoDifferences()
+    settings.persistence.progress_storage = NoProgress()
     return settings
-
-
-class _Forgetful(ResourceMemories):
-    """Keeps no record of an object: kopf needs it for daemons and timers only.
-
-    The operator has none of these. `ephemeral` is how kopf's admission webhooks request a record that is not kept. No
-    public setting does, and no public class can be given to `spawn_tasks`, hence the private one: a test fails if kopf
-    no longer heeds it.
-    """
-
-    async def recall(self, raw_body: kopf.RawBody, **options: Any) -> ResourceMemory:
-        return await super().recall(raw_body, **{**options, "ephemeral": True})
-
-
-class _NoDifferences(kopf.DiffBaseStorage):
-    def build(self, **_: Any) -> kopf.BodyEssence:
-        return kopf.BodyEssence()
-
-    def fetch(self, **_: Any) -> None:
-        return None
-
-    def store(self, **_: Any) -> None: ...
-
-
-class _NoProgress(kopf.ProgressStorage):
-    def fetch(self, **_: Any) -> None:
-        return None
-
-    def store(self, **_: Any) -> None: ...
-
-    def purge(self, **_: Any) -> None: ...
-
-    def touch(self, **_: Any) -> None: ...
-
-    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
-        return essence
 
 
 def _register_login(registry: kopf.OperatorRegistry) -> None:
@@ -243,12 +118,6 @@ def _register_login(registry: kopf.OperatorRegistry) -> None:
             scheme="Bearer",
             token=token.read_text().strip(),
         )
-
-
-def _authority() -> bytes:
-    """Read the certificates that a pod trusts, renewed by the kubelet, if in a pod."""
-    file = _SERVICE_ACCOUNT / "ca.crt"
-    return file.read_bytes() if file.exists() else b""
 
 
 def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:

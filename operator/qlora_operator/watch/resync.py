@@ -6,15 +6,14 @@ A lost event so only delays them.
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from typing import NamedTuple
 
-from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import ClusterError, NotFoundError, RejectedError
-from qlora_operator.kube.listing import KINDS, Kind, ObjectVersion, object_version, version_number
+from qlora_operator.kube.listing import KINDS, Kind, ObjectVersion, version_number
 from qlora_operator.kube.schema_check import NO_DEFINITION
 from qlora_operator.watch.store import Store
 
@@ -27,6 +26,9 @@ _FIRST_PAUSE_SECONDS = 10.0
 _KEYS_PER_SECOND = 100.0
 # An object that a list has and its watch has not, the watch usually shows soon.
 _SECONDS_FOR_THE_WATCH = 1.0
+# At the start of the work, a watch that shows nothing for so long is not waited for.
+_SECONDS_WITHOUT_NEWS = 5.0
+_LOOK_SECONDS = 0.1
 
 Identity = tuple[Kind, str, str, str]
 """Kind, namespace, name and UID: a late event of a deleted object must not count for a new one of its name."""
@@ -82,6 +84,10 @@ class WatchMonitor:
         for identity, version in listed.items():
             if (number := version_number(version)) > self._shown.get(identity, 0):
                 self._behind[identity] = still_behind.get(identity, (number, now))
+
+    def behind(self, listed: Mapping[Identity, str]) -> list[Identity]:
+        """Return the listed objects whose versions the watches have not shown yet."""
+        return [each for each, version in listed.items() if version_number(version) > self._shown.get(each, 0)]
 
     def doubt(self, kind: Kind) -> None:
         """Treat the watch of this kind as dead: it may have missed that its kind was gone."""
@@ -154,29 +160,77 @@ class Resync:
         self._failures = 0
         self._failing_since = monotonic()
         self._unknown = False
+        self._starts = 0
+        """Start of the watches that a list has been compared with."""
         self._due = monotonic()
 
-    async def first(self) -> None:
-        """Run `fill` until the API server answers, with pauses of at most ten seconds."""
+    async def first(self) -> set[Key]:
+        """Compare the store with lists, before any worker, and return the jobs that have to be read live.
+
+        Lists until the API server answers, with pauses of at most ten seconds, and waits while the watches still show
+        what the lists have.
+        """
         pause = 1.0
         while True:
+            self._starts = self.monitor.starts
             try:
-                await self.fill()
+                lists = await self._list_all()
             except ClusterError as error:
                 self._failed(error)
             else:
-                self._succeeded()
-                return
+                break
             await asyncio.sleep(pause)
             pause = min(2 * pause, _FIRST_PAUSE_SECONDS)
+        await self._wait_for_watches(lists)
+        self._succeeded()
+        changed = set[Key]()
+        for each in lists:
+            changed |= self._store.compare(each.kind, each.namespace, each.found, each.version)
+        return changed
+
+    def request_all(self, changed: set[Key]) -> None:
+        """Request these jobs and all of the store, those that have ended last."""
+        unfinished, ended = self._store.keys()
+        for key in {**dict.fromkeys(unfinished), **dict.fromkeys(changed)}:
+            self._enqueue(key, 0.0)
+        self._enqueue_all([key for key in ended if key not in changed])
+
+    async def _list_all(self) -> list["_Listed"]:
+        """List all kinds.
+
+        Raises ClusterError. A namespace that is denied is left out, unless there is no other.
+        """
+        rejected: dict[str | None, RejectedError] = {}
+        lists = list[_Listed]()
+        for kind in KINDS:
+            found = await self._list(kind, rejected)
+            self.monitor.compare(kind, _versions(found), self._monotonic())
+            lists += found
+        self._judge(rejected)
+        return lists
+
+    async def _wait_for_watches(self, lists: Sequence["_Listed"]) -> None:
+        """Wait until the watches have shown the listed objects, or show no more of them."""
+        behind, since = self._behind(lists), self._monotonic()
+        while behind and self._monotonic() - since < _SECONDS_WITHOUT_NEWS:
+            await asyncio.sleep(_LOOK_SECONDS)
+            left = self._behind(lists)
+            if left < behind:
+                since = self._monotonic()
+            behind = left
+
+    def _behind(self, lists: Sequence["_Listed"]) -> int:
+        """Return the number of listed objects that neither a watch nor a deletion has shown."""
+        shown = self.monitor.behind(_versions(lists))
+        return sum(not self._store.is_buried(uid) for _, _, _, uid in shown)
 
     async def run(self) -> None:
         """Resync until canceled, first after one interval.
 
         Small requests in between check connection and rights. No watch shows an object that was deleted before the
-        watches began, after `fill` or between two of their starts: one list soon after each start does.
+        watches began again: one list soon after each start does.
         """
-        self._due, starts = self._next(), 0
+        self._due = self._next()
         while True:
             await asyncio.sleep(min(_BEAT_SECONDS, max(0.0, self._due - self._monotonic())))
             started = self.monitor.starts
@@ -184,9 +238,9 @@ class Resync:
                 if self._monotonic() >= self._due:
                     self._due = self._next()
                     await self.once()
-                elif started != starts:
+                elif started != self._starts:
                     await self.once(judge=False)
-                    starts = started
+                    self._starts = started
                 else:
                     await self._beat()
             except ClusterError as error:
@@ -226,42 +280,6 @@ class Resync:
                     rejected.setdefault(namespace, error)
         self._judge(rejected)
 
-    async def fill(self) -> None:
-        """Show every existing object to the store, before any worker, and request it.
-
-        Raises ClusterError. A namespace that is denied is left out, unless there is no other.
-        """
-        rejected: dict[str | None, RejectedError] = {}
-        jobs: list[Key] = []
-        finished: list[Key] = []
-        for kind in KINDS:
-            found: list[ObjectVersion] = []
-            for where in self._namespaces:
-                try:
-                    async for page in self._cluster.pages(kind, where, partial(self._show, kind)):
-                        found += (version for version, _ in page)
-                        if kind == "qlorajobs":
-                            for version, ended in page:
-                                (finished if ended else jobs).append(version.key)
-                except RejectedError as error:
-                    rejected.setdefault(where, error)
-            self.monitor.compare(kind, _versions(kind, found), self._monotonic())
-        self._judge(rejected)
-        for key in jobs:
-            self._enqueue(key, 0.0)
-        self._enqueue_all(finished)
-
-    def _show(self, kind: Kind, body: Object) -> tuple[ObjectVersion, bool]:
-        """Show an object to the store.
-
-        Returns its version, and whether it is an ended job.
-        """
-        if kind == "qlorajobs":
-            self._store.job_changed(body)
-        else:
-            self._store.child_changed(kind, body)
-        return object_version(kind, body), _is_finished(body)
-
     async def once(self, *, judge: bool = True) -> None:
         """List everything once, and check by it whether the watches are alive.
 
@@ -275,7 +293,7 @@ class Resync:
             for kind in KINDS:
                 found = await self._compare(kind, changed, rejected, judge=judge)
                 if kind == "qlorajobs":
-                    keys = [each.key for each in found]
+                    keys = [each.key for part in found for each in part.found]
             rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
         finally:
             # Only now: no pass may decide from objects that the lists have shown to be gone. Requests the changed ones
@@ -285,25 +303,30 @@ class Resync:
 
     async def _compare(
         self, kind: Kind, changed: set[Key], rejected: dict[str | None, RejectedError], *, judge: bool
-    ) -> list[ObjectVersion]:
+    ) -> list["_Listed"]:
         """List and compare one kind, and add to `changed` and `rejected`.
 
         Raises ClusterError.
         """
-        found: list[ObjectVersion] = []
-        versions: list[str] = []
+        lists = await self._list(kind, rejected)
+        for each in lists:
+            changed |= self._store.compare(kind, each.namespace, each.found, each.version)
+        if judge and lists:
+            version = min((each.version for each in lists), key=version_number)
+            self.monitor.compare(kind, _versions(lists), self._monotonic(), version)
+        return lists
+
+    async def _list(self, kind: Kind, rejected: dict[str | None, RejectedError]) -> list["_Listed"]:
+        """List one kind, and add to `rejected`. Raises ClusterError."""
+        lists = list[_Listed]()
         for where in self._namespaces:
             try:
-                part, version = await self._cluster.list_versions(kind, where)
+                found, version = await self._cluster.list_versions(kind, where)
             except RejectedError as error:
                 rejected.setdefault(where, error)
                 continue
-            changed |= self._store.compare(kind, where, part, version)
-            found += part
-            versions.append(version)
-        if judge and versions:
-            self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=version_number))
-        return found
+            lists.append(_Listed(kind, where, found, version))
+        return lists
 
     def look_at_all(self) -> None:
         """Request every unsettled job for a live read: the watches may lack fields."""
@@ -350,12 +373,17 @@ class Resync:
         return None
 
 
-def _versions(kind: Kind, found: list[ObjectVersion]) -> dict[Identity, str]:
-    return {(kind, each.namespace, each.name, each.uid): each.version for each in found}
+class _Listed(NamedTuple):
+    """A complete list of one kind in one namespace, or in all (None)."""
+
+    kind: Kind
+    namespace: str | None
+    found: list[ObjectVersion]
+    version: str
 
 
-def _is_finished(body: Object) -> bool:
-    return (body.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+def _versions(lists: Sequence[_Listed]) -> dict[Identity, str]:
+    return {(part.kind, each.namespace, each.name, each.uid): each.version for part in lists for each in part.found}
 
 
 async def look_at_all_sweeps(

@@ -68,6 +68,7 @@ class _Entry:
     fresh: bool = False
     distrusted: bool = False
     settled: bool = False
+    ended: bool = False
     wanted: dict[str, int] = field(default_factory=dict)
     children: dict[ChildKind, dict[str, _Child]] = field(default_factory=lambda: {"jobs": {}, "pods": {}})
     lost: ChildJob | None = None
@@ -138,7 +139,7 @@ class Store:
         entry.distrusted = entry.distrusted or any(child.version == 0 for child in entry.children["jobs"].values())
         entry.key, entry.version, entry.marks = key, version, marks
         entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
-        entry.settled = entry.settled and not news
+        entry.settled, entry.ended = entry.settled and not news, _has_ended(body)
         if (body.get("status") or {}).get("resolved"):
             self._forget_resolved(entry)
         self._take_name(key, job_id)
@@ -249,6 +250,12 @@ class Store:
             self._bury(job_id[1], self._entries[job_id].version)
             self._drop_job(job_id)
 
+    def keys(self) -> tuple[list[Key], list[Key]]:
+        """Return the jobs that have not ended, and those that have."""
+        entries = [self._entries[job_id] for job_id in self._ids.values()]
+        unfinished = [entry.key for entry in entries if entry.key is not None and not entry.ended]
+        return unfinished, [entry.key for entry in entries if entry.key is not None and entry.ended]
+
     def settle(self, key: Key, settled: bool) -> None:
         """Note, before a decision, whether the job needs nothing until its next event."""
         if entry := self._entry(key):
@@ -342,6 +349,10 @@ class Store:
         while len(self._buried) > _MAX_BURIED:
             del self._buried[next(iter(self._buried))]
 
+    def is_buried(self, uid: str) -> bool:
+        """Whether the object was deleted, not too long ago."""
+        return uid in self._buried
+
     def _is_buried(self, uid: str, version: int) -> bool:
         return uid in self._buried and version <= self._buried[uid]
 
@@ -379,6 +390,10 @@ def _report_unreadable(kind: ChildKind, child: ChildView, before: _Child | None)
         logger.warning(
             "%s %s cannot be read, so it counts as there: %s", kind, value.name, value.unreadable, extra={"key": key}
         )
+
+
+def _has_ended(body: Object) -> bool:
+    return (body.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
 def _marks(kept: Object) -> bytes:

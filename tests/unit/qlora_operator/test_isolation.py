@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -100,10 +101,9 @@ def test_no_address_or_name_of_a_job_is_opened_requested_or_started(spec: dict[s
 def test_an_operator_of_some_namespaces_lists_these_only() -> None:
     api = Recording(job_body())
     cluster, namespaces = Cluster(api), ("team-a", "team-b")
-    resync = Resync(cluster, namespaces, lambda *_: None, store=Store(), interval=300, monotonic=lambda: 0.0)
-    asyncio.run(resync.fill())
-    asyncio.run(resync.once())
-    asyncio.run(resync._beat())
+    resync = Resync(cluster, namespaces, lambda *_: None, store=Store(), interval=300, monotonic=time.monotonic)
+    for listing in (resync._list_all(), resync.once(), resync._beat()):
+        asyncio.run(listing)
     found = {path.partition("/namespaces/")[2] for path in api.paths}
     assert found == {f"team-{name}/{kind}" for name in "ab" for kind in ("qlorajobs", "jobs", "pods")}
 
@@ -125,7 +125,6 @@ def test_it_watches_those_namespaces_only_and_the_cluster_only_without_any(
         lambda body, *, deleted=False: None,
         lambda: None,
         Store(),
-        lambda: 1,
     )
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(watch(Settings(profiles=PROFILES, namespaces=namespaces), hooks))

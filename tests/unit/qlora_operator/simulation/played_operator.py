@@ -30,7 +30,7 @@ _METRICS = Metrics()
 
 
 class PlayedOperator:
-    """One process of the operator: it lists everything, and then works by its watches."""
+    """One process of the operator: its watches show everything, it compares that with lists, and works."""
 
     def __init__(self, api: ApiServer, agenda: Agenda, profiles: Mapping[str, Profile]) -> None:
         self.is_stopped = False
@@ -44,9 +44,15 @@ class PlayedOperator:
         self._sweep = SweepReconciler(cluster, profiles, clock, progress, _METRICS.gpu_seconds.note_sweep)
         self._resync = Resync(cluster, (), self._ask, store=store, interval=_RESYNC_SECONDS, monotonic=self._seconds)
         # Shown jobs are counted in other tests: here that would take a tenth of the time.
-        hooks = Hooks(self._ask, self._resync.monitor, _ignore, lambda: None, store, lambda: 1, self._ask_sweep)
+        hooks = Hooks(self._ask, self._resync.monitor, _ignore, lambda: None, store, self._ask_sweep)
         self._handlers = _handlers(hooks)
-        self._list(self._resync.fill)
+        for kind in ("qlorajobs", "qlorasweeps", "jobs", "pods"):
+            for body in api.all(kind):
+                self.show(kind, None, body)
+        self._list(self._first)
+
+    async def _first(self) -> None:
+        self._resync.request_all(await self._resync.first())
 
     def _list(self, look: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """List everything, once and then at an interval."""
@@ -59,7 +65,7 @@ class PlayedOperator:
             self._ask_sweep((NAMESPACE, body["metadata"]["name"]))
         self._agenda.add(_RESYNC_SECONDS, lambda: self._list(self._resync.once), of_operator=True)
 
-    def show(self, kind: str, event: str, body: Object) -> None:
+    def show(self, kind: str, event: str | None, body: Object) -> None:
         """Show an event of a watch."""
         if not self.is_stopped:
             finished(self._handlers[kind](event={"type": event, "object": body}))

@@ -6,19 +6,14 @@ from typing import Any
 
 import kopf
 import pytest
-from kopf._core.engines.indexing import OperatorIndexers
-from kopf._core.reactor.processing import process_resource_event
 
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, SWEEP_LABEL, SWEEP_UID_LABEL
-from qlora_api.profile import Profile
-from qlora_api.spec.job import GROUP, PLURAL, VERSION
 from qlora_operator.keys import Key
 from qlora_operator.metrics.metrics import Metrics
-from qlora_operator.settings import Settings
-from qlora_operator.watch.handlers import Hooks, _configure, _register_events, watch
+from qlora_operator.watch.handlers import Hooks, _configure, _register_events
 from qlora_operator.watch.resync import WatchMonitor
 from qlora_operator.watch.store import Store
-from tests.support.builders import NAME, VirtualLoop, child, condition, job_body, pod, running, status_in
+from tests.support.builders import NAME, child, condition, job_body, pod, running, status_in
 
 KEY = ("team", NAME)
 
@@ -43,7 +38,6 @@ class Watches:
             self.metrics.jobs.show,
             lambda: None,
             Store(),
-            lambda: 1,
             lambda key, after: self.sweeps.append((key, after)),
         )
         _register_events(kopf.OperatorRegistry(), hooks)
@@ -145,77 +139,6 @@ def test_the_end_of_a_predecessors_job_wakes_the_qlorajob_of_its_name(watches: W
     watches.show("qlorajobs", "ADDED", 10, job_body())
     watches.show("jobs", None, 9, earlier)
     assert watches.show("jobs", "DELETED", 11, earlier) == [(KEY, False)]
-
-
-def test_kopf_keeps_no_record_of_an_object_that_it_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the operator's settings for kopf, and kopf's handling of an event."""
-    given: dict[str, Any] = {}
-    shown: list[Key] = []
-
-    async def spawn_tasks(**arguments: Any) -> None:
-        given.update(arguments)
-        raise asyncio.CancelledError
-
-    monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
-    hooks = Hooks(
-        lambda key, first=False: shown.append(key), WatchMonitor(150), Metrics().jobs.show, print, Store(), lambda: 1
-    )
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
-    memo: Any = kopf.Memo()
-    for type_ in (None, "ADDED", "MODIFIED"):
-        event: Any = {"type": type_, "object": job_body()}
-        asyncio.run(
-            process_resource_event(
-                lifecycle=kopf.lifecycles.asap,
-                indexers=OperatorIndexers(),
-                registry=given["registry"],
-                settings=given["settings"],
-                memories=given["memories"],
-                memobase=memo,
-                resource=kopf.Resource(GROUP, VERSION, PLURAL),
-                raw_event=event,
-                event_queue=asyncio.Queue(),
-            )
-        )
-        assert list(given["memories"].iter_all_memories()) == []
-    assert shown == [KEY]
-
-
-def test_kopf_lists_no_more_at_a_time_than_the_operators_shortest_page_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[kopf.OperatorSettings] = []
-    sizes = [25]
-
-    async def spawn_tasks(settings: kopf.OperatorSettings, **_: Any) -> list[asyncio.Task[Any]]:
-        given.append(settings)
-        return [asyncio.create_task(asyncio.Event().wait())]
-
-    async def scenario() -> None:
-        hooks = Hooks(
-            lambda _key, first=False: None,
-            WatchMonitor(150),
-            Metrics().jobs.show,
-            lambda: None,
-            Store(),
-            lambda: sizes[-1],
-        )
-        watching = asyncio.create_task(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
-        await asyncio.sleep(60)
-        assert given[0].watching.chunk_size == 25
-        sizes.append(6)
-        await asyncio.sleep(60)
-        # A watch that has become too old lists once more, without a new start.
-        assert given[0].watching.chunk_size == 6
-        # But so that it ends.
-        sizes.append(1)
-        await asyncio.sleep(60)
-        assert given[0].watching.chunk_size == 2
-        watching.cancel()
-
-    monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(scenario())
-    assert len(given) == 1
 
 
 def test_kopf_neither_keeps_nor_copies_shown_objects() -> None:

@@ -1,7 +1,7 @@
 """Whether a watch is alive, by the changes that only lists show."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -101,11 +101,6 @@ class Lists:
         self.denied = ""
         self.jobs = list(jobs)
 
-    async def pages(
-        self, kind: Kind, namespace: str | None, read: Callable[[dict[str, object]], Any]
-    ) -> AsyncIterator[list[Any]]:
-        yield [read(body) for body in self._listed(kind, namespace)]
-
     async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
         await self.check_list(kind, namespace)
         return [object_version(kind, body) for body in self._listed(kind, namespace)], "9"
@@ -145,6 +140,7 @@ class Played:
 
     def show(self, body: dict[str, Any]) -> None:
         """Let the watch show the QLoRAJob."""
+        self.store.job_changed(body)
         found = body["metadata"]
         identity: Identity = ("qlorajobs", found["namespace"], found["name"], found["uid"])
         self.resync.monitor.show(identity, found["resourceVersion"], deleted=False)
@@ -231,16 +227,17 @@ def test_lost_rights_and_a_lost_server_are_distinguished(failure: ClusterError |
     played.play(scenario)
 
 
-def test_a_deletion_during_the_start_of_the_watches_is_noticed_soon_after() -> None:
+def test_a_deletion_between_two_starts_of_the_watches_is_noticed_soon_after() -> None:
     played = Played(job_body())
 
     async def scenario() -> None:
-        await played.resync.fill()
-        assert played.asked == [("team", NAME)]
+        played.show(job_body())
+        await played.resync.first()
         played.lists.jobs.clear()
+        played.resync.monitor.start_again()
         played.begin()
         await asyncio.sleep(30)
-        assert (played.store.held(("team", NAME)), played.asked) == (None, [("team", NAME)] * 2)
+        assert (played.store.held(("team", NAME)), played.asked) == (None, [("team", NAME)])
 
     played.play(scenario)
 
@@ -277,9 +274,48 @@ def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
 def test_at_the_start_unfinished_jobs_are_requested_before_ended_ones() -> None:
     phases = {"a": "Succeeded", "b": "Training", "c": "Failed", "d": "Queued"}
     played = Played(*(listed(name, status={"phase": phase}) for name, phase in phases.items()))
-    played.play(played.resync.fill)
+
+    async def scenario() -> None:
+        for body in played.lists.jobs:
+            played.show(body)
+        played.resync.request_all(await played.resync.first())
+
+    played.play(scenario)
     assert [name for _, name in played.asked] == ["b", "d", "a", "c"]
     assert played.pauses == [0.0, 0.0, 0.0, 0.01]
+
+
+def test_the_work_begins_when_the_watches_have_shown_what_the_lists_have() -> None:
+    """A job that no watch shows, and one that has been deleted meanwhile, are read live."""
+    late, never, deleted = listed("late"), listed("never"), listed("deleted")
+    played = Played(late, never, deleted)
+
+    async def scenario() -> None:
+        began = asyncio.create_task(played.resync.first())
+        await asyncio.sleep(3)
+        played.show(deleted)
+        played.store.job_changed(deleted, deleted=True)
+        played.show(late)
+        await asyncio.sleep(4)
+        assert not began.done()
+        assert "not been listed" in present(played.resync.starting())
+        assert await began == {("team", "never")}
+        assert played.resync.starting() is None
+
+    played.play(scenario)
+
+
+def test_a_warm_standby_waits_for_nothing() -> None:
+    played = Played(*(listed(f"job-{number}") for number in range(100)))
+
+    async def scenario() -> None:
+        for body in played.lists.jobs:
+            played.show(body)
+        before = asyncio.get_running_loop().time()
+        assert await played.resync.first() == set()
+        assert asyncio.get_running_loop().time() == before
+
+    played.play(scenario)
 
 
 @pytest.mark.parametrize(("jobs", "last"), [(2, 1.01), (5000, 50.99), (50_000, 150.997)])
