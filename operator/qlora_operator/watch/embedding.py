@@ -27,6 +27,8 @@ _LONGEST_PAUSE = 10
 _STEADY_SECONDS = 60.0
 _LOOK_SECONDS = 5.0
 _STOP_SECONDS = 3.0
+_ROUNDS, _PAUSE_SECONDS = 100, 0.1
+_FOLDER = Path(kopf.__file__).parent
 
 
 class NotStoppedError(Exception):
@@ -149,18 +151,34 @@ def _read(file: Path) -> bytes:
 
 
 async def _stop(roots: Collection[Task]) -> None:
-    """Cancel kopf's root tasks, which end all others, a second time if needed.
+    """Cancel kopf's root tasks, which end the others, and then those that they leave.
 
-    At the second time they wait for nothing any more. Raises NotStoppedError.
+    Raises NotStoppedError.
     """
-    pending = set(roots)
-    for _ in range(2):
-        for task in pending:
+    for task in roots:
+        task.cancel()
+    await asyncio.wait(roots, timeout=_STOP_SECONDS)
+    for _ in range(_ROUNDS):
+        left = _tasks_of_kopf()
+        if not left:
+            break
+        # Again and again: a task that waits for another one may take its own cancellation for the other's, and go on.
+        for task in left:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_STOP_SECONDS) if pending else (set(), set())
-    if pending:
-        raise NotStoppedError(f"kopf's task {next(iter(pending)).get_name()!r} has not ended")
+        await asyncio.wait(left, timeout=_PAUSE_SECONDS)
+    else:
+        raise NotStoppedError(f"kopf's task {next(iter(left)).get_name()!r} has not ended")
     for task in roots:
         if not task.cancelled():
             # Of tasks that fail together one is read, and asyncio would log a traceback for each of the others.
             task.exception()
+
+
+def _tasks_of_kopf() -> set[Task]:
+    """Return the tasks that run kopf's code, of every start."""
+    return {task for task in asyncio.all_tasks() if _FOLDER in _file(task).parents}
+
+
+def _file(task: Task) -> Path:
+    code = getattr(task.get_coro(), "cr_code", None)
+    return Path(code.co_filename if code is not None else "")
