@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from qlora_api.served_schema import missing_fields, unknown_fields
 from qlora_client.doctor.facts import Check, Facts, Object, Operator, Unknown
 
-OLDEST_KUBERNETES = (1, 31)
+OLDEST_KUBERNETES = (1, 34)
 _VERSION_LABEL = "app.kubernetes.io/version"
 _MOST_NAMED = 3
 _UNSEEN = timedelta(minutes=2)

@@ -142,11 +142,11 @@ def test_wrong_values_are_rejected_by_name(helm: Helm, values: Object, complaint
     assert complaint in str(rejected.value)
 
 
-@pytest.mark.parametrize("version", ["1.31.0", "1.31.4-eks-a1b2c3d", "1.40.0"])
+@pytest.mark.parametrize("version", ["1.34.0", "1.34.4-eks-a1b2c3d", "1.40.0"])
 def test_a_kubernetes_of_the_documented_version_or_newer_is_taken(helm: Helm, version: str) -> None:
     assert "kind: Deployment" in helm("template", RELEASE, str(CHART), "--kube-version", version)
 
 
 def test_an_older_kubernetes_is_rejected_with_both_versions(helm: Helm) -> None:
-    with pytest.raises(ClusterError, match=r"requires kubeVersion: >=1\.31\.0-0 .*1\.30\.9"):
-        helm("template", RELEASE, str(CHART), "--kube-version", "1.30.9")
+    with pytest.raises(ClusterError, match=r"requires kubeVersion: >=1\.34\.0-0 .*1\.33\.9"):
+        helm("template", RELEASE, str(CHART), "--kube-version", "1.33.9")

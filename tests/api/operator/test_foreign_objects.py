@@ -95,25 +95,17 @@ def test_a_malformed_foreign_pod_does_not_end_the_operator(plane: ControlPlane, 
 def test_pods_of_many_small_fields_do_not_end_the_operator_at_its_start(plane: ControlPlane, tmp_path: Path) -> None:
     settings = {"namespaces": [NAMESPACE]}
     with running_operator(tmp_path / "none", plane.kubeconfig, settings) as operator:
-        has_suspended(operator, 0)
+        operator.wait_until_ready()
         before = peak_mebibytes(operator)
     for number in range(25):
         body = pod(f"crumbs-{number}")
         body["spec"]["containers"][0]["env"] = [{"name": "A"}] * 160_000
         create(plane, body)
-    logged = plane.audit_log.stat().st_size
     with running_operator(tmp_path / "many", plane.kubeconfig, settings) as operator:
-        # A watch begins after its list.
-        eventually(lambda: watches_pods(plane, since=logged), seconds=120, every=0.2, what="the watch of pods")
+        operator.wait_until_ready()
         grown = peak_mebibytes(operator) - before
     # A pod takes 2 MiB, and 37 when it is parsed. One list of all took 918.
     assert grown < 250, f"{grown} MiB for 25 pods"
-
-
-def watches_pods(plane: ControlPlane, *, since: int) -> bool:
-    with plane.audit_log.open() as log:
-        log.seek(since)
-        return any(f"/namespaces/{NAMESPACE}/pods?watch=true" in line for line in log)
 
 
 def test_ended_jobs_are_not_read_to_count_the_running_ones(plane: ControlPlane) -> None:

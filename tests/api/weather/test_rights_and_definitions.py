@@ -8,7 +8,7 @@ import json
 
 import yaml
 
-from qlora_operator.kube.listing import OBJECTS_PER_PAGE
+from qlora_operator.kube.listing import VERSIONS_PER_PAGE
 from tests.support.cluster.weather import ROOT, Site, Tenant, warnings
 from tests.support.waiting import eventually
 
@@ -97,7 +97,7 @@ def test_an_older_definition_stops_status_writes_until_the_right_one_is_back(sit
             site.tenant.suspend("before")
             site.tenant.create("later")
             # Lists at an interval of five seconds request all of them.
-            pages = f"/pods?limit={OBJECTS_PER_PAGE}"
+            pages = f"/pods?limit={VERSIONS_PER_PAGE}"
             lists = site.proxy.count("GET", pages)
             eventually(lambda: site.proxy.count("GET", pages) > lists + 1, seconds=60, every=0.2)
             assert site.proxy.count("PATCH", "/status") == written, "it goes on writing what is rejected"

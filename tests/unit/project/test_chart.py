@@ -10,6 +10,7 @@ import yaml
 
 from helm.values_schema import SCHEMA, render
 from qlora_operator.settings import Settings
+from qlora_operator.watch.handlers import _configure
 
 ROOT = Path(__file__).parents[3]
 CHART = ROOT / "helm" / "qlora-operator"
@@ -66,10 +67,10 @@ def test_the_build_context_has_only_the_sources_of_the_wheel() -> None:
 
 
 def test_the_documents_name_the_oldest_kubernetes_that_the_chart_admits() -> None:
-    """1.31 has selectableFields by default. Older API servers silently drop them."""
+    """1.34 streams lists to watches by default. Older API servers reject that."""
     oldest = re.fullmatch(r">=(1\.\d+)\.0-0", yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"])
     assert oldest is not None
     documents = [ROOT / "README.md", CHART / "README.md", ROOT / "docs" / "how-to" / "install.md"]
     stated = {str(path): set(re.findall(r"Kubernetes (1\.\d+)", path.read_text())) for path in documents}
     assert stated == {str(path): {oldest[1]} for path in documents}
-    assert "selectableFields" in (ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text()
+    assert _configure(75).watching.initial_streaming

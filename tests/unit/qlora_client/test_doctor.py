@@ -72,7 +72,7 @@ def storage_class(name: str = "fast", provisioner: str = "csi.example.org", **fi
 READY = Facts(
     namespace="team",
     now=NOW,
-    server_version="v1.33.1",
+    server_version="v1.37.2",
     schemas=SCHEMAS,
     cli_version="0.1.0",
     operators=[operator()],
@@ -126,7 +126,7 @@ def test_a_cluster_that_is_ready_has_no_problem_and_no_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "verdict"), [("v1.31.0", "ok"), ("v1.30.9", "problem"), ("v2.0.0-rc.1", "ok"), ("devel", "unknown")]
+    ("version", "verdict"), [("v1.34.0", "ok"), ("v1.33.9", "problem"), ("v2.0.0-rc.1", "ok"), ("devel", "unknown")]
 )
 def test_the_version_of_the_api_server(version: str, verdict: str) -> None:
     assert check("Kubernetes", server_version=version).verdict == verdict
