@@ -10,7 +10,7 @@ import json
 import logging
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_operator.decisions.observed.objects import ChildJob, Object, Observed, Pod, collect
@@ -26,6 +26,7 @@ from qlora_operator.kube.listing import (
     version_number,
     without_foreign_resolved,
 )
+from qlora_operator.watch.entries import Child, Entries, Entry, JobId
 from qlora_operator.watch.sweep_index import SweepIndex
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,6 @@ _MAX_BURIED = 4096
 _WORTH_PACKING = 2048
 # The fastest. The others take longer and gain little.
 _COMPRESSION = 1
-
-_JobId = tuple[str, str]
-"""Namespace and UID of a QLoRAJob: a tenant can give any label to a pod of another namespace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,53 +47,13 @@ class Held:
     """Whether a watch has shown its creation: no older objects of it exist."""
 
 
-@dataclass(slots=True)
-class _Child:
-    version: int
-    """0, which is older than any, for a Job with parts left out before its QLoRAJob was known."""
-    value: ChildJob | Pod | None
-    """None for a Job that has the label of a QLoRAJob that does not control it."""
-
-
-@dataclass(slots=True)
-class _Entry:
-    job_id: _JobId
-    key: Key | None = None
-    version: int = 0
-    body: bytes = b""
-    marks: bytes = b""
-    resolved_stored: bool = False
-    fresh: bool = False
-    distrusted: bool = False
-    settled: bool = False
-    ended: bool = False
-    wanted: dict[str, int] = field(default_factory=dict)
-    children: dict[ChildKind, dict[str, _Child]] = field(default_factory=lambda: {"jobs": {}, "pods": {}})
-    lost: ChildJob | None = None
-
-    def version_of(self, uid: str) -> int:
-        """Return the held version of the job, or of its child, or 0 without one."""
-        if uid == self.job_id[1]:
-            return self.version
-        return next((children[uid].version for children in self.children.values() if uid in children), 0)
-
-    @property
-    def resolves(self) -> str | None:
-        """Return the job's name while only its first Job has the resolved values."""
-        return self.key[1] if self.key is not None and not self.resolved_stored else None
-
-    @property
-    def empty(self) -> bool:
-        return not self.body and not any(self.children.values())
-
-
 class Store:
     """QLoRAJobs by UID, each with its children, from watches, lists and answers."""
 
     def __init__(self) -> None:
-        self._entries: dict[_JobId, _Entry] = {}
-        self._ids: dict[Key, _JobId] = {}
-        self._homes: dict[str, _Entry] = {}
+        self._entries = Entries()
+        self._ids: dict[Key, JobId] = {}
+        self._homes: dict[str, Entry] = {}
         """The entry of each child, by its UID: a user who may change it can give it the label of another job."""
         self.sweeps = SweepIndex()
         self._buried: dict[str, int] = {}
@@ -128,7 +86,7 @@ class Store:
             return True
         if self._is_buried(metadata["uid"], version):
             return False
-        entry = self._entries.setdefault(job_id, _Entry(job_id))
+        entry = self._entries.enter(job_id)
         if version <= entry.version and self._ordered:
             return False
         kept = compact(body)
@@ -142,7 +100,7 @@ class Store:
         entry.settled, entry.ended = entry.settled and not news, _has_ended(body)
         if (body.get("status") or {}).get("resolved"):
             self._forget_resolved(entry)
-        self._take_name(key, job_id)
+        self._take_name(key, entry)
         return news
 
     def child_changed(self, kind: ChildKind, body: Object, *, deleted: bool = False) -> set[Key]:
@@ -155,7 +113,7 @@ class Store:
 
     def _child_deleted(self, kind: ChildKind, child: ChildView) -> set[Key]:
         self._bury(child.uid, self._number(child.version))
-        entry = self._homes.get(child.uid) or self._entries.get((child.namespace, child.job_uid))
+        entry = self._homes.get(child.uid) or self._entries.find((child.namespace, child.job_uid))
         if entry is None:
             return set()
         self._drop_child(entry, kind, child.uid, child)
@@ -172,11 +130,11 @@ class Store:
             self._drop_child(home, kind, uid)
             changed, before = _jobs(home), None
         _report_unreadable(kind, child, before)
-        entry = self._entries.setdefault(job_id, _Entry(job_id))
+        entry = self._entries.enter(job_id)
         value = without_foreign_resolved(child, entry.resolves).value
         if entry.key is None and value != child.value:
             version = 0
-        entry.children[kind][uid], self._homes[uid] = _Child(version, value), entry
+        entry.children[kind][uid], self._homes[uid] = Child(version, value), entry
         if before is None or before.value != value:
             entry.settled = False
             changed |= _jobs(entry, child.job_name)
@@ -192,7 +150,7 @@ class Store:
             for child in children:
                 self._child_shown(kind, child)
             self._prune_children(job_id, kind, {child.uid for child in children}, version_number(version))
-        entry = self._entries.get(job_id)
+        entry = self._entries.find(job_id)
         if entry is not None:
             entry.distrusted = False
             # A list may have shown more since these were taken.
@@ -222,7 +180,7 @@ class Store:
             ):
                 self._drop_child(home, kind, each.uid)
                 changed |= _jobs(home)
-            entry = self._entries.get(job_id)
+            entry = self._entries.find(job_id)
             if entry is not None and entry.key is not None:
                 if entry.version_of(each.uid) < number:
                     entry.wanted[each.uid] = number
@@ -239,20 +197,20 @@ class Store:
 
     def distrust_all(self) -> list[Key]:
         """Have every unsettled job read live next time and return those jobs."""
-        doubted = [entry for entry in self._entries.values() if entry.key is not None and not entry.settled]
+        doubted = [entry for entry in self._entries.of(None) if entry.key is not None and not entry.settled]
         for entry in doubted:
             entry.distrusted = True
         return [entry.key for entry in doubted if entry.key is not None]
 
     def gone(self, key: Key) -> None:
         """Note that the job does not exist."""
-        if job_id := self._ids.get(key):
-            self._bury(job_id[1], self._entries[job_id].version)
-            self._drop_job(job_id)
+        if entry := self._entry(key):
+            self._bury(entry.job_id[1], entry.version)
+            self._drop_job(entry.job_id)
 
     def keys(self) -> tuple[list[Key], list[Key]]:
         """Return the jobs that have not ended, and those that have."""
-        entries = [self._entries[job_id] for job_id in self._ids.values()]
+        entries = [entry for job_id in self._ids.values() if (entry := self._entries.find(job_id)) is not None]
         unfinished = [entry.key for entry in entries if entry.key is not None and not entry.ended]
         return unfinished, [entry.key for entry in entries if entry.key is not None and entry.ended]
 
@@ -266,29 +224,27 @@ class Store:
         entry = self._entry(key)
         return entry is not None and entry.settled
 
-    def _entry(self, key: Key) -> _Entry | None:
+    def _entry(self, key: Key) -> Entry | None:
         job_id = self._ids.get(key)
-        return self._entries[job_id] if job_id else None
+        return self._entries.find(job_id) if job_id else None
 
-    def _lags(self, entry: _Entry) -> bool:
+    def _lags(self, entry: Entry) -> bool:
         """Drop the versions shown since, and return whether a list has shown a newer one."""
         for uid, version in list(entry.wanted.items()):
             if max(entry.version_of(uid), self._buried.get(uid, 0)) >= version:
                 del entry.wanted[uid]
         return bool(entry.wanted)
 
-    def _take_name(self, key: Key, job_id: _JobId) -> None:
+    def _take_name(self, key: Key, entry: Entry) -> None:
         """Give the name to this job: of two, the newer version is the one that exists."""
-        before = self._ids.get(key)
-        if before is None or before == job_id or self._entries[before].version < self._entries[job_id].version:
-            self._ids[key] = job_id
+        named = self._entry(key)
+        if named is None or named.version < entry.version:
+            self._ids[key] = entry.job_id
 
     def _prune(self, kind: Kind, namespace: str | None, found: set[str], version: int) -> set[Key]:
         pruned: set[Key] = set()
-        for job_id, entry in list(self._entries.items()):
-            if namespace not in (None, job_id[0]):
-                continue
-            key = entry.key
+        for entry in self._entries.of(namespace):
+            job_id, key = entry.job_id, entry.key
             if kind != "qlorajobs":
                 gone = self._prune_children(job_id, kind, found, version)
             elif gone := bool(entry.body) and job_id[1] not in found and entry.version <= version:
@@ -298,8 +254,8 @@ class Store:
                 pruned.add(key)
         return pruned
 
-    def _prune_children(self, job_id: _JobId, kind: ChildKind, found: set[str], version: int) -> bool:
-        entry = self._entries.get(job_id)
+    def _prune_children(self, job_id: JobId, kind: ChildKind, found: set[str], version: int) -> bool:
+        entry = self._entries.find(job_id)
         if entry is None:
             return False
         gone = [uid for uid, child in entry.children[kind].items() if uid not in found and child.version <= version]
@@ -308,17 +264,17 @@ class Store:
             self._drop_child(entry, kind, uid)
         return bool(gone)
 
-    def _drop_job(self, job_id: _JobId) -> None:
-        entry = self._entries.get(job_id)
+    def _drop_job(self, job_id: JobId) -> None:
+        entry = self._entries.find(job_id)
         if entry is None:
             return
         if entry.key is not None and self._ids.get(entry.key) == job_id:
             del self._ids[entry.key]
         entry.key, entry.body, entry.marks = None, b"", b""
         if entry.empty:
-            del self._entries[job_id]
+            self._entries.remove(job_id)
 
-    def _drop_child(self, entry: _Entry, kind: ChildKind, uid: str, shown: ChildView | None = None) -> None:
+    def _drop_child(self, entry: Entry, kind: ChildKind, uid: str, shown: ChildView | None = None) -> None:
         """Drop a child, but keep the first Job of a job that has stored nothing.
 
         `shown`: as its deletion has shown it. Only that Job has the resolved values: the step continues with the next
@@ -333,10 +289,10 @@ class Store:
             entry.lost = value
         entry.settled = False
         if entry.empty:
-            del self._entries[entry.job_id]
+            self._entries.remove(entry.job_id)
 
     @staticmethod
-    def _forget_resolved(entry: _Entry) -> None:
+    def _forget_resolved(entry: Entry) -> None:
         """The status has what was resolved: no Job need keep it."""
         entry.resolved_stored, entry.lost = True, None
         for child in entry.children["jobs"].values():
@@ -365,9 +321,7 @@ class Store:
         return number
 
 
-def _observed(
-    jobs: Iterable[_Child | ChildView], pods: Iterable[_Child | ChildView], lost: ChildJob | None
-) -> Observed:
+def _observed(jobs: Iterable[Child | ChildView], pods: Iterable[Child | ChildView], lost: ChildJob | None) -> Observed:
     return collect(
         (child.value for child in jobs if isinstance(child.value, ChildJob)),
         (child.value for child in pods if isinstance(child.value, Pod)),
@@ -375,14 +329,14 @@ def _observed(
     )
 
 
-def _jobs(entry: _Entry, labelled: str = "") -> set[Key]:
+def _jobs(entry: Entry, labelled: str = "") -> set[Key]:
     """Return the job of the entry, else the one in a child's label, else none."""
     if entry.key is not None:
         return {entry.key}
     return {(entry.job_id[0], labelled)} if labelled else set()
 
 
-def _report_unreadable(kind: ChildKind, child: ChildView, before: _Child | None) -> None:
+def _report_unreadable(kind: ChildKind, child: ChildView, before: Child | None) -> None:
     """Log it, once and not at each of its changes."""
     known, value = before is not None and before.value is not None and before.value.unreadable, child.value
     if value is not None and value.unreadable and not known:

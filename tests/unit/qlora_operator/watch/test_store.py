@@ -1,8 +1,10 @@
 """The content of the store, for any order of watches, lists and answers."""
 
 import json
+import sys
 import tracemalloc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -42,6 +44,24 @@ def names(store: Store) -> tuple[list[str], list[str]]:
 
 def status(store: Store) -> Any:
     return present(store.held(KEY)).body["status"]
+
+
+def lines_of(work: Callable[[], object]) -> int:
+    """The number of lines of code that this executes."""
+    executed = 0
+
+    def trace(_frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal executed
+        executed += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return executed
 
 
 def test_an_older_event_after_a_write_of_the_operator_changes_nothing() -> None:
@@ -118,6 +138,15 @@ def test_a_list_prunes_missed_deletions_and_keeps_newer_objects() -> None:
     assert names(store)[1] == [f"{NAME}-train-1-pod2"]
     assert store.compare("pods", "another-team", [], "60") == set()
     assert not store.child_changed("pods", at(30, pod("train")))
+
+
+def test_a_list_of_one_namespace_costs_the_same_however_many_others_there_are() -> None:
+    alone, among_others = store_with(), store_with()
+    for number in range(200):
+        among_others.job_changed(at(10, job_body(), namespace=f"other-{number}"))
+    assert lines_of(lambda: alone.compare("pods", "team", [], "9")) == lines_of(
+        lambda: among_others.compare("pods", "team", [], "9")
+    )
 
 
 def test_a_job_whose_deletion_was_missed_is_pruned_by_a_list_that_is_newer() -> None:
@@ -265,7 +294,7 @@ def test_the_store_drops_deleted_objects() -> None:
     store.job_changed(at(20, job_body()), deleted=True)
     store.child_changed("jobs", at(21, child("train")), deleted=True)
     store.child_changed("pods", at(22, pod("train")), deleted=True)
-    assert (store._entries, store._ids, store._homes) == ({}, {}, {})
+    assert (store._entries.of(None), store._ids, store._homes) == ([], {}, {})
     for number in range(10_000):
         store.child_changed("pods", at(number, pod("train"), uid=f"uid-{number}"), deleted=True)
     assert len(store._buried) < 5000
@@ -287,7 +316,7 @@ def test_unread_fields_of_a_job_are_dropped() -> None:
     held = present(store.held(KEY))
     assert held.body["metadata"] == at(10, job_body())["metadata"] | {"labels": queue}
     assert parse_job(held.body) == parse_job(shown)
-    assert len(store._entries["team", UID].body) < 1000
+    assert len(present(store._entries.find(("team", UID))).body) < 1000
     assert not store.job_changed(at(11, shown, annotations={}))
     assert store.job_changed(at(12, shown, labels={QUEUE_LABEL: "production"}))
 

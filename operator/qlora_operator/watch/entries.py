@@ -1,0 +1,82 @@
+"""The entries of the store: one QLoRAJob each, with its children."""
+
+from dataclasses import dataclass, field
+
+from qlora_operator.decisions.observed.objects import ChildJob, Pod
+from qlora_operator.keys import Key
+from qlora_operator.kube.listing import ChildKind
+
+JobId = tuple[str, str]
+"""Namespace and UID of a QLoRAJob: a tenant can give any label to a pod of another namespace."""
+
+
+@dataclass(slots=True)
+class Child:
+    """A Job or a pod, as held."""
+
+    version: int
+    """0, which is older than any, for a Job with parts left out before its QLoRAJob was known."""
+    value: ChildJob | Pod | None
+    """None for a Job that has the label of a QLoRAJob that does not control it."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A QLoRAJob, which may not be known yet, and its children."""
+
+    job_id: JobId
+    key: Key | None = None
+    version: int = 0
+    body: bytes = b""
+    marks: bytes = b""
+    resolved_stored: bool = False
+    fresh: bool = False
+    distrusted: bool = False
+    settled: bool = False
+    ended: bool = False
+    wanted: dict[str, int] = field(default_factory=dict)
+    children: dict[ChildKind, dict[str, Child]] = field(default_factory=lambda: {"jobs": {}, "pods": {}})
+    lost: ChildJob | None = None
+
+    def version_of(self, uid: str) -> int:
+        """Return the held version of the job, or of its child, or 0 without one."""
+        if uid == self.job_id[1]:
+            return self.version
+        return next((children[uid].version for children in self.children.values() if uid in children), 0)
+
+    @property
+    def resolves(self) -> str | None:
+        """Return the job's name while only its first Job has the resolved values."""
+        return self.key[1] if self.key is not None and not self.resolved_stored else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has neither a job nor children."""
+        return not self.body and not any(self.children.values())
+
+
+class Entries:
+    """All entries, by namespace: of many, a list of one namespace concerns few."""
+
+    def __init__(self) -> None:
+        self._namespaces: dict[str, dict[JobId, Entry]] = {}
+
+    def find(self, job_id: JobId) -> Entry | None:
+        """Return the entry of the job, or None if there is none."""
+        return self._namespaces.get(job_id[0], {}).get(job_id)
+
+    def enter(self, job_id: JobId) -> Entry:
+        """Return the entry of the job, a new one if there is none."""
+        return self._namespaces.setdefault(job_id[0], {}).setdefault(job_id, Entry(job_id))
+
+    def remove(self, job_id: JobId) -> None:
+        """Remove the entry of the job."""
+        entries = self._namespaces[job_id[0]]
+        del entries[job_id]
+        if not entries:
+            del self._namespaces[job_id[0]]
+
+    def of(self, namespace: str | None) -> list[Entry]:
+        """Return the entries of the namespace, or of all (None)."""
+        namespaces = self._namespaces.values() if namespace is None else [self._namespaces.get(namespace, {})]
+        return [entry for entries in namespaces for entry in entries.values()]
