@@ -167,6 +167,7 @@ class Reconciler:
             confirmed = await self._read(key)
             return _Done() if confirmed is None else replace(confirmed, run=run)
         again = self.blocked.until(key, await self._carry_out(decided))
+        self.store.decided(key, view.observed)
         return _Done(_soonest(again, run.log.again, self._follow_waiting(key, decided)))
 
     def _follow_waiting(self, key: Key, decided: "_Decided") -> float | None:

@@ -1,5 +1,6 @@
 """The entries of the store: one QLoRAJob each, with its children."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from qlora_operator.decisions.observed.objects import ChildJob, Pod
@@ -37,6 +38,8 @@ class Entry:
     wanted: dict[str, int] = field(default_factory=dict)
     children: dict[ChildKind, dict[str, Child]] = field(default_factory=lambda: {"jobs": {}, "pods": {}})
     lost: ChildJob | None = None
+    last_words: dict[str, Pod] = field(default_factory=dict)
+    """Pods that are gone, as they ended, by their UID: until a pass has decided."""
 
     def version_of(self, uid: str) -> int:
         """Return the held version of the job, or of its child, or 0 without one."""
@@ -53,6 +56,24 @@ class Entry:
     def empty(self) -> bool:
         """Whether it has neither a job nor children."""
         return not self.body and not any(self.children.values())
+
+    def keep_last_words(self, value: ChildJob | Pod | None) -> None:
+        """Keep what a child that is gone has that no other object has.
+
+        That is what the first Job of a job has resolved before the status has it, and how a pod has ended.
+        """
+        if isinstance(value, ChildJob) and value.resolved:
+            self.lost = value
+        elif isinstance(value, Pod) and value.ended and self.key is not None:
+            self.last_words[value.uid] = value
+
+    def forget_last_words(self, counted: Iterable[str]) -> None:
+        """Forget those of counted pods, but not of one that counts with the end of its Job, which follows."""
+        jobs = (child.value for child in self.children["jobs"].values())
+        unfinished = {job.uid for job in jobs if isinstance(job, ChildJob) and not job.finished}
+        for uid in self.last_words.keys() & set(counted):
+            if not (self.last_words[uid].decisive and self.last_words[uid].owner_uid in unfinished):
+                del self.last_words[uid]
 
 
 class Entries:

@@ -32,6 +32,8 @@ from qlora_operator.watch.sweep_index import SweepIndex
 logger = logging.getLogger(__name__)
 
 _MAX_BURIED = 4096
+# A standby makes no passes, and so counts none of them.
+_MAX_LAST_WORDS = 4096
 _WORTH_PACKING = 2048
 # The fastest. The others take longer and gain little.
 _COMPRESSION = 1
@@ -57,6 +59,8 @@ class Store:
         """The entry of each child, by its UID: a user who may change it can give it the label of another job."""
         self.sweeps = SweepIndex()
         self._buried: dict[str, int] = {}
+        self._kept: dict[str, JobId] = {}
+        """The jobs of the pods whose last words were kept, by the pods' UIDs, the oldest first."""
         self._ordered = True
 
     def held(self, key: Key) -> Held | None:
@@ -68,7 +72,7 @@ class Store:
         entry = self._entry(key)
         if entry is None or entry.distrusted or not self._ordered or self._lags(entry):
             return None
-        observed = _observed(entry.children["jobs"].values(), entry.children["pods"].values(), entry.lost)
+        observed = _observed(entry.children["jobs"].values(), entry.children["pods"].values(), entry)
         return Held(json.loads(_unpacked(entry.body)), observed, entry.fresh)
 
     def job_changed(self, body: Object, *, deleted: bool = False, created: bool = False) -> bool:
@@ -158,7 +162,7 @@ class Store:
             entry.wanted = {
                 uid: version for uid, version in entry.wanted.items() if uid == job_id[1] or version > taken
             }
-        return _observed(jobs.items, pods.items, entry.lost if entry else None)
+        return _observed(jobs.items, pods.items, entry)
 
     def compare(self, kind: Kind, namespace: str | None, found: list[ObjectVersion], version: str) -> set[Key]:
         """Note a complete list, taken at `version`, and return jobs that differ from it.
@@ -218,6 +222,13 @@ class Store:
         """Note, before a decision, whether the job needs nothing until its next event."""
         if entry := self._entry(key):
             entry.settled = settled
+            if settled:
+                entry.last_words.clear()
+
+    def decided(self, key: Key, observed: Observed) -> None:
+        """Note that a decision from these children is stored, and need not be made again."""
+        if entry := self._entry(key):
+            entry.forget_last_words(pod.uid for pod in observed.pods if pod.ended)
 
     def is_settled(self, key: Key) -> bool:
         """Whether nothing is left to do for the job."""
@@ -275,21 +286,25 @@ class Store:
             self._entries.remove(job_id)
 
     def _drop_child(self, entry: Entry, kind: ChildKind, uid: str, shown: ChildView | None = None) -> None:
-        """Drop a child, but keep the first Job of a job that has stored nothing.
-
-        `shown`: as its deletion has shown it. Only that Job has the resolved values: the step continues with the next
-        attempt, and not as if it were new.
-        """
+        """Drop a child, but keep its last words. `shown`: as its deletion has shown it."""
         child = entry.children[kind].pop(uid, None)
         self._homes.pop(uid, None)
         value = child.value if child else None
         if shown is not None and shown.value is not None:
             value = without_foreign_resolved(shown, entry.resolves).value
-        if isinstance(value, ChildJob) and value.resolved:
-            entry.lost = value
+        entry.keep_last_words(value)
+        if uid in entry.last_words:
+            self._kept[uid] = entry.job_id
+            self._drop_oldest_words()
         entry.settled = False
         if entry.empty:
             self._entries.remove(entry.job_id)
+
+    def _drop_oldest_words(self) -> None:
+        while len(self._kept) > _MAX_LAST_WORDS:
+            uid = next(iter(self._kept))
+            if (entry := self._entries.find(self._kept.pop(uid))) is not None:
+                entry.last_words.pop(uid, None)
 
     @staticmethod
     def _forget_resolved(entry: Entry) -> None:
@@ -321,11 +336,12 @@ class Store:
         return number
 
 
-def _observed(jobs: Iterable[Child | ChildView], pods: Iterable[Child | ChildView], lost: ChildJob | None) -> Observed:
+def _observed(jobs: Iterable[Child | ChildView], pods: Iterable[Child | ChildView], entry: Entry | None) -> Observed:
+    found = {child.value.uid: child.value for child in pods if isinstance(child.value, Pod)}
     return collect(
         (child.value for child in jobs if isinstance(child.value, ChildJob)),
-        (child.value for child in pods if isinstance(child.value, Pod)),
-        lost,
+        (found | (entry.last_words if entry is not None else {})).values(),
+        entry.lost if entry is not None else None,
     )
 
 

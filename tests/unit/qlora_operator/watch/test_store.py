@@ -19,6 +19,7 @@ from qlora_api.naming import (
     child_job_name,
 )
 from qlora_operator.decisions.observed.facts import FIRST_JOB
+from qlora_operator.decisions.observed.objects import Observed
 from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.kube.listing import ChildKind, ChildList, child_view
@@ -232,6 +233,39 @@ def test_a_deleted_first_job_is_remembered_until_the_status_is_resolved() -> Non
     assert store.note_live_read(at(13, job_body()), *lists).lost == held.observed.lost
     store.job_changed(at(14, job_body(status_in("prepare").dump())))
     assert present(store.held(KEY)).observed.lost is None
+
+
+@pytest.mark.parametrize("read_live", [True, False])
+def test_how_a_pod_has_ended_is_held_until_a_pass_has_decided(read_live: bool) -> None:
+    store = store_with(("jobs", child("train")), ("pods", running(pod("train"))))
+    store.child_changed("pods", at(12, ended(pod("train"), 143)), deleted=True)
+    observed = present(store.held(KEY)).observed
+    if read_live:
+        lists = (ChildList([child_view("jobs", child("train"))], "30"), ChildList([], "30"))
+        assert store.note_live_read(at(13, job_body()), *lists) == observed
+    assert [(each.name, each.asked_to_stop) for each in observed.pods] == [(f"{NAME}-train-1-pod1", True)]
+    store.decided(KEY, Observed())
+    assert names(store)[1] == [f"{NAME}-train-1-pod1"], "that pass has not seen it"
+    store.decided(KEY, observed)
+    assert names(store)[1] == []
+
+
+def test_the_pods_that_are_held_until_a_pass_are_bounded() -> None:
+    store = store_with()
+    for number in range(5000):
+        store.child_changed("pods", at(20 + number, ended(pod("train"), 143), uid=f"uid-{number}"), deleted=True)
+    held = [each.uid for each in present(store.held(KEY)).observed.pods]
+    assert (len(held), "uid-0" in held, "uid-4999" in held) == (4096, False, True)
+
+
+def test_a_pod_that_has_succeeded_is_held_until_its_job_has() -> None:
+    store = store_with(("jobs", child("train")), ("pods", running(pod("train"))))
+    store.child_changed("pods", at(12, ended(pod("train"), 0)), deleted=True)
+    for job, kept in ((child("train"), 1), (child("train", Complete="Done"), 0)):
+        store.child_changed("jobs", at(14 - kept, job))
+        observed = present(store.held(KEY)).observed
+        store.decided(KEY, observed)
+        assert (len(observed.pods), len(names(store)[1])) == (1, kept)
 
 
 def jobs_with_resolved(names: Iterable[str], length: int = 0) -> list[dict[str, Any]]:
