@@ -20,7 +20,7 @@ from typing import Any
 from qlora_api.forecast import cost_text, hours_text
 from qlora_api.naming import child_job_name
 from qlora_api.schema import replace
-from qlora_api.status import QLoRAJobStatus
+from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, TakenOverPart, UsageStatus
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, format_time, parse_time
@@ -139,6 +139,9 @@ def _is_behind(entry: PodUsage, now: datetime) -> bool:
 def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, current: bool) -> Iterator[PodUsage]:
     """The entries of the pods that are observed, as they are now."""
     listed = {entry.uid: entry for entry in before.pods}
+    owners = _owners(facts.observed, status.step, facts.job.status.step)
+    # The UID of a Job that was deleted is in the stored status for the last time.
+    left = owners - _owners(facts.observed, status.step)
     room = _MOST_PODS - sum(entry.end is None for entry in before.pods)
     crowded = len(before.pods) + len(facts.observed.pods) > _MOST_LISTED
     for pod in facts.observed.pods:
@@ -146,8 +149,8 @@ def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, curr
         if since is None or not pod.name.startswith(_train(facts.job)):
             continue
         if entry is None:
-            due = pod.running or crowded or (facts.now - since).total_seconds() >= _SEEN_AFTER
-            if not _is_own(pod, status, facts.observed) or not (is_over(pod) or (room > 0 and due)):
+            due = pod.running or crowded or (facts.now - since).total_seconds() >= _SEEN_AFTER or pod.owner_uid in left
+            if pod.owner_uid not in owners or not (is_over(pod) or (room > 0 and due)):
                 continue
             uncounted = _uncounted_since(pod, since, before)
             if uncounted is None:
@@ -162,11 +165,9 @@ def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, curr
             yield advance_entry(entry, pod, status, facts)
 
 
-def _is_own(pod: Pod, status: QLoRAJobStatus, observed: Observed) -> bool:
-    """Whether it is a pod of this job's train Job: any user may set labels and a name."""
-    owners = {child.uid for child in observed.children}
-    owners |= {status.step.job_uid} if status.step is not None else set()
-    return bool(pod.owner_uid) and pod.owner_uid in owners
+def _owners(observed: Observed, *steps: StepStatus | None) -> set[str]:
+    """The UIDs of the Jobs whose pods are the job's: any user may set labels and a name."""
+    return {child.uid for child in observed.children} | {step.job_uid for step in steps if step is not None} - {""}
 
 
 def _ends_its_job(pod: Pod, observed: Observed) -> bool:
@@ -294,7 +295,8 @@ def _next_to_list(listed: list[PodUsage], before: UsageStatus, status: QLoRAJobS
     """Return when the first unlisted pod with a node was created: it waits to report."""
     known = {entry.uid for entry in listed}
     pods = (pod for pod in facts.observed.pods if pod.uid not in known and pod.name.startswith(_train(facts.job)))
-    own = (pod.created for pod in pods if has_gpus(pod) and _is_own(pod, status, facts.observed))
+    owners = _owners(facts.observed, status.step, facts.job.status.step)
+    own = (pod.created for pod in pods if has_gpus(pod) and pod.owner_uid in owners)
     of_sweep = (entry for entry in _copied(facts.job, facts.shared) if entry.uid not in known)
     copied = (parse_time(entry.created) for entry in of_sweep if _is_uncounted(entry, before))
     return min((*own, *copied), default=None)

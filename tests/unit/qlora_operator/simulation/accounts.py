@@ -2,6 +2,7 @@
 
 from jsonschema import Draft4Validator
 
+from qlora_api.contract import ExitCode
 from qlora_api.crd import structural_schema
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.sweep.status import QLoRASweepStatus
@@ -24,6 +25,8 @@ class Accounts:
         """UIDs of the pods that the operator has seen running, by the status of their jobs."""
         self._late: set[str] = set()
         """UIDs of the pods whose end was not shown when their job had failed: they use GPUs, and count for no limit."""
+        self._guessed: set[str] = set()
+        """UIDs of the pods whose end was counted before it was shown: they were gone when all were read."""
         api.watches.append(self._watch)
 
     def _watch(self, kind: str, _event: str, body: Object) -> None:
@@ -31,6 +34,11 @@ class Accounts:
             self._seen.add((body["status"].get("step") or {}).get("runningPod", ""))
             if body["spec"].get("suspend"):
                 self._suspended.add(body["metadata"]["uid"])
+            used = body["status"].get("usage") or {}
+            counted = {entry["uid"] for entry in used.get("pods", ()) if "end" in entry}
+            self._guessed.update(
+                uid for uid in counted & self._kubelet.runs.keys() if self._kubelet.runs[uid].shown is None
+            )
             if has(body, "Failed"):
                 runs = self._kubelet.runs.values()
                 self._late.update(run.uid for run in runs if body["metadata"]["uid"] in run.uids and run.shown is None)
@@ -56,8 +64,12 @@ class Accounts:
             lost = [run for run in self._lost(uid) if run.attempt >= status.get("firstAttempt", 1)]
             assert status.get("disruptions", 0) >= len(lost), f"{name} was interrupted {len(lost)} times at least"
         used = status.get("usage") or {}
-        trained = sum(run.gpu_seconds for run in known if run.step == "train")
+        shown = {run.uid: run for run in runs if run.step == "train" and run.shown is not None}
+        trained = sum(run.gpu_seconds for run in shown.values())
         assert used.get("gpuSeconds", 0) >= trained, f"{name} has used {trained} seconds at least"
+        for entry in used.get("pods", ()):
+            saved = entry["uid"] in shown.keys() - self._guessed and shown[entry["uid"]].code == ExitCode.INTERRUPTED
+            assert not (saved and entry.get("lostSeconds")), f"{entry['name']} has lost what it has saved"
         _JOB.validate(status)
 
     def _lost(self, uid: str) -> list[Run]:

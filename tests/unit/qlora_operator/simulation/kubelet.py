@@ -44,7 +44,7 @@ class Run:
     shown: int | None = None
     """When a watch has shown its end."""
     is_known: bool = False
-    """Whether its Job has ended after it, and so was there to show it."""
+    """Whether its Job has ended after it, and so was there to show it: only then its failure surely counts."""
     hangs: bool = False
     disrupted: bool = False
     """Whether it was stopped from outside, and not by its Job."""
@@ -78,9 +78,9 @@ class Run:
     def until(self, now: int) -> int:
         """Return the latest second that may count.
 
-        The last words of a deleted pod, or of one whose Job is deleted, may come too late.
+        The last words of a pod of a sweep whose Job is deleted may come too late: a sweep reads what is there.
         """
-        return self.shown if self.shown is not None and self.is_known else now
+        return self.shown if self.shown is not None and (self.is_known or len(self.uids) == 1) else now
 
     def stalled(self, now: int) -> bool:
         """Whether it made no progress for the time that a job allows, and was not asked to stop by then."""
@@ -232,6 +232,8 @@ class Kubelet:
         facts = FACTS.get(run.step, {}) if code == 0 else {}
         if run.step == "train" and code == 0:
             facts = facts | {"eval_loss": 1 + int(run.uids[0][:8], 16) % 7 / 10}
+        if run.step == "train" and code != ExitCode.PEER_LOST:
+            facts = facts | {"training_since": self._agenda.stamp(-run.seconds)}
         return ResultRecord(
             job_uid=run.uids[0],
             pod_uid=run.uid,

@@ -50,8 +50,13 @@ class World:
         self._operator = PlayedOperator(self.api, self.agenda, self._profiles)
 
     def stop(self) -> None:
-        """End it."""
+        """End it, and what it has seen of pods that are gone and not yet counted."""
         self._operator.is_stopped = True
+        there = {pod["metadata"]["uid"] for pod in self.api.all("pods")}
+        used = [body["status"].get("usage") or {} for body in self.api.all("qlorajobs")]
+        counted = {entry["uid"] for usage in used for entry in usage.get("pods", ()) if "end" in entry}
+        for run in self.kubelet.runs.values():
+            run.shown = run.shown if run.uid in there | counted else None
 
     def go_on(self, seconds: int) -> None:
         """Let so many seconds pass."""
@@ -193,7 +198,8 @@ def _has_ended(body: Object) -> bool:
     status, spec = body["status"], body["spec"]
     if not has(body, "Succeeded", "Failed") or status.get("observedGeneration") != body["metadata"]["generation"]:
         return False
-    if any("end" not in entry for entry in (status.get("usage") or {}).get("pods", ())):
+    # A cell that has ended copies no more of the pod of its sweep.
+    if any("end" not in entry for entry in (status.get("usage") or {}).get("pods", ()) if entry["jobs"] == 1):
         return False
     return has(body, "CleanedUp") or spec.get("cleanupAfterSeconds") is None or "resolved" not in status
 

@@ -258,6 +258,14 @@ def test_foreign_pods_do_not_count() -> None:
     assert status.usage is None
 
 
+def test_a_pod_whose_job_is_deleted_before_it_was_seen_counts() -> None:
+    stopping = deleted(train_pod(at=-10), -1, grace=3600)
+    stored = then(status_in("train"), stopping)
+    assert present(stored.step).job_uid == "", "no other object names its Job from here on"
+    body = ended(stopping, 143, start=-90, end=3500)
+    assert usage_of(then(stored, body, at=3510)).gpu_seconds == 2 * 3510
+
+
 def test_a_status_has_room_for_all_pods_with_the_jobs_labels() -> None:
     crowd = [running(train_pod(number), since=-90) for number in range(400)]
     status = follow(make_job(status_in("train"), **SPEC), child("train"), *crowd)
