@@ -135,7 +135,12 @@ class Reconciler:
                 self.metrics.reconcile_errors.inc()
                 if _UNKNOWN_FIELD in str(error):
                     self.suspect_schema()
+                if not isinstance(error, UnavailableError):
+                    self.starts.pass_over(key)  # the API server rejects this job's write: others may succeed
                 raise RetryError(str(error)) from error
+            except Exception:
+                self.starts.pass_over(key)
+                raise
 
     async def _reconcile(self, key: Key) -> float | None:
         view = await self._look(key)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import dropwhile
 
 from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.keys import Key
@@ -76,6 +77,13 @@ class Starts:
                 self.enqueue(next(iter(waiting)))
             else:
                 del self._waiting[group]
+
+    def pass_over(self, key: Key) -> None:
+        """Requeue the job that waits behind this one, whose pass has failed."""
+        for waiting in self._waiting.values():
+            behind = dropwhile(lambda each: each != key, waiting)
+            if next(behind, None) is not None and (following := next(behind, None)) is not None:
+                self.enqueue(following)
 
     async def _count(self, group: Group) -> int:
         namespace, profile = group

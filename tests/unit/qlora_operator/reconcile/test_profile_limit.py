@@ -1,6 +1,7 @@
 """Limits of a profile for a namespace: users, size, and number of running jobs."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from qlora_operator.kube.client import Cluster
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.reconcile.profile_limit import SECONDS_BETWEEN_LOOKS, SECONDS_FULL, Starts
+from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.watch.store import Store
 from tests.support.builders import (
     DATASET,
@@ -37,7 +39,7 @@ from tests.support.builders import (
     time,
 )
 from tests.unit.qlora_operator.simulation.agenda import Agenda
-from tests.unit.qlora_operator.simulation.api_server import ApiServer, Object
+from tests.unit.qlora_operator.simulation.api_server import AnswerError, ApiServer, Object
 
 
 def limited(**fields: Any) -> dict[str, Profile]:
@@ -149,6 +151,8 @@ class Namespace(ApiServer):
         super().__init__(Agenda(0))
         self.put("qlorajobs", *(self.body(f"job-{number}") for number in range(count)))
         self.woken: list[Any] = []
+        self.failures: dict[str, Exception] = {}
+        """For the writes of a job's status, by its name."""
         self.counts = 0
         self.now = 0.0
         self.check = self._check
@@ -162,7 +166,9 @@ class Namespace(ApiServer):
         self.counts += "fieldSelector" in dict(request.get("query") or ())
         return await super().send(method, path, **request)
 
-    def _check(self, method: str, kind: str, _before: Object | None, after: Object | None) -> None:
+    def _check(self, method: str, kind: str, before: Object | None, after: Object | None) -> None:
+        if before is not None and kind == "qlorajobs" and before["metadata"]["name"] in self.failures:
+            raise self.failures[before["metadata"]["name"]]
         # A job with a Job counts, whatever happens to the next write of its status.
         if (method, kind) == ("POST", "jobs"):
             assert present(after)["metadata"]["labels"][JOB_LABEL] in self.started()
@@ -195,7 +201,8 @@ class Namespace(ApiServer):
     def serve(self) -> None:
         """The woken jobs, until none is."""
         while self.woken:
-            self.reconcile(self.woken.pop(0)[1])
+            with contextlib.suppress(RetryError, ArithmeticError):
+                self.reconcile(self.woken.pop(0)[1])
 
 
 def test_concurrent_passes_start_no_more_jobs_than_the_profile_allows() -> None:
@@ -220,6 +227,18 @@ def test_the_longest_waiting_job_starts_when_another_ends_or_is_deleted() -> Non
     namespace.reconcile("job-3", "job-1")
     namespace.serve()
     assert namespace.started() == ["job-2", "job-4"]
+
+
+@pytest.mark.parametrize("failure", [AnswerError(403, "denied by a webhook"), ArithmeticError("a defect")])
+def test_a_waiting_job_whose_pass_fails_lets_the_next_one_start(failure: Exception) -> None:
+    namespace = Namespace(count=4, limit=1)
+    for name in namespace.objects["qlorajobs"]:
+        namespace.reconcile(name)
+    namespace.failures = {"job-1": failure, "job-2": failure}
+    namespace.delete("job-0")
+    namespace.reconcile("job-0")
+    namespace.serve()
+    assert namespace.started() == ["job-3"]
 
 
 def test_a_job_stuck_in_deletion_blocks_no_other() -> None:
