@@ -7,6 +7,7 @@ from itertools import islice
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import RESOLVED_ANNOTATION
 from qlora_api.spec.execution import DEFAULT_PROFILE
+from qlora_api.spec.job import GROUP
 from qlora_operator.decisions.observed.objects import (
     ChildJob,
     Object,
@@ -51,6 +52,11 @@ def controller_uid(body: Object) -> str:
     """Return the UID of the object's controller, empty if it has none."""
     owners = body["metadata"].get("ownerReferences") or ()
     return next((str(owner["uid"]) for owner in owners if owner.get("controller")), "")
+
+
+def is_of_kind(owner: Object, kind: str) -> bool:
+    """Whether the owner is of this kind, in any version of the API."""
+    return (str(owner.get("apiVersion")).partition("/")[0], owner.get("kind")) == (GROUP, kind)
 
 
 def _optional_time(text: str | None) -> datetime | None:

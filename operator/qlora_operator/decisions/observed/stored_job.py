@@ -18,11 +18,12 @@ from qlora_api.naming import (
 )
 from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import replace
-from qlora_api.spec.job import API_VERSION, QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_api.status_types import MAX_RUNGS
 from qlora_api.sweep.spec import MAX_SWEEP_NAME_LENGTH, SWEEP_KIND
 from qlora_operator.decisions.observed.objects import ORPHANED, Object, QLoRAJob
+from qlora_operator.decisions.observed.parsing import is_of_kind
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def _sweep(metadata: Object) -> tuple[str, str] | None:
     owners = metadata.get("ownerReferences") or ()
     owner: Object = next((owner for owner in owners if owner.get("controller")), {})
     name, uid = str(owner.get("name")), str(owner.get("uid"))
-    if (owner.get("apiVersion"), owner.get("kind")) != (API_VERSION, SWEEP_KIND):
+    if not is_of_kind(owner, SWEEP_KIND):
         return None
     if len(name) > MAX_SWEEP_NAME_LENGTH or not re.fullmatch(DNS_LABEL, name) or not _UID.fullmatch(uid):
         return None

@@ -28,7 +28,7 @@ from qlora_api.sweep.status import CellPhase, QLoRASweepStatus
 from qlora_api.usage import UsageStatus
 from qlora_operator.decisions.observed.conditions import condition, is_true
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
-from qlora_operator.decisions.observed.parsing import controller_uid
+from qlora_operator.decisions.observed.parsing import controller_uid, is_of_kind
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain, parse_job
 
 Manifest = dict[str, Any]
@@ -269,7 +269,7 @@ def sweep_of(body: Object) -> str | None:
     names = (
         str(owner["name"])
         for owner in owners
-        if owner.get("controller") and (owner.get("apiVersion"), owner.get("kind")) == (API_VERSION, SWEEP_KIND)
+        if owner.get("controller") and is_of_kind(owner, SWEEP_KIND)
     )
     return next(names, None)
 

@@ -53,6 +53,8 @@ def test_a_cell_is_a_job_that_the_sweep_controls_without_its_other_labels() -> N
     assert "annotations" not in metadata
     assert metadata["ownerReferences"] == [OWNER | {"blockOwnerDeletion": False}]
     assert sweep_of(manifest) == NAME
+    (owner,) = manifest["metadata"]["ownerReferences"]
+    assert sweep_of({"metadata": {"ownerReferences": [owner | {"apiVersion": "qlora.dev/v9"}]}}) == NAME
     job = parse_job({"metadata": metadata | {"uid": "x"}, "spec": manifest["spec"]})
     assert (job.problem, job.queue_name, job.spec.workspace.claim_name) == ("", "gpus", f"{NAME}-0a1b2c3d")
 
@@ -94,6 +96,8 @@ def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> N
 
     assert shares() == f"{NAME}-0a1b2c3d.sweep"
     assert shares(name="rates", uid=UID) != workspace_folder("rates", UID), "a job's own folder is never shared"
+    assert shares(apiVersion="qlora.dev/v9") == shares(), "an owner of another version is the same sweep"
+    assert shares(apiVersion="qlora.example/v1") is None
     assert shares(kind="CronJob") is None
     assert shares(controller=False) is None
     assert shares(name="../../etc") is None
