@@ -227,7 +227,7 @@ class Cluster(Api):
         return await self._json("POST", f"{_QLORA}/namespaces/{namespace}/{PLURAL}", body=manifest)
 
     async def change_cell(self, namespace: str, name: str, change: Object) -> Object:
-        """Merge the change into a QLoRAJob. Raises ConflictError for another UID."""
+        """Merge the change into a QLoRAJob. Raises ConflictError for another UID or version."""
         path = f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"
         return await self._json("PATCH", path, body=change, content_type="application/merge-patch+json")
 

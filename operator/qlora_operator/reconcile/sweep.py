@@ -159,12 +159,14 @@ class SweepReconciler:
     async def _carry_out_all(self, key: Key, sweep: QLoRASweep, actions: tuple[Action, ...]) -> _Done:
         """Carry out the actions that are possible now.
 
-        Cells whose creation was denied wait for their time; nothing else waits for them.
+        Cells whose creation was denied wait for their time; nothing else waits for them. Raises ConflictError, in the
+        end, if a cell has changed since it was read: the next pass decides from that.
         """
         denial = self._denial(key, sweep)
         waits = denial is not None and any(isinstance(action, CreateCell) for action in actions)
         jobs: dict[str, CellJob] = {}
         error: _BlockedError | None = None
+        overtaken: ConflictError | None = None
         for action in actions:
             if waits and isinstance(action, CreateCell):
                 continue
@@ -173,6 +175,10 @@ class SweepReconciler:
             except _BlockedError as found:
                 logger.warning("%s", found, extra={"key": key})
                 error = found
+            except ConflictError as found:
+                overtaken = found
+        if overtaken is not None:
+            raise overtaken
         now = self.clock()
         if error is not None:
             pause = self.blocked.next(key)
@@ -248,10 +254,13 @@ class SweepReconciler:
         return jobs
 
     async def _change(self, sweep: QLoRASweep, job: CellJob, change: Object, word: str) -> dict[str, CellJob]:
-        """The cell after the change, which is a `word` for people. Raises _BlockedError."""
+        """Return the cell after the change, a `word` for people.
+
+        Raises _BlockedError, and ConflictError if it has changed since it was read.
+        """
         try:
             changed = await self.cluster.change_cell(sweep.namespace, job.name, change)
-        except (NotFoundError, ConflictError):
+        except NotFoundError:
             logger.debug("cell %s is already gone", job.name, extra={"key": (sweep.namespace, sweep.name)})
             return {}
         except RejectedError as error:

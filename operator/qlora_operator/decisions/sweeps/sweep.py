@@ -142,6 +142,7 @@ class CellJob:
     run: FoundRun = field(default_factory=FoundRun)
     job: QLoRAJob | None = None
     """The whole of it, if this version can read it."""
+    resource_version: str = ""
 
     @property
     def rests(self) -> bool:
@@ -238,6 +239,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         spec=spec,
         run=_run(status),
         job=_readable_job(body),
+        resource_version=metadata.get("resourceVersion", ""),
     )
 
 
@@ -266,11 +268,7 @@ def _run(status: QLoRAJobStatus) -> FoundRun:
 def sweep_of(body: Object) -> str | None:
     """Return the QLoRASweep named as the QLoRAJob's controller, or None if none is."""
     owners = body["metadata"].get("ownerReferences") or ()
-    names = (
-        str(owner["name"])
-        for owner in owners
-        if owner.get("controller") and is_of_kind(owner, SWEEP_KIND)
-    )
+    names = (str(owner["name"]) for owner in owners if owner.get("controller") and is_of_kind(owner, SWEEP_KIND))
     return next(names, None)
 
 
@@ -332,18 +330,23 @@ def is_of_sweep(found: Object, sweep: QLoRASweep) -> bool:
 def suspension(cell: CellJob, suspend: bool) -> Manifest:
     """Build the patch that suspends this very cell, or resumes it."""
     mark = {SUSPENDED_ANNOTATION: "true" if suspend else None}
-    return {"metadata": {"uid": cell.uid, "annotations": mark}, "spec": {"suspend": suspend}}
+    return {"metadata": _as_read(cell) | {"annotations": mark}, "spec": {"suspend": suspend}}
 
 
 def stop(cell: CellJob, why: str) -> Manifest:
     """Build the patch that stops this very cell for good, with its checkpoint."""
     marks = {STOPPED_ANNOTATION: why, SUSPENDED_ANNOTATION: None}
-    return {"metadata": {"uid": cell.uid, "annotations": marks}, "spec": {"suspend": True}}
+    return {"metadata": _as_read(cell) | {"annotations": marks}, "spec": {"suspend": True}}
 
 
 def cleanup(cell: CellJob, seconds: int) -> Manifest:
     """Build the patch that lets this very cell be cleaned up."""
-    return {"metadata": {"uid": cell.uid}, "spec": {"cleanupAfterSeconds": seconds}}
+    return {"metadata": _as_read(cell), "spec": {"cleanupAfterSeconds": seconds}}
+
+
+def _as_read(cell: CellJob) -> Manifest:
+    """Return what lets a patch fail for another cell of that name, and for one that has changed since it was read."""
+    return {"uid": cell.uid, "resourceVersion": cell.resource_version}
 
 
 def labels_of(sweep: QLoRASweep) -> dict[str, str]:

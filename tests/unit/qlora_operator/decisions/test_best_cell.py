@@ -108,7 +108,8 @@ def test_then_the_cells_are_cleaned_up_as_in_the_template() -> None:
     done = publisher("Succeeded", adapter="hf://org/adapter")
     stored = sweep(status_of(sweep(), *CELLS, done))
     assert actions(stored, *CELLS, done) == [SetCleanup(each, 60) for each in CELLS]
-    assert cleanup(CELLS[0], 60) == {"metadata": {"uid": "uid-0"}, "spec": {"cleanupAfterSeconds": 60}}
+    this_one = {"uid": "uid-0", "resourceVersion": ""}
+    assert cleanup(CELLS[0], 60) == {"metadata": this_one, "spec": {"cleanupAfterSeconds": 60}}
     cleaned = [cell(number, 1.0, cleanup_after_seconds=60) for number in range(3)]
     assert actions(stored, *cleaned, done) == []
     assert actions(stored, *CELLS, publisher("Failed")) == []

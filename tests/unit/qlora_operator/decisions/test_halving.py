@@ -187,6 +187,7 @@ def test_a_continued_sweep_does_not_resume_its_stopped_cells() -> None:
     assert stop(held, WHY) == {
         "metadata": {
             "uid": "uid-1",
+            "resourceVersion": "",
             "annotations": {"qlora.dev/stopped-by-sweep": WHY, "qlora.dev/suspended-by-sweep": None},
         },
         "spec": {"suspend": True},

@@ -115,6 +115,7 @@ def test_a_suspended_sweep_suspends_its_cells_and_takes_back_only_what_it_has_do
     ]
     assert suspension(ours, True)["metadata"] == {
         "uid": "uid-0",
+        "resourceVersion": "",
         "annotations": {"qlora.dev/suspended-by-sweep": "true"},
     }
     assert suspension(ours, False)["metadata"]["annotations"] == {"qlora.dev/suspended-by-sweep": None}

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from qlora_api.naming import SWEEP_UID_LABEL
+from qlora_api.naming import SUSPENDED_ANNOTATION, SWEEP_UID_LABEL
 from qlora_operator.kube.client import Cluster
+from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.reconcile.sweep import SweepReconciler
 from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body, present, time
 from tests.support.sweeps import TEMPLATE
@@ -86,6 +87,26 @@ def test_a_change_of_the_best_cell_that_cannot_be_read_is_in_the_status() -> Non
         "the spec of QLoRAJob rates-00: gate.newer: Extra inputs are not permitted",
     )
     assert namespace.get("qlorajobs", "rates-best") is None
+
+
+class Overtaken(Namespace):
+    """A user changes the first cell whenever the cells have been read."""
+
+    async def send(self, method: str, path: str, **request: Any) -> tuple[int, bytes]:
+        answer = await super().send(method, path, **request)
+        if method == "GET" and path.endswith("/qlorajobs"):
+            self.change("qlorajobs", "rates-00", metadata={"annotations": {}})
+        return answer
+
+
+def test_a_cell_that_changes_after_it_was_read_is_decided_again() -> None:
+    marked = cell(0, 1.25, suspend=True) | {"status": {"phase": "Suspended"}}
+    marked["metadata"]["annotations"] = {SUSPENDED_ANNOTATION: "true"}
+    namespace = Overtaken(marked, cell(1, 1.5))
+    with pytest.raises(RetryError, match="Conflict"):
+        passes(namespace)
+    assert passes(namespace)["cells"][0]["phase"] == "Suspended"
+    assert namespace.job("rates-00")["spec"]["suspend"], "its user has taken over the suspension"
 
 
 EQUAL_CELLS: dict[str, Any] = {"template": {"spec": TEMPLATE}, "cells": [{}, {"rank": 64}]}
