@@ -8,20 +8,20 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from qlora_api.connections import PROXY_URL, AzureStorage, CaConfigMap, CloudIdentity, DirectHost, GoogleStorage
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.sources import REGISTRY
+from qlora_api.sources import REGISTRY, SUBDOMAIN
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+DNS_SUBDOMAIN = rf"^{SUBDOMAIN}$"
 # Zero is rejected here because the API server rejects it later, in a claim's size for example, where no user sees it.
 QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
-LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_KEY = rf"^({SUBDOMAIN}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 PRICE = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
 NamespaceName = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
-LabelKey = Annotated[str, Field(max_length=317, pattern=LABEL_KEY)]
+LabelKey = Annotated[str, Field(max_length=253, pattern=LABEL_KEY)]
 LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE)]
 
 RegistryHost = Annotated[str, Field(max_length=260, pattern=rf"^(http://)?{REGISTRY}$")]
@@ -48,12 +48,12 @@ def _check_keys(selector: dict[str, str]) -> dict[str, str]:
 
 
 NodeSelector = Annotated[
-    dict[Annotated[str, Field(max_length=317)], LabelValue],
+    dict[Annotated[str, Field(max_length=253)], LabelValue],
     # A structural schema cannot constrain keys: rules do.
     Field(
         max_length=16,
         json_schema_extra=rules(
-            rule("self.all(key, key.size() <= 317)", "a label key has at most 317 characters"),
+            rule("self.all(key, key.size() <= 253)", "a label key has at most 253 characters"),
             rule(f"self.all(key, key.matches('{LABEL_KEY}'))", _KEY_MESSAGE),
         ),
     ),

@@ -10,14 +10,16 @@ from pydantic import AfterValidator, Field
 
 from qlora_api.schema import rule, rules
 
-_CLAIM = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+# The name of most objects. Short, as the API server bounds the cost of the rules that have it, and without a backslash,
+# which would begin an escape sequence in them.
+SUBDOMAIN = "[a-z0-9]+((-+|[.])[a-z0-9]+)*"
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._=-]*"
 _PATH = rf"{_SEGMENT}(/{_SEGMENT})*"
 _HUB_MODEL = rf"hf://{_SEGMENT}/{_SEGMENT}"
 _HUB_DATASET = rf"{_HUB_MODEL}(/{_PATH})?"
 _HUB_COMMIT = rf"{_HUB_MODEL}@[0-9a-f]{{40}}"
-_VOLUME = rf"pvc://{_CLAIM}(/{_PATH})?/?"
-_CONFIG_MAP = rf"configMap://{_CLAIM}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
+_VOLUME = rf"pvc://{SUBDOMAIN}(/{_PATH})?/?"
+_CONFIG_MAP = rf"configMap://{SUBDOMAIN}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
 # A registry's name has a dot or a port, unlike the first part of a repository's name (distribution/reference).
 REGISTRY = r"([a-z0-9-]+([.][a-z0-9-]+)+(:[0-9]{1,5})?|[a-z0-9-]+:[0-9]{1,5})"
 _ARTIFACT_NAME = r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*"
@@ -177,7 +179,7 @@ SCHEMES: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         # A claim's root is shared, so a destination needs a folder.
-        Scheme("pvc", "pvc://CLAIM/PATH", rf"pvc://{_CLAIM}/{_PATH}/?", VolumeSource),
+        Scheme("pvc", "pvc://CLAIM/PATH", rf"pvc://{SUBDOMAIN}/{_PATH}/?", VolumeSource),
         # The stores have different rules for names of buckets, which Azure calls containers.
         Scheme(
             "s3",

@@ -97,7 +97,7 @@ REJECTED = {name: (changed(STARTS[start], changes), message) for name, start, ch
     "a mix of too many": (with_value(MIXED, "spec.dataset.mix", [{"source": "hf://a/b"}] * 17), "must have at most 16"),
     "long label key": (
         with_value(MINIMAL, "spec.scheduling.nodeSelector", {"k" * 400: "v"}),
-        "a label key has at most 317 characters",
+        "a label key has at most 253 characters",
     ),
     "huge list": (
         with_value(MINIMAL, "spec.lora.targetModules", [f"m{number}" for number in range(1000)]),

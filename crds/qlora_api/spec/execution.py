@@ -4,10 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
+from qlora_api.profile import DNS_LABEL, DNS_SUBDOMAIN, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, rule, rules
 
 DEFAULT_PROFILE = "default"
+# A label of the Job has it.
+QueueName = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_SUBDOMAIN)]
 _PRIORITY_MESSAGE = "priorityClassName: classes that begin with system- are reserved for the cluster; name another"
 
 
@@ -80,12 +82,12 @@ class SchedulingSpec(ApiModel):
     priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods.")
     node_selector: NodeSelector | None = Field(default=None, description="Additional labels that the nodes must have.")
     tolerations: Tolerations | None = Field(default=None, description="Additional taints that the pods tolerate.")
-    queue_name: ObjectName | None = Field(
+    queue_name: QueueName | None = Field(
         default=None,
         description="LocalQueue of Kueue where train waits for its GPUs; that of the QLoRAJob's label "
         "kueue.x-k8s.io/queue-name if not set, else none. Prepare and publish need no GPU and do not wait.",
     )
-    queue_priority: ObjectName | None = Field(
+    queue_priority: QueueName | None = Field(
         default=None,
         description="WorkloadPriorityClass of Kueue; that of the QLoRAJob's label kueue.x-k8s.io/priority-class if not "
         "set.",
