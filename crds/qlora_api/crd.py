@@ -35,6 +35,7 @@ def _column(name: str, path: str, *, type_: str = "string", wide: bool = False, 
     return column | ({"priority": 1} if wide else {})
 
 
+_REASON = _column("Reason", '.status.conditions[?(@.type=="Succeeded")].reason', description="Reason for the phase.")
 _COLUMNS = [
     _column("Phase", ".status.phase", description="Phase of the job."),
     _column("Progress", ".status.progress.summary", description="Training steps done."),
@@ -43,12 +44,7 @@ _COLUMNS = [
     _column("Model", ".spec.model.source", wide=True, description="The base model."),
     _column("Adapter", ".status.adapter.uri", wide=True, description="Address of the finished adapter."),
     _column("GPU-Hours", ".status.usage.gpuHours", wide=True, description="GPU hours that its train pods have used."),
-    _column(
-        "Reason",
-        '.status.conditions[?(@.type=="Succeeded")].reason',
-        wide=True,
-        description="Reason for the phase.",
-    ),
+    _REASON,
     _column("Age", ".metadata.creationTimestamp", type_="date", description="Time since the job was created."),
 ]
 
@@ -64,12 +60,7 @@ _SWEEP_COLUMNS = [
     _column("Changes", ".status.best.overrides", wide=True, description="Changes of that cell to the template."),
     _column("Adapter", ".status.best.adapter", wide=True, description="Address of that cell's adapter."),
     _column("GPU-Hours", ".status.usage.gpuHours", wide=True, description="GPU hours that all cells have used."),
-    _column(
-        "Reason",
-        '.status.conditions[?(@.type=="Succeeded")].reason',
-        wide=True,
-        description="Reason for the phase.",
-    ),
+    _REASON,
     _column("Age", ".metadata.creationTimestamp", type_="date", description="Time since the sweep was created."),
 ]
 

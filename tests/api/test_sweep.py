@@ -287,6 +287,7 @@ def test_a_job_of_the_name_of_a_cell_is_left_alone(sweeps: Sweeps) -> None:
 def test_cells_that_cannot_share_a_workspace_wait_until_one_runs_at_a_time(sweeps: Sweeps) -> None:
     sweeps.create("apart", parallelism=2)
     eventually(lambda: reason(sweeps.wait("apart", phase="Pending")) == "WorkspaceNotShared", seconds=60, every=0.2)
+    assert "WorkspaceNotShared" in sweeps.cluster.kubectl("get", "qlorasweeps", f"--namespace={NAMESPACE}")
     sweeps.patch("apart", parallelism=1)
     sweeps.wait_for_cells("apart", 1)
 
