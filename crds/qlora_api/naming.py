@@ -33,6 +33,8 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 # Label of the pods that have an identity of a cloud, with its name.
 CLOUD_IDENTITY_LABEL = "qlora.dev/cloud-identity"
+# Label of the pods of cells that share a volume which is attached to one node at a time, with their common folder.
+ONE_NODE_LABEL = "qlora.dev/one-node"
 # Annotation of the first Job: status.resolved as JSON, which is stored only after that Job exists.
 RESOLVED_ANNOTATION = "qlora.dev/resolved"
 

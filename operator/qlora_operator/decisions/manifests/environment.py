@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora_api import contract
-from qlora_api.naming import CLOUD_IDENTITY_LABEL, child_job_name, node_host
+from qlora_api.naming import CLOUD_IDENTITY_LABEL, ONE_NODE_LABEL, child_job_name, node_host
 from qlora_api.profile import Profile, TrackingServers
 from qlora_api.status import Resolved, StepName
 from qlora_operator.decisions.manifests.volumes import uses_cache
@@ -85,6 +85,16 @@ def identity_labels(profile: Profile, step: StepName) -> dict[str, str]:
     if identity is None or step not in _WITH_IDENTITY:
         return {}
     return {CLOUD_IDENTITY_LABEL: identity.provider} | _OF_PROVIDER.get(identity.provider, {})
+
+
+def one_node_labels(job: QLoRAJob, profile: Profile) -> dict[str, str]:
+    """Return the label of pods that must run on one node, empty for all others.
+
+    That are those of cells that one pod trains: they are prepared at the same time, and a zonal volume is attached to
+    one node at a time.
+    """
+    together = job.cells_in_pod > 1 and profile.workspace.topology == "zonal"
+    return {ONE_NODE_LABEL: job.shares} if together and job.shares is not None else {}
 
 
 def node_count(job: QLoRAJob, step: StepName) -> int:

@@ -27,6 +27,7 @@ from qlora_operator.decisions.manifests.environment import (
     identity_labels,
     network_volumes,
     node_count,
+    one_node_labels,
     service_account_name,
     step_environment,
 )
@@ -92,7 +93,10 @@ def build_job(
             "podFailurePolicy": {"rules": _failure_rules(together=nodes > 1)},
             "template": {
                 "metadata": {
-                    "labels": labels | {"sidecar.istio.io/inject": "false"} | identity_labels(resolved.profile, step),
+                    "labels": labels
+                    | {"sidecar.istio.io/inject": "false"}
+                    | identity_labels(resolved.profile, step)
+                    | one_node_labels(job, resolved.profile),
                     "annotations": _UNDISTURBED | {SPEC_ANNOTATION: _document(job, resolved)} | _documents(others),
                 },
                 "spec": _pod(job, resolved, step, attempt, others),
@@ -299,12 +303,22 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
         "priorityClassName": job.spec.scheduling.priority_class_name,
         "runtimeClassName": profile.runtime_class_name if step == "train" else None,
         "subdomain": peers_name(job.uid) if node_count(job, step) > 1 else None,
+        "affinity": _to_one_node(one_node_labels(job, profile)),
     }
     if step == "train" or profile.workspace.topology != "shared":
         # All steps mount the workspace volume, which may exist in one zone or on one node only.
         optional["nodeSelector"] = {**(job.spec.scheduling.node_selector or {}), **profile.node_selector}
         optional["tolerations"] = _tolerations(job, profile)
     return pod | {key: value for key, value in optional.items() if value}
+
+
+def _to_one_node(labels: dict[str, str]) -> Manifest | None:
+    """Build the affinity of pods with these labels to one another, or None without any.
+
+    The first goes to any node, and the others to its node as long as it runs.
+    """
+    term = {"labelSelector": {"matchLabels": labels}, "topologyKey": "kubernetes.io/hostname"}
+    return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}} if labels else None
 
 
 def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others: Sequence[QLoRAJob]) -> Manifest:

@@ -66,12 +66,13 @@ def _too_few_jobs(sweep: QLoRASweep, profile: Profile) -> Reason | None:
 def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
     """Return why cells cannot mount the workspace at the same time.
 
-    Returns None if they can. Each cell has a separate prepare pod, also if one pod trains several. A volume of one node
+    Returns None if they can, or need not. Each cell has a separate prepare pod, also if one pod trains several: those
+    of a zonal volume go to one node, and with one pod at a time none of them waits with a GPU. A volume of one node
     brings all pods to that node. The profile's access mode is assumed for an existing claim.
     """
     template, topology = sweep.spec.template.spec, profile.workspace.topology
     parallelism, size = sweep.spec.parallelism, _largest_pod(sweep)
-    if (parallelism == 1 and size == 1) or topology == "node-local":
+    if topology == "node-local" or (parallelism == 1 and (size == 1 or topology == "zonal")):
         return None
     modes = template.workspace.access_modes or (profile.workspace.access_mode,)
     found = f"workspace.topology of profile {template.scheduling.profile!r} is {topology}, and must be shared"
@@ -81,7 +82,7 @@ def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
         found = f"it would be {', '.join(modes)}, and must be ReadWriteMany"
     field, value, remedy = (
         ("parallelism", parallelism, "set spec.parallelism to 1, or create the sweep again")
-        if size == 1
+        if size == 1 or topology == "zonal"
         else ("cellsPerPod", sweep.spec.cells_per_pod, "create the sweep again without cellsPerPod, or")
     )
     return Reason(

@@ -297,8 +297,10 @@ def test_the_line_of_a_cell_that_has_not_started_has_the_reason() -> None:
         (SHARED, {}, {"parallelism": 2}, ""),
         (SHARED, {"claimName": "mine"}, {"parallelism": 2}, ""),
         (SHARED, {"accessModes": ["ReadWriteOnce"]}, {"parallelism": 2}, "it would be ReadWriteOnce"),
-        # Each cell of a pod is prepared by another pod.
-        (PROFILE, {}, {"cellsPerPod": 4}, "spec.cellsPerPod is 4"),
+        # Each cell of a pod is prepared by another pod, all on one node.
+        (PROFILE, {}, {"cellsPerPod": 4}, ""),
+        (PROFILE, {}, {"cellsPerPod": 2, "parallelism": 2}, "spec.parallelism is 2"),
+        (SHARED, {"accessModes": ["ReadWriteOnce"]}, {"cellsPerPod": 4}, "spec.cellsPerPod is 4"),
         (SHARED, {}, {"cellsPerPod": 4}, ""),
         (ON_ONE_NODE, {}, {"cellsPerPod": 4, "parallelism": 2}, ""),
         (PROFILE, {}, {"cellsPerPod": 4, "grid": {"rank": [8]}}, ""),

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from qlora_api.memory.estimate import GIB
-from qlora_api.status import MemoryStatus, QLoRAJobStatus
+from qlora_api.profile import Profile
+from qlora_api.status import MemoryStatus, QLoRAJobStatus, Resolved, StepName
+from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed
 from qlora_operator.decisions.observed.shared_pod import waits_for_sweep
@@ -16,6 +18,7 @@ from qlora_operator.decisions.sweeps.pods import MAX_DOCUMENTS, build_pod_job
 from qlora_operator.decisions.usage.budget import budget_at
 from tests.support.builders import (
     NOW,
+    PROFILE,
     PROFILES,
     after,
     child,
@@ -33,6 +36,8 @@ from tests.support.cluster.shared_pods import NAMES, POD, SWEEP, SWEEP_UID, UIDS
 
 FIRST, SECOND, THIRD = NAMES
 CHILD = f"{POD}-train-1"
+CREATE = CreateJob("train", 1)
+STEPS: tuple[StepName, ...] = ("prepare", "publish")
 
 
 def started() -> Pod:
@@ -124,6 +129,34 @@ def test_the_last_of_a_pod_is_trained_alone() -> None:
     assert (planned.status.alone, planned.status.cells, planned.actions) == ((THIRD,), (), ())
     assert found.shared(THIRD) is not None
     assert waits_for_sweep(found.cell(THIRD).status, found.shared(THIRD)) is None
+
+
+@pytest.mark.parametrize(("topology", "count"), [("zonal", 1), ("shared", 0), ("node-local", 0)])
+def test_all_pods_of_its_cells_go_to_one_node_if_the_volume_is_zonal(topology: str, count: int) -> None:
+    profile = Profile.model_validate(PROFILE.dump() | {"workspace": {"topology": topology}})
+    found = Pod()
+    cells = [found.cell(name) for name in NAMES]
+    cells = [replace(cell, status=with_profile(present(cell.status.resolved), profile)) for cell in cells]
+    steps = [build_job(cells[1], present(cells[1].status.resolved), step, 1) for step in STEPS]
+    templates = [job["spec"]["template"] for job in (build_pod_job(found.sweep(), POD, CREATE, cells), *steps)]
+    selectors = [selector for template in templates for selector in same_node(template)]
+    assert len(selectors) == count * len(templates)
+    for selector in selectors:
+        assert all(selector.items() <= template["metadata"]["labels"].items() for template in templates)
+
+
+def with_profile(fixed: Resolved, profile: Profile) -> QLoRAJobStatus:
+    return QLoRAJobStatus(resolved=fixed.model_copy(update={"profile": profile}))
+
+
+def same_node(template: dict[str, Any]) -> list[dict[str, str]]:
+    """The labels of the pods that must run on the node of this one."""
+    terms = template["spec"].get("affinity", {}).get("podAffinity", {})
+    return [
+        term["labelSelector"]["matchLabels"]
+        for term in terms.get("requiredDuringSchedulingIgnoredDuringExecution", ())
+        if term["topologyKey"] == "kubernetes.io/hostname"
+    ]
 
 
 def test_a_suspended_sweep_starts_no_pod_and_stops_the_one_that_runs() -> None:
