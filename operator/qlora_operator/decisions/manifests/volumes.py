@@ -115,10 +115,13 @@ def reserved_claims(profiles: Iterable[Profile]) -> set[str]:
 def reserved_secret(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:
     """Return why the job must not start: it names a Secret that any profile uses.
 
-    A step would send the signing key, or the proxy's password, to a server as if it were a token.
+    A step would send the signing key, or the proxy's password, to a server as if it were a token, and publish would
+    write with the account that only pulls images.
     """
     reserved: dict[str, str] = {}
     for profile in profiles:
+        pulls = "with which a profile pulls images (imagePullSecrets)"
+        reserved |= dict.fromkeys(profile.image_pull_secrets, pulls)
         if profile.proxy_secret_name is not None:
             reserved[profile.proxy_secret_name] = "by which a profile uses its proxy (proxySecretName)"
         if profile.signing_key is not None:

@@ -79,6 +79,7 @@ CACHED: Reserved = ({"modelCache": {"claimName": "models"}}, "ClaimNotAllowed", 
 SIGNED: Reserved = ({"signingKey": {"name": "signing"}}, "SecretNotAllowed", "the Secret 'signing'")
 PROXY = {"httpsProxy": "http://proxy:3128", "proxySecretName": "proxy-login"}
 PROXIED: Reserved = (PROXY, "SecretNotAllowed", "the Secret 'proxy-login'")
+PULLED: Reserved = ({"imagePullSecrets": ["pull"]}, "SecretNotAllowed", "the Secret 'pull'")
 
 
 def token(secret: str) -> dict[str, Any]:
@@ -107,6 +108,11 @@ def token(secret: str) -> dict[str, Any]:
             {"training": {"reportTo": ["wandb"]}, "output": {"tracking": {"secretRef": {"name": "signing"}}}},
         ),
         (PROXIED, "model.tokenSecretRef", token("proxy-login")),
+        (
+            PULLED,
+            "output.secretRef",
+            {"output": {"destination": "oci://example.org/a:v1", "secretRef": {"name": "pull"}}},
+        ),
     ],
 )
 def test_a_job_that_names_an_object_of_any_profile_waits(reserved: Reserved, field: str, spec: dict[str, Any]) -> None:
