@@ -44,7 +44,7 @@ SMALL_MACHINE: dict[str, Any] = {
         SHARED_PROFILE: {"workspace": {"topology": "shared"}},
     },
     # CoreDNS of the embedded cluster need not be root.
-    "jobNetworkPolicies": {"dnsPorts": [1053]},
+    "jobNetworkPolicies": {"dns": {"ports": [1053]}},
 }
 
 # The same for a cluster without a GPU, real or simulated. Null removes the chart's default.

@@ -8,7 +8,7 @@ from qlora_operator.settings import Settings
 
 SCHEMA = Path(__file__).parent / "qlora-operator" / "values.schema.json"
 # Set by the chart: separate values, and the ports that the Deployment names.
-_NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort", "dnsPorts"})
+_NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort", "jobNetworkPolicies"})
 # The Lease is in the release's namespace, where the operator has the right to write it, and has the release's name.
 _NOT_IN_LEADER_ELECTION = frozenset({"namespace", "leaseName"})
 # Defaults of the chart for a profile.

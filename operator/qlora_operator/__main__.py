@@ -24,6 +24,7 @@ from qlora_operator.leadership import Election, LeaseSettings
 from qlora_operator.logs import configure_logging
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.probes import Answer, Health, PortError, serving
+from qlora_operator.reconcile.isolation import Isolation
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.reconcile.profile_limit import Starts
 from qlora_operator.reconcile.progress import ProgressReader
@@ -288,6 +289,7 @@ class Operator:
 
     def _reconciler(self, progress: ProgressReader | None, enqueue: Callable[[Key], None]) -> Reconciler:
         settings, cluster = self._settings, self._cluster
+        network = settings.job_network_policies
         return Reconciler(
             cluster=cluster,
             profiles=settings.profiles,
@@ -296,7 +298,8 @@ class Operator:
             clock=lambda: datetime.now(UTC),
             starts=Starts(cluster.profiles_in_use, enqueue, time.monotonic),
             store=self._store,
-            dns_ports=settings.dns_ports,
+            dns=network.dns,
+            isolate=Isolation(cluster, network, settings.profiles, time.monotonic).apply,
             suspect_schema=self._check.suspect,
         )
 

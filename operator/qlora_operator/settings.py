@@ -12,7 +12,7 @@ from ruamel.yaml.error import YAMLError
 
 from qlora_api.profile import DNS_LABEL, Profile
 from qlora_api.schema import ApiModel
-from qlora_operator.decisions.manifests.objects import DNS_PORTS
+from qlora_operator.decisions.manifests.network import JobNetworkPolicies, Port
 from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.resolution import as_copied
 from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
@@ -21,7 +21,6 @@ ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"
 SECONDS_BETWEEN_PASSES = 2.0
 """Of a sweep: cells change their status in these seconds one after the other, and one pass covers them."""
 
-Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
 
 # The rest is for the other resolved values: three names, a path and a version.
@@ -109,8 +108,8 @@ class Settings(ApiModel):
     leader_election: LeaderElectionSettings = Field(
         LeaderElectionSettings(), description="Election of the operator that works, if several run."
     )
-    dns_ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=8)] = Field(
-        DNS_PORTS, description="Ports of the pods that answer DNS, which train pods on several nodes reach."
+    job_network_policies: JobNetworkPolicies = Field(
+        JobNetworkPolicies(), description="NetworkPolicies for the pods of jobs."
     )
     workers: int = Field(
         16,

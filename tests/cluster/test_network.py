@@ -1,7 +1,7 @@
-"""NetworkPolicies of the chart, enforced: the reachable peers of each step and the operator, in both directions.
+"""NetworkPolicies, enforced: the reachable peers of each step and the operator, in both directions.
 
 Each attempt is repeated without the policies, and then succeeds: only the policies deny it. Their content is checked in
-tests/api/chart/test_rendered.py.
+tests/unit/qlora_operator/decisions/manifests/test_network.py and tests/api/chart/test_rendered.py.
 """
 
 import json
@@ -14,18 +14,14 @@ from devcluster import addresses, cluster, layout, node, product, toolchain
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.environment import Cluster, Object, Tenant, new_namespace, tiny_job
 from tests.support.services.outside import ELSEWHERE, METADATA, NETWORK, OTHER_PORT, STORE, STORE_PORT, outside
-from tests.support.tenancy.tenancy import rendered
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
 LISTENING = 8_099
-# CoreDNS of the embedded cluster need not be root.
-DNS_POD_PORT = 1053
 POLICIES: Object = {
     "profiles": {"default": {**product.SMALL_MACHINE["profiles"]["default"]}},
     "jobNetworkPolicies": {
-        "enabled": True,
-        "dnsPorts": [DNS_POD_PORT],
+        **product.SMALL_MACHINE["jobNetworkPolicies"],
         "servers": [{"cidr": NETWORK, "except": [f"{ELSEWHERE}/32"]}],
     },
 }
@@ -154,10 +150,17 @@ def targets(neighbor: Place) -> Targets:
     }
 
 
-@pytest.mark.usefixtures("beyond")
+@pytest.fixture
+def told(installed: Cluster) -> Iterator[None]:
+    """Install an operator whose profile and settings have the servers."""
+    where = layout.from_environment()
+    product.install(where, where.kubeconfig, installed.images, POLICIES)
+    yield
+    product.install(where, where.kubeconfig, installed.images)
+
+
+@pytest.mark.usefixtures("beyond", "told")
 def test_train_has_no_network_and_the_others_reach_the_profiles_servers(tenant: Tenant, neighbor: Place) -> None:
-    policies = job_policies(tenant.namespace)
-    tenant.cluster.kubectl("apply", "--filename=-", input_text=json.dumps(policies))
     wanted = targets(neighbor)
     named = {"DNS", "DNS over TCP", "the object store"}
     name = tenant.apply(tiny_job("cut-off"))
@@ -180,13 +183,6 @@ def test_train_has_no_network_and_the_others_reach_the_profiles_servers(tenant: 
         assert neighbor.reached(own) == {"publish"}
     assert reached == {"prepare": (named, set()), "train": (set(), set()), "publish": (named, set())}
     tenant.succeed(name)
-
-
-def job_policies(namespace: str) -> Object:
-    """The chart's policies for the jobs of that namespace."""
-    settings = POLICIES["jobNetworkPolicies"] | {"namespaces": [namespace]}
-    objects = [one for one in rendered(POLICIES | {"jobNetworkPolicies": settings}) if one["kind"] == "NetworkPolicy"]
-    return {"apiVersion": "v1", "kind": "List", "items": objects}
 
 
 @pytest.mark.usefixtures("beyond")

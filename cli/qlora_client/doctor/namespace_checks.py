@@ -179,13 +179,14 @@ def _check_network(facts: Facts) -> Check:
             name,
             "problem",
             f"{names} let prepare and publish connect nowhere, so that they cannot download or upload: enable the "
-            "chart's jobNetworkPolicies for this namespace, or allow DNS and the servers",
+            "chart's jobNetworkPolicies, or allow DNS and the servers",
         )
     if not training:
         return Check(
             name,
             "ok",
-            "pods of train may connect anywhere: to keep tenants' data in, enable the chart's jobNetworkPolicies",
+            "no NetworkPolicy restricts the pods of jobs yet: the operator creates its own before the first job, "
+            "unless the chart's jobNetworkPolicies are off",
         )
     return Check(name, "ok", "prepare and publish may connect to servers, and the connections of train are restricted")
 

@@ -41,9 +41,10 @@ spec.cleanupAfterSeconds and annotations of its own.
 - apiGroups: [""]
   resources: [services]
   verbs: [create]
+# A right to apply, which creates an object if it does not exist, consists of both verbs.
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [create]
+  verbs: [create, patch]
 - apiGroups: [""]
   resources: [events]
   verbs: [create]

@@ -16,41 +16,7 @@
 {{- end -}}
 {{- $_ := set $profiles $name $full -}}
 {{- end -}}
-{{- $decided := dict "namespaces" .Values.namespaces "profiles" $profiles "probePort" 8080 "metricsPort" 9090 "dnsPorts" (include "qlora-operator.dnsPorts" . | fromJsonArray) -}}
+{{- $decided := dict "namespaces" .Values.namespaces "profiles" $profiles "probePort" 8080 "metricsPort" 9090 "jobNetworkPolicies" .Values.jobNetworkPolicies -}}
 {{- $_ := set $decided "leaderElection" (dict "leaseName" (include "qlora-operator.fullname" .)) -}}
 {{- toYaml (merge $decided (deepCopy .Values.settings)) -}}
-{{- end }}
-
-{{/* Ports on which DNS answers, as a JSON list. `helm upgrade --reuse-values` has no value that the older chart lacks, and
-a rule with an empty list of ports allows all of them. */}}
-{{- define "qlora-operator.dnsPorts" -}}
-{{- toJson (default (list 53) .Values.jobNetworkPolicies.dnsPorts) -}}
-{{- end }}
-
-{{/* Clouds whose identity prepare and publish may use by some profile, as a JSON list. */}}
-{{- define "qlora-operator.identityProviders" -}}
-{{- $providers := list -}}
-{{- range (include "qlora-operator.settings" . | fromYaml).profiles -}}
-{{- with .cloudIdentity }}{{ $providers = append $providers .provider }}{{ end -}}
-{{- end -}}
-{{- toJson (uniq $providers) -}}
-{{- end }}
-
-{{/* Ports of the servers that the profiles name, as a JSON list: those of their URLs, or of the scheme. */}}
-{{- define "qlora-operator.serverPorts" -}}
-{{- $ports := list -}}
-{{- range (include "qlora-operator.settings" . | fromYaml).profiles -}}
-{{- $store := default dict .objectStore -}}
-{{- $servers := list (default "https://huggingface.co" .hubEndpoint) (default "https://s3.amazonaws.com" $store.endpoint) -}}
-{{- range default dict .tracking }}{{ $servers = append $servers .url }}{{ end -}}
-{{- with (default dict .googleStorage).endpoint }}{{ $servers = append $servers . }}{{ end -}}
-{{- with (default dict .azureStorage).endpoint }}{{ $servers = append $servers . }}{{ end -}}
-{{- with .httpsProxy }}{{ $servers = append $servers . }}{{ end -}}
-{{- range .registries }}{{ $servers = append $servers (ternary . (printf "https://%s" .) (contains "://" .)) }}{{ end -}}
-{{- range $servers -}}
-{{- $port := regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" -}}
-{{- $ports = append $ports (int (default (ternary "80" "443" (hasPrefix "http://" .)) $port)) -}}
-{{- end -}}
-{{- end -}}
-{{- toJson (uniq $ports) -}}
 {{- end }}

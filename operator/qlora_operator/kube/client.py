@@ -43,6 +43,7 @@ from qlora_operator.kube.transport import (
 logger = logging.getLogger(__name__)
 
 FIELD_MANAGER = "qlora-operator"
+_APPLY, _APPLIED = "application/apply-patch+yaml", [("fieldManager", FIELD_MANAGER), ("force", "true")]
 # For what only explains. A log comes from a node through the API server, a Workload perhaps through a webhook: a slow
 # one is not worth waiting for.
 _BRIEF_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
@@ -173,9 +174,15 @@ class Cluster(Api):
         """Create a Service. Raises AlreadyExistsError or RejectedError."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
 
-    async def create_network_policy(self, namespace: str, manifest: Object) -> None:
-        """Create a NetworkPolicy. Raises as `create_service` does."""
-        await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
+    async def apply_network_policy(self, namespace: str, manifest: Object) -> None:
+        """Create a NetworkPolicy, or give it these rules again. Raises RejectedError."""
+        await self._request(
+            "PATCH",
+            f"{_NETWORKING}/namespaces/{namespace}/networkpolicies/{manifest['metadata']['name']}",
+            query=_APPLIED,
+            body=manifest,
+            content_type=_APPLY,
+        )
 
     async def create_config_map(self, namespace: str, manifest: Object) -> None:
         """Create a ConfigMap. Raises as `create_service` does."""
@@ -247,9 +254,9 @@ class Cluster(Api):
         return await self._json(
             "PATCH",
             f"{_QLORA}/namespaces/{stored.namespace}/{plural}/{stored.name}/status",
-            query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
+            query=_APPLIED,
             body=body,
-            content_type="application/apply-patch+yaml",
+            content_type=_APPLY,
         )
 
     async def read_log(self, namespace: str, pod: str) -> str | None:

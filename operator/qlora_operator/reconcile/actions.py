@@ -1,7 +1,7 @@
 """Carries out a plan: deletes and creates Jobs and the other objects of a job."""
 
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -17,6 +17,7 @@ from qlora_operator.decisions.announcing import (
     with_announcement,
     without_announcement,
 )
+from qlora_operator.decisions.manifests.network import Dns
 from qlora_operator.decisions.manifests.objects import build_claim, build_job, build_peer_policy, build_peer_service
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
@@ -68,7 +69,9 @@ class Actions:
 
     cluster: Cluster
     store: Store
-    dns_ports: tuple[int, ...]
+    dns: Dns
+    isolate: Callable[[str], Awaitable[None]]
+    """Brings the NetworkPolicies of all jobs to a namespace. Raises ClusterError."""
     announcements: Postponed = field(default_factory=Postponed)
 
     async def carry_out(self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> Result:
@@ -84,12 +87,13 @@ class Actions:
                     case CreateClaim() if resolved is not None:
                         changed |= await self._create_claim(job, resolved)
                     case ConnectNodes():
-                        changed |= await self._connect_nodes(job)
+                        await self._connect_nodes(job)
                     case Announce():
                         # The clean-up does not wait for a success.
                         status, written = await self._announce(facts, status)
                         changed, again = changed | written, self.announcements.due(key)
                     case CreateJob() if resolved is not None:
+                        await self._isolate(job)
                         sized = with_size_of_pod(job, facts.shared)
                         job_uid, is_new = await self._create_job(sized, resolved, action)
                         changed |= is_new
@@ -148,28 +152,32 @@ class Actions:
             return False
         return True
 
-    async def _connect_nodes(self, job: QLoRAJob) -> bool:
+    async def _isolate(self, job: QLoRAJob) -> None:
+        """Cut off the pods of all jobs of the namespace. Raises _BlockedError."""
+        try:
+            await self.isolate(job.namespace)
+        except RejectedError as error:
+            sentence = f"the API server rejects a NetworkPolicy for the pods of jobs (jobNetworkPolicies): {error}"
+            raise _BlockedError(Reason("NetworkPolicyRejected", sentence)) from error
+
+    async def _connect_nodes(self, job: QLoRAJob) -> None:
         """Create the Service and NetworkPolicy of train pods on several nodes.
 
-        Returns whether one of them was missing. Their names have the job's UID: an existing one is the job's own, or a
-        user with the right to do so has made it. Raises _BlockedError.
+        Their names have the job's UID: an existing Service is the job's own, or a user with the right to do so has made
+        it. Raises _BlockedError.
         """
-        created = False
-        for kind, create, manifest in (
-            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job, self.dns_ports)),
+        for kind, write, manifest in (
+            ("NetworkPolicy", self.cluster.apply_network_policy, build_peer_policy(job, self.dns)),
             ("Service", self.cluster.create_service, build_peer_service(job)),
         ):
             name = manifest["metadata"]["name"]
             try:
-                await create(job.namespace, manifest)
-                created = True
-                logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
+                await write(job.namespace, manifest)
             except AlreadyExistsError:
                 logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
             except RejectedError as error:
                 sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
                 raise _BlockedError(Reason("PeersRejected", sentence)) from error
-        return created
 
     async def _announce(self, facts: Facts, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, bool]:
         """Write the entry for servers and return the status, and whether it was written.

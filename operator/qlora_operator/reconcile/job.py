@@ -4,7 +4,7 @@ A pass decides from what the watches have shown. A decision that cannot be undon
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -19,7 +19,7 @@ from qlora_operator.decisions.events import (
     tracking_event,
     unreadable_event,
 )
-from qlora_operator.decisions.manifests.objects import DNS_PORTS
+from qlora_operator.decisions.manifests.network import DEFAULT_DNS, Dns
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Object, Observed, QLoRAJob, Reason
 from qlora_operator.decisions.observed.shared_pod import SharedPod, waits_for_sweep
@@ -97,6 +97,10 @@ class _Done:
     """Until the job is reconciled again; None if the next event is enough."""
 
 
+async def _leave_open(_namespace: str) -> None:
+    """Create no NetworkPolicies."""
+
+
 @dataclass(frozen=True)
 class Reconciler:
     """One pass over one job: all state that matters is in the API."""
@@ -108,7 +112,9 @@ class Reconciler:
     clock: Callable[[], datetime]
     starts: Starts
     store: Store = field(default_factory=Store)
-    dns_ports: tuple[int, ...] = DNS_PORTS
+    dns: Dns = DEFAULT_DNS
+    isolate: Callable[[str], Awaitable[None]] = _leave_open
+    """Brings the NetworkPolicies of all jobs to a namespace, before a Job is created there."""
     blocked: Pauses = field(default_factory=Pauses)
     announcements: Postponed = field(default_factory=Postponed)
     suspect_schema: Callable[[], None] = lambda: None
@@ -283,7 +289,7 @@ class Reconciler:
         facts, planned, status = decided.facts, decided.plan, decided.decision.status
         if planned.store_first:
             return AtOnce(changed=await self._write(facts, status))
-        actions = Actions(self.cluster, self.store, self.dns_ports, self.announcements)
+        actions = Actions(self.cluster, self.store, self.dns, self.isolate, self.announcements)
         done = await actions.carry_out(facts, status, planned.actions)
         if not done.blocked and any(creates_first_job(action) for action in planned.actions):
             # That Job has the resolved values. Other new jobs need theirs more urgently than this one its status.

@@ -43,7 +43,6 @@ def everything_on(values: Object) -> Object:
     """The values with every object of the chart in use."""
     on = copy.deepcopy(values)
     on["networkPolicy"]["enabled"] = on["metrics"]["serviceMonitor"]["enabled"] = True
-    on["jobNetworkPolicies"] |= {"enabled": True, "namespaces": ["team-a"]}
     return on
 
 
@@ -62,7 +61,7 @@ ABSENT_BY_CHOICE = {("runAs",), ("profiles", "default", "runAs"), ("profiles", "
 }
 # A required value that is absent is rejected by name.
 NO_ALERT = "there is no alert QLoRAQueue; there are: QLoRAJobStalled, QLoRAJobsFailing"
-CLEAR_FAILURE = re.compile(r"missing property '\w+'|needs jobNetworkPolicies\.namespaces")
+CLEAR_FAILURE = re.compile(r"missing property '\w+'")
 
 
 @pytest.mark.parametrize(
@@ -118,11 +117,10 @@ def test_settings_too_large_for_an_annotation_are_rejected_before_installation(h
         ({"profiles": {"A_100": {}}}, "A_100"),
         ({"namespaces": "team-a"}, "/namespaces"),
         ({"image": {"digest": "latest"}}, "/image/digest"),
-        ({"jobNetworkPolicies": {"enabled": True}}, "needs jobNetworkPolicies.namespaces"),
-        ({"jobNetworkPolicies": {"dnsPorts": [53, 53]}}, "/jobNetworkPolicies/dnsPorts"),
-        ({"jobNetworkPolicies": {"dnsPorts": [*range(1, 10)]}}, "/jobNetworkPolicies/dnsPorts"),
+        ({"jobNetworkPolicies": {"namespaces": ["team-a"]}}, "'namespaces' not allowed"),
+        ({"jobNetworkPolicies": {"dns": {"ports": [*range(1, 10)]}}}, "/jobNetworkPolicies/dns/ports"),
+        ({"jobNetworkPolicies": {"dns": {"to": []}}}, "/jobNetworkPolicies/dns/to"),
         ({"networkPolicy": {"apiServerPorts": None}}, "missing property 'apiServerPorts'"),
-        ({"jobNetworkPolicies": {"servers": None}}, "missing property 'servers'"),
         ({"crds": {"keep": None}}, "missing property 'keep'"),
         ({"jobNetworkPolicies": {"servers": [{"cidr": "example.org"}]}}, "/jobNetworkPolicies/servers/0/cidr"),
         ({"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}}, "needs metrics.service"),

@@ -1,11 +1,8 @@
 """Promises of the chart with any values; the rest is in the golden renderings."""
 
-from collections.abc import Callable, Iterable, Iterator
-from ipaddress import ip_address, ip_network
+from collections.abc import Callable, Iterator
 from itertools import product
-from urllib.parse import urlsplit
 
-from qlora_api.naming import CLOUD_IDENTITY_LABEL, JOB_LABEL, STEP_LABEL
 from qlora_api.spec.output import ANNOUNCEMENTS_LABEL
 from qlora_operator.settings import ENV_SETTINGS, Settings
 from tests.support.chart.rendered import NAMESPACE, RELEASE, SETTINGS, VERSION, Object, Rendered, place
@@ -25,7 +22,7 @@ _RIGHTS = {
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create"},
     "services": {"create"},
-    "networkpolicies.networking.k8s.io": {"create"},
+    "networkpolicies.networking.k8s.io": {"create", "patch"},
     "events": {"create"},
 }
 # Further rights in the operator's namespace.
@@ -47,16 +44,6 @@ _OF_THE_ADMINISTRATOR = "imagePullSecrets priorityClassName nodeSelector tolerat
 _OF_THE_CONTAINER = """
 name image imagePullPolicy env ports livenessProbe readinessProbe resources securityContext terminationMessagePolicy
 volumeMounts
-"""
-# GKE's metadata server, which also answers at port 988, and the agent of EKS Pod Identity.
-_CREDENTIALS = {
-    "google": ([80, 988], ["169.254.169.254/32", "169.254.169.252/32"]),
-    "aws": ([80], ["169.254.170.23/32", "fd00:ec2::23/128"]),
-}
-# The ends of 169.254.0.0/16, and the servers of metadata, which give a node's credentials to each pod that asks.
-_METADATA = """
-169.254.0.0 169.254.169.254 169.254.170.2 169.254.255.255 100.100.100.200 168.63.129.16
-fe80::1 fd00:ec2::254 fd00:ec2::23 fd20:ce::254
 """
 
 
@@ -184,8 +171,9 @@ def the_operator_reads_its_settings_and_writes_only_to_a_small_folder(chart: Ren
     """The settings are in the pod's template, so that a change of them replaces the pod."""
     given = chart.values["settings"]
     election = given["leaderElection"] | {"leaseName": chart.name}
-    ports = {"probePort": 8080, "metricsPort": 9090, "dnsPorts": chart.values["jobNetworkPolicies"]["dnsPorts"]}
-    wanted = given | ports | {"leaderElection": election, "namespaces": chart.values["namespaces"]}
+    ports = {"probePort": 8080, "metricsPort": 9090}
+    same = {name: chart.values[name] for name in ("namespaces", "jobNetworkPolicies")}
+    wanted = given | ports | {"leaderElection": election, **same}
     yield {name: value for name, value in chart.settings.items() if name != "profiles"}, wanted
     item = {"path": "settings.yaml", "fieldRef": {"fieldPath": f"metadata.annotations['{SETTINGS}']"}}
     settings = {"name": "settings", "downwardAPI": {"items": [item]}}
@@ -228,36 +216,14 @@ def a_drain_leaves_one_of_several_operators(chart: Rendered) -> Comparisons:
 
 
 @promise
-def only_what_needs_a_network_has_one(chart: Rendered) -> Comparisons:
-    """Of jobs, prepare and publish reach DNS, servers, and the source of credentials."""
-    given = chart.values["jobNetworkPolicies"]
+def the_operators_pod_reaches_the_api_server_only(chart: Rendered) -> Comparisons:
     labels = chart.deployment["spec"]["template"]["metadata"]["labels"]
     selected = {"app.kubernetes.io/name": "qlora-operator", "app.kubernetes.io/instance": RELEASE}
     yield chart.deployment["spec"]["selector"], {"matchLabels": selected}
     yield labels | selected, labels
-    namespaces = (given["namespaces"] or chart.values["namespaces"]) if given["enabled"] else []
-    found = {place(each): dict(each["spec"]) for each in chart.of("NetworkPolicy")}
-    for spec in found.values():
-        if "egress" in spec:
-            spec["egress"] = [rule | {"ports": _in_order(rule["ports"])} for rule in spec["egress"]]
-    of_jobs = product(namespaces, _of_jobs(chart))
-    wanted = {f"NetworkPolicy {namespace}/{chart.name}-{name}": spec for namespace, (name, spec) in of_jobs}
-    if chart.values["networkPolicy"]["enabled"]:
-        wanted[f"NetworkPolicy {NAMESPACE}/{chart.name}"] = _of_the_operator(chart)
-    yield found, wanted
-
-
-@promise
-def no_job_reaches_a_clouds_metadata(chart: Rendered) -> Comparisons:
-    """The defaults of `servers` leave these addresses out."""
-    for spec in (each["spec"] for each in chart.of("NetworkPolicy") if each["metadata"]["name"].endswith("-servers")):
-        (blocks,) = ([peer["ipBlock"] for peer in rule["to"]] for rule in spec["egress"] if "to" in rule)
-        yield [address for address in _METADATA.split() if any(_is_in(address, block) for block in blocks)], []
-
-
-def _is_in(address: str, block: Object) -> bool:
-    allowed, *excepted = map(ip_network, (block["cidr"], *block.get("except", [])))
-    return ip_address(address) in allowed and not any(ip_address(address) in each for each in excepted)
+    found = {place(each): each["spec"] for each in chart.of("NetworkPolicy")}
+    own = {f"NetworkPolicy {NAMESPACE}/{chart.name}": _of_the_operator(chart)}
+    yield found, own if chart.values["networkPolicy"]["enabled"] else {}
 
 
 def _of_the_operator(chart: Rendered) -> Object:
@@ -272,49 +238,3 @@ def _of_the_operator(chart: Rendered) -> Object:
         "ingress": [{"ports": [{"port": "probes"}]}, {"ports": [{"port": "metrics"}], **peers}],
         "egress": [server | ({"to": addresses} if addresses else {})],
     }
-
-
-def _of_jobs(chart: Rendered) -> Iterator[tuple[str, Object]]:
-    given, profiles = chart.values["jobNetworkPolicies"], chart.settings["profiles"].values()
-    yield "jobs", {"podSelector": _pods(), "policyTypes": ["Ingress", "Egress"]}
-    dns = [{"port": port, "protocol": each} for port in given["dnsPorts"] for each in ("UDP", "TCP")]
-    ports = {_port(url) for profile in profiles for url in _servers(profile)}
-    servers = {"ports": _tcp(ports | set(given["ports"])), "to": [{"ipBlock": each} for each in given["servers"]]}
-    yield "servers", _egress(_pods(STEP_LABEL, "prepare", "publish"), {"ports": _in_order(dns)}, servers)
-    for provider in {profile.get("cloudIdentity", {}).get("provider") for profile in profiles} & _CREDENTIALS.keys():
-        answering, addresses = _CREDENTIALS[provider]
-        source = {"ports": _tcp(answering), "to": [{"ipBlock": {"cidr": each}} for each in addresses]}
-        yield f"identity-{provider}", _egress(_pods(CLOUD_IDENTITY_LABEL, provider), source)
-
-
-def _pods(label: str = "", *values: str) -> Object:
-    """Select the pods of jobs, or those with one of the values of a label."""
-    labeled = [{"key": label, "operator": "In", "values": list(values)}] if label else []
-    return {"matchExpressions": [{"key": JOB_LABEL, "operator": "Exists"}, *labeled]}
-
-
-def _egress(pods: Object, *rules: Object) -> Object:
-    return {"podSelector": pods, "policyTypes": ["Egress"], "egress": list(rules)}
-
-
-def _tcp(ports: Iterable[int]) -> list[Object]:
-    return _in_order({"port": port, "protocol": "TCP"} for port in ports)
-
-
-def _in_order(ports: Iterable[Object]) -> list[Object]:
-    return sorted(ports, key=str)
-
-
-def _servers(profile: Object) -> Iterator[str]:
-    """The URL of each server that steps with this profile may use."""
-    yield profile.get("hubEndpoint", "https://huggingface.co")
-    yield profile.get("objectStore", {}).get("endpoint", "https://s3.amazonaws.com")
-    optional = [profile.get(store, {}).get("endpoint") for store in ("googleStorage", "azureStorage")]
-    yield from filter(None, [*optional, profile.get("httpsProxy")])
-    yield from (server["url"] for server in profile.get("tracking", {}).values())
-    yield from (each if "://" in each else f"https://{each}" for each in profile.get("registries", []))
-
-
-def _port(url: str) -> int:
-    address = urlsplit(url)
-    return address.port or {"http": 80, "https": 443}[address.scheme]

@@ -123,7 +123,7 @@ class MemoryCluster:
     async def create_service(self, namespace: str, manifest: Object) -> None:
         self._connect("Service")
 
-    async def create_network_policy(self, namespace: str, manifest: Object) -> None:
+    async def apply_network_policy(self, namespace: str, manifest: Object) -> None:
         self._connect("NetworkPolicy")
 
     def _connect(self, kind: str) -> None:

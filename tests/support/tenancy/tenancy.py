@@ -230,7 +230,9 @@ def used_by_the_operator(requests: list[Object]) -> dict[str, set[str]]:
         if by_the_operator(entry) and "objectRef" in entry:
             where = entry["objectRef"]
             name = where["resource"] + (f"/{where['subresource']}" if where.get("subresource") else "")
-            verbs.setdefault(name, set()).add(entry["verb"])
+            # An apply that creates the object needs both rights.
+            created = {"create"} if entry.get("responseStatus", {}).get("code") == 201 else set()
+            verbs.setdefault(name, set()).update({entry["verb"]} | created)
     return verbs
 
 

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from helm.values_schema import SCHEMA, render
-from qlora_operator.settings import Settings
 from qlora_operator.watch.handlers import _configure
 
 ROOT = Path(__file__).parents[3]
@@ -20,13 +19,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_values_schema_describes_the_profile_of_the_models() -> None:
     assert SCHEMA.read_text() == render(), "run `make generate`"
-
-
-def test_the_chart_takes_no_more_ports_of_dns_than_the_operator() -> None:
-    schema = json.loads(SCHEMA.read_text())
-    chart = schema["properties"]["jobNetworkPolicies"]["properties"]["dnsPorts"]
-    operator = Settings.model_json_schema(by_alias=True)["properties"]["dnsPorts"]
-    assert chart == {"uniqueItems": True} | {key: operator[key] for key in ("type", "minItems", "maxItems", "items")}
 
 
 def test_every_default_value_is_in_the_schema_and_explained() -> None:

@@ -367,8 +367,8 @@ OF_CHART = policy(
     [
         ([policy([], "Ingress", "Egress")], "problem", "deny let prepare and publish connect nowhere"),
         ([policy([], "Ingress", "Egress"), OF_CHART], "ok", "the connections of train are restricted"),
-        ([policy([], "Ingress")], "ok", "pods of train may connect anywhere"),
-        ([policy([], "Egress", matchLabels={"app": "web"})], "ok", "pods of train may connect anywhere"),
+        ([policy([], "Ingress")], "ok", "no NetworkPolicy restricts the pods of jobs yet"),
+        ([policy([], "Egress", matchLabels={"app": "web"})], "ok", "no NetworkPolicy restricts the pods of jobs yet"),
         ([policy([], "Egress", matchExpressions=[{"key": "app", "operator": "DoesNotExist"}])], "problem", "nowhere"),
     ],
 )

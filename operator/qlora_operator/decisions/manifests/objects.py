@@ -1,7 +1,7 @@
 """Builds the operator's objects: a step's Job, the workspace's claim."""
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qlora_api import contract
@@ -31,14 +31,13 @@ from qlora_operator.decisions.manifests.environment import (
     service_account_name,
     step_environment,
 )
+from qlora_operator.decisions.manifests.network import Dns
 from qlora_operator.decisions.manifests.volumes import mounts_and_volumes
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import QLoRAJob
 
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
-DNS_PORTS = (53,)
-"""Ports of the pods that answer DNS in most clusters."""
 UNATTENDED_SECONDS = 7 * 24 * 3600
 """The longest time after the job's deadline that a Job continues without an operator to stop it."""
 _UNDISTURBED = {
@@ -140,7 +139,7 @@ def build_peer_service(job: QLoRAJob) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _peers_metadata(job, peers_name(job.uid)),
+        "metadata": _peers_metadata(job),
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -150,32 +149,28 @@ def build_peer_service(job: QLoRAJob) -> Manifest:
     }
 
 
-def build_peer_policy(job: QLoRAJob, dns_ports: Collection[int] = DNS_PORTS) -> Manifest:
+def build_peer_policy(job: QLoRAJob, dns: Dns) -> Manifest:
     """Build the NetworkPolicy of the train pods of one job.
 
-    They reach one another and DNS; no other pod reaches them. `dns_ports`: of the pods that answer DNS, which may
-    differ from those of their Service. The policy's name depends on them, so that other ports create another policy and
-    none changes.
+    They reach one another and DNS; no other pod reaches them.
     """
     peers = [{"podSelector": {"matchLabels": _peers(job)}}]
-    dns = [{"port": port, "protocol": protocol} for port in dns_ports for protocol in ("UDP", "TCP")]
-    name = "-".join([peers_name(job.uid), *map(str, sorted(dns_ports))])
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": _peers_metadata(job, name),
+        "metadata": _peers_metadata(job),
         "spec": {
             "podSelector": {"matchLabels": _peers(job)},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [{"from": peers}],
-            "egress": [{"to": peers}, {"ports": dns}],
+            "egress": [{"to": peers}, dns.egress()],
         },
     }
 
 
-def _peers_metadata(job: QLoRAJob, name: str) -> Manifest:
+def _peers_metadata(job: QLoRAJob) -> Manifest:
     return {
-        "name": name,
+        "name": peers_name(job.uid),
         "namespace": job.namespace,
         "labels": _labels(job, "train"),
         "ownerReferences": [_owner(job, controller=True)],

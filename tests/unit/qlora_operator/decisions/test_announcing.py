@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -16,6 +17,7 @@ from qlora_operator.decisions.announcing import (
     without_announcement,
 )
 from qlora_operator.decisions.events import announcement_event
+from qlora_operator.decisions.manifests.network import DEFAULT_DNS
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.plan import Announce, CreateJob
 from qlora_operator.kube.errors import ClusterError, ForbiddenError, RejectedError, UnavailableError
@@ -90,7 +92,7 @@ class Rejecting:
 def announce(cluster: Rejecting, postponed: Postponed, at: float, *actions: Any, **profile: Any) -> Result:
     profiles = {"default": PROFILE, "other": Profile.model_validate(PROFILE.dump() | profile)}
     found = facts(make_job(FINISHED, **ANNOUNCED), now=after(at), profiles=profiles)
-    carry_out = Actions(cluster, Store(), (), postponed).carry_out  # type: ignore[arg-type]
+    carry_out = Actions(cluster, Store(), DEFAULT_DNS, AsyncMock(), postponed).carry_out  # type: ignore[arg-type]
     return asyncio.run(carry_out(found, FINISHED, (Announce(), *actions)))
 
 

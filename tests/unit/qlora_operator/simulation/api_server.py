@@ -129,6 +129,8 @@ class ApiServer(Transport):
         before = self.get(kind, name)
         if method == "POST":
             return self._written(method, kind, None, body, lambda: self.create(kind, body))
+        if before is None and kind == "networkpolicies":
+            return self._written(method, kind, None, body, lambda: self.create(kind, body))
         if before is None:
             raise AnswerError(404, "NotFound")
         if method == "GET":

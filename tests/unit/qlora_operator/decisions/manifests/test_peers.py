@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.profile import Profile
+from qlora_operator.decisions.manifests.network import Dns
 from qlora_operator.decisions.manifests.objects import build_job, build_peer_policy, build_peer_service
 from tests.support.builders import NAME, PROFILE, UID, follow, make_job, message_of, present, reason_of, resolved
 from tests.support.cluster.nodes import INTERRUPTED
@@ -102,7 +103,7 @@ def test_nccls_settings_are_the_profiles_and_only_of_train_pods_that_use_it() ->
 def test_the_train_pods_of_a_job_reach_each_other_and_nothing_else() -> None:
     job = make_job(resources={"nodes": 2})
     pod_spec = train_job()["spec"]["template"]
-    service, policy = build_peer_service(job), build_peer_policy(job)
+    service, policy = build_peer_service(job), build_peer_policy(job, Dns(ports=(5353,)))
 
     selectors = [service["spec"]["selector"], policy["spec"]["podSelector"]["matchLabels"]]
     for selector in selectors:
@@ -114,13 +115,6 @@ def test_the_train_pods_of_a_job_reach_each_other_and_nothing_else() -> None:
     (ingress,) = policy["spec"]["ingress"]
     to_peers, dns = policy["spec"]["egress"]
     assert ingress["from"] == to_peers["to"] == [{"podSelector": {"matchLabels": selectors[0]}}]
-    assert {entry["port"] for entry in dns["ports"]} == {53}
-    other = build_peer_policy(job, (5353,))
-    assert {(entry["port"], entry["protocol"]) for entry in other["spec"]["egress"][1]["ports"]} == {
-        (5353, "UDP"),
-        (5353, "TCP"),
-    }
-    # Created next to the first, which may have the wrong ports; the operator may not change it.
-    assert other["metadata"]["name"] != policy["metadata"]["name"]
+    assert {(entry["port"], entry["protocol"]) for entry in dns["ports"]} == {(5353, "UDP"), (5353, "TCP")}
     for manifest in (service, policy):
         assert manifest["metadata"]["ownerReferences"][0]["uid"] == UID
