@@ -306,9 +306,10 @@ class Profile(ApiModel):
     )
     tolerations: Tolerations = Field((), description="Taints that the pods tolerate.")
     allow_job_scheduling: bool = Field(
-        True,
-        description="Whether a job may set nodeSelector, tolerations and priorityClassName in spec.scheduling. "
-        "If false, a job that sets one of them waits with the reason SchedulingNotAllowed.",
+        False,
+        description="Whether a job may set nodeSelector, tolerations and priorityClassName in spec.scheduling, and so "
+        "tolerate any taint and preempt others. If false, a job that sets one of them waits with the reason "
+        "SchedulingNotAllowed.",
     )
     namespaces: Annotated[tuple[NamespaceName, ...], Field(min_length=1, max_length=1000)] | None = Field(
         None,

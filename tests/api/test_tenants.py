@@ -34,7 +34,12 @@ from tests.support.tenancy.tenancy import (
 from tests.support.waiting import eventually
 
 PROFILES: Object = {
-    "default": {"device": "cpu", "gpuResource": None, "registries": ["registry.example.org"]},
+    "default": {
+        "device": "cpu",
+        "gpuResource": None,
+        "registries": ["registry.example.org"],
+        "allowJobScheduling": True,
+    },
     "small": {
         "allowJobScheduling": False,
         "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2},
@@ -184,7 +189,7 @@ def test_every_change_of_the_victims_objects_was_made_for_its_own_jobs(attacked:
     of_the_tenant = [one for one in requests if one.get("impersonatedUser", {}).get("username") == TENANT_USER]
     reached = [one for one in of_the_tenant if one["responseStatus"]["code"] < 300 and _namespace(one) != TENANT]
     assert {(_namespace(one), one["verb"]) for one in reached} <= {("", "create"), ("capped", "create")}
-    own = ("early", "late", "beside-a-crowd")
+    own = ("early", "late", "beside-a-crowd", "qlora-jobs", "qlora-servers")
     written = [one for one in written_by_the_operator(requests) if _namespace(one) == VICTIM]
     assert [one["requestURI"] for one in written if not one["objectRef"].get("name", own[0]).startswith(own)] == []
     assert [one["requestURI"] for one in written if one["responseStatus"]["code"] == 403] == []

@@ -36,7 +36,11 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.slow
 PROFILES: Object = {
     # The host has no listener: jobs whose data are missing never get that far.
-    "default": {"registries": ["registry.example.org"], "hubEndpoint": "http://127.0.0.1:9"},
+    "default": {
+        "registries": ["registry.example.org"],
+        "hubEndpoint": "http://127.0.0.1:9",
+        "allowJobScheduling": True,
+    },
     "small": {"allowJobScheduling": False, "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2}},
     "private": {"namespaces": [VICTIM]},
     product.SHARED_PROFILE: product.SMALL_MACHINE["profiles"][product.SHARED_PROFILE],

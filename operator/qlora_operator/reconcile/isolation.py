@@ -29,7 +29,7 @@ class Isolation:
         if not self.network.enabled:
             return
         wanted = build_policies(self.network, self.profiles.values())
-        # Of a thousand jobs that start at once, the others wait for the first.
+        # Of a thousand jobs that start together, the others wait for the first.
         async with self._locks.setdefault(namespace, asyncio.Lock()):
             due, applied = self._applied.get(namespace, (0.0, []))
             if applied == wanted and self.monotonic() < due:

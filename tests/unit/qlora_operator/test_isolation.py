@@ -19,7 +19,7 @@ from qlora_operator.settings import Settings
 from qlora_operator.watch.handlers import Hooks, watch
 from qlora_operator.watch.resync import Resync, WatchMonitor
 from qlora_operator.watch.store import Store
-from tests.support.builders import NAME, NOW, PROFILES, job_body, starts
+from tests.support.builders import NAME, NOW, PROFILE, PROFILES, job_body, starts
 from tests.unit.qlora_operator.simulation.agenda import Agenda
 from tests.unit.qlora_operator.simulation.api_server import ApiServer
 
@@ -81,7 +81,8 @@ HOSTILE = [
 def reconciled(body: dict[str, Any]) -> Recording:
     """The cluster after the operator's last possible pass over the job."""
     api = Recording(body)
-    reconciler = Reconciler(Cluster(api), PROFILES, None, Metrics(), lambda: NOW + timedelta(seconds=1), starts())
+    profiles = {"default": PROFILE.model_copy(update={"allow_job_scheduling": True})}
+    reconciler = Reconciler(Cluster(api), profiles, None, Metrics(), lambda: NOW + timedelta(seconds=1), starts())
     for _ in range(5):
         asyncio.run(reconciler.reconcile(("team", NAME)))
     return api

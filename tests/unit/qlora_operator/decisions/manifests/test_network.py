@@ -1,4 +1,4 @@
-"""Destinations that the NetworkPolicies leave to the pods of jobs, judged as a network plugin judges them."""
+"""Destinations that the NetworkPolicies leave to the pods of jobs, by the rules of the API."""
 
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address, ip_network
