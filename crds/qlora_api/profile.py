@@ -136,10 +136,15 @@ Tolerations = Annotated[tuple[Toleration, ...], Field(max_length=16)]
 
 
 class StepResources(ApiModel):
-    """CPU and memory of one step's pod."""
+    """CPU, memory and local storage of one step's pod."""
 
     cpu: Quantity = Field("2", description="CPU cores, request only: a limit would throttle the step.")
     memory: Quantity = Field("4Gi", description="Memory, request and limit.")
+    ephemeral_storage: Quantity | None = Field(
+        None,
+        description="Local storage of the node, request and limit: 4Gi for /tmp, and the pod's logs; neither if not "
+        "set. A queue must then have a quota for ephemeral-storage.",
+    )
 
 
 class Resources(ApiModel):
@@ -160,6 +165,11 @@ class RunAs(ApiModel):
     user: int = Field(10001, ge=1, le=2**31 - 1, description="User id.")
     group: int = Field(10001, ge=1, le=2**31 - 1, description="Group id.")
     fs_group: int = Field(10001, ge=1, le=2**31 - 1, description="Group that owns mounted volumes.")
+    supplemental_groups_policy: Literal["Merge", "Strict"] | None = Field(
+        None,
+        description="As in a pod: with Strict, processes have no group of the image. Nodes whose runtime does not "
+        "support it reject the pods.",
+    )
 
 
 class WorkspaceDefaults(ApiModel):
@@ -263,7 +273,7 @@ class Profile(ApiModel):
     image: str = Field(max_length=512, description="The trainer image, preferably by digest.")
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field("IfNotPresent", description="As in a pod.")
     image_pull_secrets: tuple[ObjectName, ...] = Field(
-        (), max_length=8, description="Names of the pull secrets in the job's namespace."
+        (), max_length=8, description="Names of the pull secrets in the job's namespace, which no job may name."
     )
     device: Literal["cuda", "cpu"] = Field(
         "cuda", description="Device of train. With cuda, a pod that finds no GPU fails instead of training on the CPU."
@@ -301,6 +311,11 @@ class Profile(ApiModel):
     runtime_class_name: ObjectName | None = Field(None, description="RuntimeClass of the train pod.")
     service_account_name: ObjectName | None = Field(None, description="Service account; its token is never mounted.")
     run_as: RunAs | None = Field(None, description="User and groups of the pods; the platform's choice if not set.")
+    host_users: bool | None = Field(
+        None,
+        description="As in a pod: with false, users of a pod are no users of the node. Needs idmapped mounts in the "
+        "kernel, the runtime and the file system of each volume, and NFS has none; the cluster's default if not set.",
+    )
     node_selector: NodeSelector = Field(
         {}, description="Labels that the nodes must have; a job can add to them, not change them."
     )

@@ -304,6 +304,8 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
         # All steps mount the workspace volume, which may exist in one zone or on one node only.
         optional["nodeSelector"] = {**(job.spec.scheduling.node_selector or {}), **profile.node_selector}
         optional["tolerations"] = _tolerations(job, profile)
+    if profile.host_users is not None:
+        pod["hostUsers"] = profile.host_users
     return pod | {key: value for key, value in optional.items() if value}
 
 
@@ -358,7 +360,10 @@ def _resources(job: QLoRAJob, profile: Profile, step: StepName) -> Manifest:
     if step == "train":
         cpu, memory = job.spec.resources.cpu or cpu, job.spec.resources.memory or memory
         limits = {profile.gpu_resource: str(job.spec.resources.gpus)} if profile.gpu_resource else {}
-    return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": memory} | limits}
+    both = {"memory": memory}
+    if wanted.ephemeral_storage is not None:
+        both["ephemeral-storage"] = wanted.ephemeral_storage
+    return {"requests": {"cpu": cpu, **both}, "limits": both | limits}
 
 
 def _pod_security(profile: Profile) -> Manifest:
@@ -370,6 +375,7 @@ def _pod_security(profile: Profile) -> Manifest:
         "runAsGroup": profile.run_as.group,
         "fsGroup": profile.run_as.fs_group,
         "fsGroupChangePolicy": "OnRootMismatch",
+        **({"supplementalGroupsPolicy": policy} if (policy := profile.run_as.supplemental_groups_policy) else {}),
     }
 
 

@@ -9,7 +9,7 @@ from qlora_api.contract import PERMANENT_EXIT_CODES
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import StepName
 from qlora_operator.decisions.manifests.objects import build_claim, build_job
-from tests.support.builders import NAME, PROFILE, UID, make_job, resolved
+from tests.support.builders import NAME, PROFILE, UID, make_job, resolved, to_json
 from tests.support.job_manifests import (
     EVERYTHING,
     STEPS,
@@ -265,6 +265,21 @@ def test_settings_of_the_profile_are_in_the_manifest() -> None:
     assert (pod["runtimeClassName"], pod["serviceAccountName"], pod["priorityClassName"]) == ("nvidia", "jobs", "low")
     assert pod["imagePullSecrets"] == [{"name": "registry"}]
     assert "runtimeClassName" not in pod_of(build("prepare", profile))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_profile_can_harden_pods_where_the_cluster_supports_it(step: StepName) -> None:
+    """No default: NFS has no idmapped mounts, older nodes reject the policy, and queues lack the quota."""
+    resources = {name: {"ephemeralStorage": "6Gi"} for name in ("prepare", "train", "publish")}
+    hard = build(step, {"hostUsers": False, "runAs": {"supplementalGroupsPolicy": "Strict"}, "resources": resources})
+    assert pod_of(hard)["hostUsers"] is False
+    assert pod_of(hard)["securityContext"]["supplementalGroupsPolicy"] == "Strict"
+    for kind in ("requests", "limits"):
+        assert container_of(hard)["resources"][kind]["ephemeral-storage"] == "6Gi"
+    plain = build(step, {"runAs": {}})
+    assert "hostUsers" not in pod_of(plain)
+    assert "supplementalGroupsPolicy" not in pod_of(plain)["securityContext"]
+    assert "ephemeral-storage" not in to_json(container_of(plain)["resources"])
 
 
 def test_a_claim_outlives_its_job_unless_that_is_chosen() -> None:
