@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import product
 
-from qlora_api.spec.output import ANNOUNCEMENTS_LABEL
+from qlora_api.spec.job import MUTABLE_FIELDS, QLoRAJobSpec
 from qlora_operator.settings import ENV_SETTINGS, Settings
 from tests.support.chart.rendered import NAMESPACE, RELEASE, SETTINGS, VERSION, Object, Rendered, place
 
@@ -39,6 +39,10 @@ TENANTS = {
     "view": (dict.fromkeys(_KINDS, _READ) | {f"{kind}/status": {"get"} for kind in _KINDS}, {"view", "edit", "admin"}),
     "edit": (dict.fromkeys(_KINDS, _WRITE), {"edit", "admin"}),
 }
+# Writes that are a report: of the status, and of Events.
+_HARMLESS = {("qlorajobs.qlora.dev/status", "patch"), ("qlorasweeps.qlora.dev/status", "patch"), ("events", "create")}
+# The sweep's own writes to the spec of a cell.
+_OF_CELLS = {"suspend", "cleanupAfterSeconds"}
 _OF_THE_POD = "serviceAccountName automountServiceAccountToken enableServiceLinks securityContext containers volumes"
 _OF_THE_ADMINISTRATOR = "imagePullSecrets priorityClassName nodeSelector tolerations affinity"
 _OF_THE_CONTAINER = """
@@ -115,20 +119,38 @@ def only_the_operators_pod_gets_a_token(chart: Rendered) -> Comparisons:
 
 
 @promise
-def a_policy_restricts_announcements_in_the_cluster(chart: Rendered) -> Comparisons:
-    """RBAC cannot select the ConfigMaps; the API server tries the rule in test_installed.py."""
-    is_restricted = chart.values["announce"]["enabled"] and not chart.values["namespaces"]
-    policies = chart.of("ValidatingAdmissionPolicy")
-    bound = [{"policyName": each["metadata"]["name"], "validationActions": ["Deny"]} for each in policies]
+def each_write_of_the_operator_is_admitted_by_a_policy(chart: Rendered) -> Comparisons:
+    """RBAC selects kinds only. The API server tries the rules in test_admission.py."""
+    policies = {each["metadata"]["name"].removeprefix(f"{chart.name}-"): each["spec"] for each in _admission(chart)}
+    bound = [{"policyName": f"{chart.name}-{name}", "validationActions": ["Deny"]} for name in policies]
     yield [each["spec"] for each in chart.of("ValidatingAdmissionPolicyBinding")], bound
-    yield len(policies), is_restricted
-    for spec in (each["spec"] for each in policies):
-        configmaps = {"apiGroups": [""], "apiVersions": ["v1"], "resources": ["configmaps"]}
-        yield spec["matchConstraints"], {"resourceRules": [{**configmaps, "operations": ["CREATE", "UPDATE"]}]}
-        account = f"system:serviceaccount:{NAMESPACE}:{chart.pod['serviceAccountName']}"
+    granted = {(kind, verb) for kind, verbs in rights(chart.values).items() for verb in verbs & _WRITE}
+    covered = {_right(spec["matchConstraints"], verb) for spec in policies.values() for verb in _verbs(spec)}
+    yield covered, granted - _HARMLESS if chart.values["admission"]["enabled"] else set()
+    account = f"system:serviceaccount:{NAMESPACE}:{chart.pod['serviceAccountName']}"
+    for spec in policies.values():
         yield [each["expression"] for each in spec["matchConditions"]], [f"request.userInfo.username == '{account}'"]
-        yield (spec["failurePolicy"], len(spec["validations"])), ("Fail", 1)
-        yield spec["variables"], [{"name": "label", "expression": f"'{ANNOUNCEMENTS_LABEL}'"}]
+        (rule,) = spec["matchConstraints"]["resourceRules"]
+        versions = ["*"] if "qlora.dev" in rule["apiGroups"] else ["v1"]
+        yield (spec["failurePolicy"], rule["apiVersions"]), ("Fail", versions)
+    kept = {QLoRAJobSpec.model_fields[name].alias for name in MUTABLE_FIELDS | {"resources"}} - _OF_CELLS
+    for changes in (spec["validations"][-1]["expression"] for name, spec in policies.items() if name == "cells"):
+        yield {name for name in kept if f"object.spec.?{name} == oldObject.spec.?{name}" in changes}, kept
+
+
+def _admission(chart: Rendered) -> list[Object]:
+    return chart.of("ValidatingAdmissionPolicy")
+
+
+def _right(constraints: Object, verb: str) -> tuple[str, str]:
+    (rule,) = constraints["resourceRules"]
+    (kind,), (group,) = rule["resources"], rule["apiGroups"]
+    return f"{kind}.{group}".strip("."), verb
+
+
+def _verbs(spec: Object) -> set[str]:
+    (rule,) = spec["matchConstraints"]["resourceRules"]
+    return {{"CREATE": "create", "UPDATE": "patch", "DELETE": "delete"}[each] for each in rule["operations"]}
 
 
 @promise

@@ -265,7 +265,8 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
     with running(controller_manager=True) as plane:
         objects = rendered({"profiles": profiles})
         roles = ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
-        wanted = ("ServiceAccount", "CustomResourceDefinition", *roles)
+        admission = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
+        wanted = ("ServiceAccount", "CustomResourceDefinition", *roles, *admission)
         plane.kubectl("create", "namespace", OPERATOR_NAMESPACE)
         plane.kubectl.apply(yaml.safe_dump_all([one for one in objects if one["kind"] in wanted]))
         admin = client(plane, folder)
