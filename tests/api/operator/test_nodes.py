@@ -67,7 +67,7 @@ def test_all_pods_of_a_job_are_created_with_their_service_and_policy(operated: N
     uid = operated.job(name)["metadata"]["uid"]
     service = operated.kubectl.get("service", f"qlora-{uid}", IN_NAMESPACE)
     assert service["spec"]["clusterIP"] == "None"
-    policy = operated.kubectl.get("networkpolicy", f"qlora-{uid}-53", IN_NAMESPACE)
+    policy = operated.kubectl.get("networkpolicy", f"qlora-{uid}", IN_NAMESPACE)
     for pod in pods:
         assert pod["metadata"]["labels"].items() >= policy["spec"]["podSelector"]["matchLabels"].items()
         assert pod["metadata"]["labels"].items() >= service["spec"]["selector"].items()
@@ -78,7 +78,7 @@ def test_all_pods_of_a_job_are_created_with_their_service_and_policy(operated: N
 
     # A deleted object exists again before the pods run.
     operated.kubectl("delete", "service", f"qlora-{uid}", IN_NAMESPACE)
-    operated.kubectl("delete", "networkpolicy", f"qlora-{uid}-53", IN_NAMESPACE)
+    operated.kubectl("delete", "networkpolicy", f"qlora-{uid}", IN_NAMESPACE)
     operated._report(pods[0], "Pending", {"waiting": {"reason": "ContainerCreating"}})
     eventually(lambda: _names(operated, "service", uid), seconds=60, every=0.2, what="the Service")
     assert _names(operated, "networkpolicy", uid) == [policy["metadata"]["name"]]
