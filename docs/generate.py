@@ -18,9 +18,11 @@ from qlora_api.spec.job import API_VERSION, MUTABLE_FIELDS
 from qlora_api.sweep.spec import MUTABLE_SWEEP_FIELDS
 from qlora_api.usage import LostGpuSeconds, UsageStatus
 from qlora_cli.__main__ import main as qlora
-from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, PHASE_BUCKETS, SERIES_PER_RUNNING_JOB
+from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.metrics.shown import FAILURE_REASONS, PHASES, TRAINING
+from qlora_operator.metrics.sweeps import SWEEP_PHASES
+from qlora_operator.metrics.transitions import PHASE_BUCKETS
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -220,6 +222,7 @@ def _metrics() -> str:
 def _show_labels(metrics: Metrics) -> None:
     """Give each metric a series with its labels: those without a value show none."""
     metrics.namespace_is_denied("", False)
+    metrics.sweeps.show(("", ""), {})
     metrics.gpu_seconds.add("", "", UsageStatus())
     metrics.requests.observe("GET", "/", None, 0)
     step = {"progressedAt": "2026-01-02T03:04:05Z"}
@@ -240,7 +243,10 @@ def _cardinality() -> Iterator[str]:
         f"`settings.metrics.runningJobs` ({DEFAULT_RUNNING_JOBS} by default) jobs have them; `qlora_jobs_left_out` "
         "counts running jobs beyond that."
     )
-    yield f"`qlora_jobs` has {len(PHASES)} series for each namespace with a job."
+    yield (
+        f"`qlora_jobs` has {len(PHASES)} series for each namespace with a job, and `qlora_sweeps` {len(SWEEP_PHASES)} "
+        "for each with a sweep."
+    )
     yield (
         f"`qlora_job_failures_total` has {len(FAILURE_REASONS) + 1} for each profile: the reasons of "
         "[Troubleshooting](../how-to/troubleshooting.md), and `Other`. `qlora_jobs_failed` has at most as many for "

@@ -224,7 +224,8 @@ class Operator:
                 group.create_task(queue.run())
                 group.create_task(sweeps.run())
                 group.create_task(self._resync.run())
-                listing = look_at_all_sweeps(self._cluster, settings.namespaces, sweeps.add, settings.resync_seconds)
+                known, interval = self._metrics.sweeps.known, settings.resync_seconds
+                listing = look_at_all_sweeps(self._cluster, settings.namespaces, sweeps.add, interval, known)
                 group.create_task(listing)
 
     def _new_queues(self) -> tuple[WorkQueue, WorkQueue]:
@@ -236,8 +237,8 @@ class Operator:
             monotonic=time.monotonic,
             workers=settings.workers,
             namespaces=settings.namespaces,
-            on_error=metrics.reconcile_errors.inc,
-            on_start=metrics.queue_wait.observe,
+            on_error=metrics.work.jobs.errors.inc,
+            on_start=metrics.work.jobs.wait.observe,
         )
         sweeps = WorkQueue(
             SweepReconciler(
@@ -245,11 +246,12 @@ class Operator:
                 settings.profiles,
                 clock=lambda: datetime.now(UTC),
                 progress=progress,
-                count=metrics.gpu_seconds.note_sweep,
+                metrics=metrics,
             ).reconcile,
             monotonic=time.monotonic,
             workers=_SWEEP_WORKERS,
-            on_error=metrics.reconcile_errors.inc,
+            on_error=metrics.work.sweeps.errors.inc,
+            on_start=metrics.work.sweeps.wait.observe,
         )
         return queue, sweeps
 
@@ -272,7 +274,8 @@ class Operator:
         for queue in queues:
             queue.pause(self._check.problem is not None)
         self._follow_in_work = follow_schema
-        self._metrics.works(lambda: sum(queue.depth for queue in queues))
+        jobs, sweeps = queues
+        self._metrics.works((lambda: jobs.depth, lambda: sweeps.depth))
         try:
             yield
         finally:

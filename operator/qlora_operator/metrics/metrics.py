@@ -2,27 +2,19 @@
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, disable_created_metrics, generate_latest
 
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.keys import Key
-from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, GpuSeconds, JobMetrics, TransitionMetrics
+from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, GpuSeconds, JobMetrics
 from qlora_operator.metrics.requests import RequestMetrics
 from qlora_operator.metrics.shown import read_shown
+from qlora_operator.metrics.sweeps import SweepMetrics
+from qlora_operator.metrics.transitions import TransitionMetrics
+from qlora_operator.metrics.work import WorkMetrics
 
 # One more series for each counter and histogram, which no Prometheus reads from this format.
 disable_created_metrics()  # type: ignore[no-untyped-call]
-
-_WAIT_BUCKETS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300)
-"""Seconds."""
 
 
 class Metrics:
@@ -34,18 +26,7 @@ class Metrics:
 
     def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS, profiles: Iterable[str] = ("default",)) -> None:
         self.registry = CollectorRegistry()
-        self.reconcile_duration = Histogram(
-            "qlora_operator_reconcile_duration_seconds", "Duration of one reconcile.", registry=self.registry
-        )
-        self.reconcile_errors = Counter(
-            "qlora_operator_reconcile_errors", "Reconciles that failed and are retried.", registry=self.registry
-        )
-        self.status_writes = Counter("qlora_operator_status_writes", "Status writes.", registry=self.registry)
-        self.status_write_errors = Counter(
-            "qlora_operator_status_write_errors",
-            "Status writes that the API server rejected or did not answer; they are retried.",
-            registry=self.registry,
-        )
+        self.work = WorkMetrics(self.registry)
         self.gpu_seconds = GpuSeconds(self.registry)
         self.leads = Gauge(
             "qlora_operator_leads", "1 if this operator works, 0 if it stands by.", registry=self.registry
@@ -61,17 +42,11 @@ class Metrics:
             ["namespace"],
             registry=self.registry,
         )
-        self._depth = Gauge("qlora_operator_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
-        self.queue_wait = Histogram(
-            "qlora_operator_queue_wait_seconds",
-            "Time from when a job was due until a worker took it.",
-            buckets=_WAIT_BUCKETS,
-            registry=self.registry,
-        )
         self.requests = RequestMetrics(self.registry)
         self.transitions = TransitionMetrics(self.registry, profiles)
         self.jobs = JobMetrics(running_jobs)
         self.registry.register(self.jobs)
+        self.sweeps = SweepMetrics(self.registry)
 
     def show(self, body: Object, *, deleted: bool = False) -> None:
         """Note a job as it is stored, or was when it was deleted."""
@@ -87,13 +62,14 @@ class Metrics:
         """Note whether the namespace, or the cluster (None), can be listed."""
         self._denied.labels(namespace or "").set(denied)
 
-    def works(self, depth: Callable[[], int] | None) -> None:
-        """Note that the operator works with a queue, or is on standby (None) without jobs."""
-        self.leads.set(depth is not None)
-        self.jobs.works = depth is not None
-        self._depth.set_function(depth or (lambda: 0))
-        if depth is None:
+    def works(self, depths: tuple[Callable[[], int], Callable[[], int]] | None) -> None:
+        """Note that the operator works with two queues, of jobs and of sweeps, or is on standby (None)."""
+        self.leads.set(depths is not None)
+        self.jobs.works = depths is not None
+        self.work.follow(*(depths or (lambda: 0, lambda: 0)))
+        if depths is None:
             self._denied.clear()
+            self.sweeps.clear()
 
     def page(self) -> tuple[bytes, str]:
         """The answer to a scrape, and its content type."""

@@ -42,9 +42,10 @@ from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
 from qlora_operator.decisions.status import Decision, next_status
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
-from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
+from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.actions import Actions
+from qlora_operator.reconcile.counted import counted
 from qlora_operator.reconcile.events import post
 from qlora_operator.reconcile.live_reads import read_continued, read_hidden_pods, read_queue, with_current_job
 from qlora_operator.reconcile.pauses import AtOnce, Blocked, Later, NextPass, Pauses, Postponed
@@ -129,7 +130,7 @@ class Reconciler:
 
         Raises RetryError.
         """
-        with self.metrics.reconcile_duration.time():
+        with self.metrics.work.jobs.duration.time():
             try:
                 return await self._reconcile(key)
             except (ConflictError, NotFoundError) as error:
@@ -138,7 +139,7 @@ class Reconciler:
             except ClusterError as error:
                 # Perhaps it was still carried out.
                 self.store.distrust(key)
-                self.metrics.reconcile_errors.inc()
+                self.metrics.work.jobs.errors.inc()
                 if _UNKNOWN_FIELD in str(error):
                     self.suspect_schema()
                 if not isinstance(error, UnavailableError):
@@ -307,13 +308,8 @@ class Reconciler:
         job, key = facts.job, (facts.job.namespace, facts.job.name)
         if status == job.status or (content := status.dump()) == job.status.dump():
             return False
-        try:
-            written = await self.cluster.apply_status(job, content)
-        except (RejectedError, UnavailableError):
-            self.metrics.status_write_errors.inc()
-            raise
+        written = await counted(self.cluster.apply_status(job, content), self.metrics.work.jobs)
         self.store.job_changed(written)
-        self.metrics.status_writes.inc()
         self.metrics.gpu_seconds.note(job, status)
         self.metrics.show(written)
         self.metrics.transitions.written(job, status)

@@ -47,6 +47,8 @@ from qlora_operator.decisions.sweeps.sweep import (
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.counted import counted
 from qlora_operator.reconcile.events import post
 from qlora_operator.reconcile.pauses import Pauses
 from qlora_operator.reconcile.progress import ProgressReader
@@ -97,8 +99,7 @@ class SweepReconciler:
     profiles: Mapping[str, Profile]
     clock: Callable[[], datetime]
     progress: ProgressReader | None = None
-    count: Callable[[QLoRASweep, QLoRASweepStatus], None] = lambda _sweep, _status: None
-    """Counts the sweep's GPU time, from its earlier and its new status."""
+    metrics: Metrics = field(default_factory=Metrics)
     blocked: Pauses = field(default_factory=Pauses)
     _denials: dict[Key, _Denial] = field(default_factory=dict)
 
@@ -111,13 +112,18 @@ class SweepReconciler:
 
         Raises RetryError.
         """
-        try:
-            return await self._reconcile(key)
-        except ClusterError as error:
-            raise RetryError(str(error)) from error
+        with self.metrics.work.sweeps.duration.time():
+            try:
+                return await self._reconcile(key)
+            except (ConflictError, NotFoundError) as error:
+                raise RetryError(f"changed or deleted in the meantime: {error}") from error
+            except ClusterError as error:
+                self.metrics.work.sweeps.errors.inc()
+                raise RetryError(str(error)) from error
 
     async def _reconcile(self, key: Key) -> float | None:
         body = await self.cluster.get_sweep(*key)
+        self.metrics.sweeps.show(key, body)
         sweep = None if body is None else await self._readable(key, body)
         if sweep is None or sweep.deleting:
             self._let_go(key)
@@ -322,9 +328,10 @@ class SweepReconciler:
         key = (sweep.namespace, sweep.name)
         if status == sweep.status:
             return
-        await self.cluster.apply_sweep_status(sweep, status.dump())
+        await counted(self.cluster.apply_sweep_status(sweep, status.dump()), self.metrics.work.sweeps)
+        self.metrics.sweeps.written(key, sweep.status, status)
         if isinstance(sweep, QLoRASweep):
-            self.count(sweep, status)
+            self.metrics.gpu_seconds.note_sweep(sweep, status)
         if event := sweep_event(sweep, status, self.clock()):
             logger.info("phase %s, was %s", status.phase, sweep.status.phase, extra={"key": key})
             await post(self.cluster, key, event)

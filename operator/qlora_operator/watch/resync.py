@@ -6,7 +6,7 @@ A lost event so only delays them.
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -387,21 +387,27 @@ def _versions(lists: Sequence[_Listed]) -> dict[Identity, str]:
 
 
 async def look_at_all_sweeps(
-    cluster: Cluster, namespaces: Sequence[str], enqueue: Callable[[Key], None], interval: float
+    cluster: Cluster,
+    namespaces: Sequence[str],
+    enqueue: Callable[[Key], None],
+    interval: float,
+    known: Callable[[], Iterable[Key]] = tuple,
 ) -> None:
     """Request all sweeps of the namespaces, or of the cluster, at each interval.
 
-    Runs until canceled. A list that fails is tried again soon: each failure is logged once.
+    Runs until canceled. A list that fails is tried again soon: each failure is logged once. `known`: sweeps that are
+    counted. One that no list has is requested too, because the watch may have missed its deletion.
     """
     said = ""
     while True:
-        pause, problem = interval, ""
+        pause, problem, listed = interval, "", set[Key]()
         for namespace in namespaces or (None,):
             try:
-                for key in await cluster.sweep_names(namespace):
-                    enqueue(key)
+                listed.update(await cluster.sweep_names(namespace))
             except ClusterError as error:
                 pause, problem = min(interval, _PAUSE_AFTER_ERROR), str(error)
+        for key in listed.union(() if problem else known()):
+            enqueue(key)
         if problem and problem != said:
             logger.warning("the sweeps cannot be listed, tried again: %s", problem)
         said = problem

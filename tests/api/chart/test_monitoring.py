@@ -17,6 +17,7 @@ from tests.support.manifests import MINIMAL, with_value
 from tests.support.project.alerts import CASES, FILE, alerts
 from tests.support.project.dashboards import dashboards, panels, queries
 from tests.support.services.prometheus import Prometheus, running_prometheus, serving_metrics
+from tests.support.sweeps import SWEEP
 from tests.support.waiting import eventually
 
 SITE = "https://docs.example.org/qlora"
@@ -141,6 +142,8 @@ def jobs(operated: Nodeless, programs: Programs) -> Iterator[Callable[[str], str
 def test_every_query_of_the_dashboards_has_an_answer(
     prometheus: Prometheus, operated: Nodeless, job: str, jobs: Callable[[str], str]
 ) -> None:
+    suspended = with_value(SWEEP, "spec.suspend", True)
+    operated.kubectl.apply(json.dumps(with_value(suspended, "metadata.namespace", NAMESPACE)))
     waits, diverges = jobs("waits"), jobs("diverges")
     operated.succeed(waits, "prepare")
     operated.wait_for_phase(waits, "Queued")

@@ -65,10 +65,13 @@ def series_of(metrics: Metrics, name: str) -> list[str]:
     return [line for line in page(metrics).splitlines() if f'name="{name}"' in line]
 
 
-def test_a_standby_operator_reports_no_job_and_no_namespace() -> None:
+def test_a_standby_operator_reports_no_job_no_sweep_and_no_namespace() -> None:
     metrics = Metrics()
-    metrics.works(lambda: 3)
+    metrics.works((lambda: 3, lambda: 2))
+    depths = ('qlora_operator_queue_depth{kind="QLoRAJob"}', 'qlora_operator_queue_depth{kind="QLoRASweep"}')
+    assert all(f"{depth} {number}.0" in page(metrics) for depth, number in zip(depths, (3, 2), strict=True))
     metrics.jobs.show(job_body(training()))
+    metrics.sweeps.show(("team", "rates"), {"status": {"phase": "Running"}})
     metrics.namespace_is_denied("forgotten", True)
 
     metrics.works(None)
@@ -76,7 +79,7 @@ def test_a_standby_operator_reports_no_job_and_no_namespace() -> None:
     text = page(metrics)
     assert "team" not in text
     assert "qlora_jobs_without_progress 0.0" in text
-    assert "qlora_operator_queue_depth 0.0" in text
+    assert all(f"{depth} 0.0" in text for depth in depths)
     assert "forgotten" not in text
 
 

@@ -174,7 +174,8 @@ def test_rejected_status_writes_are_counted_and_conflicts_are_not() -> None:
     def errors() -> float | None:
         with pytest.raises(RetryError):
             asyncio.run(reconciler.reconcile(KEY))
-        return reconciler.metrics.registry.get_sample_value("qlora_operator_status_write_errors_total")
+        labels = {"kind": "QLoRAJob"}
+        return reconciler.metrics.registry.get_sample_value("qlora_operator_status_write_errors_total", labels)
 
     assert errors() == 1
     cluster.conflicts = 1

@@ -7,12 +7,13 @@ import pytest
 
 from qlora_api.naming import SUSPENDED_ANNOTATION, SWEEP_UID_LABEL
 from qlora_operator.kube.client import Cluster
+from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.reconcile.sweep import SweepReconciler
 from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body, present, time
 from tests.support.sweeps import TEMPLATE
 from tests.unit.qlora_operator.simulation.agenda import Agenda
-from tests.unit.qlora_operator.simulation.api_server import ApiServer
+from tests.unit.qlora_operator.simulation.api_server import AnswerError, ApiServer
 
 OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
 
@@ -47,9 +48,13 @@ class Namespace(ApiServer):
 
 def passes(namespace: Namespace) -> dict[str, Any]:
     """The sweep's status after a pass."""
-    reconciler = SweepReconciler(Cluster(namespace), PROFILES, lambda: NOW)
-    asyncio.run(reconciler.reconcile(("team", "rates")))
+    reconcile(namespace, Metrics())
     return dict(present(namespace.get("qlorasweeps", "rates"))["status"])
+
+
+def reconcile(namespace: Namespace, metrics: Metrics) -> None:
+    reconciler = SweepReconciler(Cluster(namespace), PROFILES, lambda: NOW, metrics=metrics)
+    asyncio.run(reconciler.reconcile(("team", "rates")))
 
 
 def succeeded(status: dict[str, Any]) -> tuple[str, str]:
@@ -135,3 +140,44 @@ def test_a_sweep_with_equal_cells_that_an_earlier_release_has_admitted_goes_on()
     for namespace, created in ((waiting, "rates-00"), (interrupted, "rates-01")):
         assert passes(namespace)["phase"] == "Running"
         assert namespace.get("qlorajobs", created) is not None
+
+
+def test_failed_passes_and_status_writes_are_counted_and_conflicts_are_not() -> None:
+    namespace, metrics = Namespace(cell(0, 1.25), cell(1, 1.5)), Metrics()
+
+    def errors(status: int, reason: str) -> list[float | None]:
+        def deny(method: str, kind: str, *_: object) -> None:
+            if kind == "qlorasweeps":
+                raise AnswerError(status, reason)
+
+        namespace.check = deny
+        with pytest.raises(RetryError):
+            reconcile(namespace, metrics)
+        names = (f"qlora_operator_{name}_total" for name in ("reconcile_errors", "status_write_errors"))
+        return [metrics.registry.get_sample_value(name, {"kind": "QLoRASweep"}) for name in names]
+
+    assert errors(403, "Forbidden") == [1, 1]
+    assert errors(409, "Conflict") == [1, 1]
+
+
+def test_a_sweep_is_counted_by_its_phase_and_timed_when_it_ends() -> None:
+    cells: dict[str, Any] = {"template": {"spec": TEMPLATE}, "cells": [{"rank": 8}, {"rank": 16}]}
+    running = {"phase": "Running", "startTime": time(-3000)}
+    namespace, metrics = Namespace(cell(0, 1.25), status=running, **cells), Metrics()
+
+    def sweeps(phase: str) -> float | None:
+        return metrics.registry.get_sample_value("qlora_sweeps", {"namespace": "team", "phase": phase})
+
+    def durations(what: str) -> float | None:
+        return metrics.registry.get_sample_value(f"qlora_sweep_duration_seconds_{what}", {"phase": "Succeeded"})
+
+    reconcile(namespace, metrics)
+    assert (sweeps("Running"), sweeps("Succeeded"), durations("count")) == (1, 0, 0)
+    namespace.put("qlorajobs", cell(1, 1.5))
+    for _ in range(2):
+        reconcile(namespace, metrics)
+    assert (sweeps("Running"), sweeps("Succeeded")) == (0, 1)
+    assert (durations("count"), durations("sum")) == (1, 3000)
+    namespace.remove("qlorasweeps", "rates")
+    reconcile(namespace, metrics)
+    assert sweeps("Succeeded") is None

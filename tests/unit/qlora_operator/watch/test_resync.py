@@ -8,7 +8,7 @@ import pytest
 
 from qlora_operator.kube.errors import ClusterError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.kube.listing import Kind, ObjectVersion, object_version
-from qlora_operator.watch.resync import Identity, Resync, WatchMonitor
+from qlora_operator.watch.resync import Identity, Resync, WatchMonitor, look_at_all_sweeps
 from qlora_operator.watch.store import Store
 from tests.support.builders import NAME, VirtualLoop, job_body, present
 
@@ -110,6 +110,10 @@ class Lists:
             raise self.failure
         if namespace is not None and namespace == self.denied:
             raise RejectedError("forbidden")
+
+    async def sweep_names(self, namespace: str | None) -> list[tuple[str, str]]:
+        await self.check_list("qlorasweeps", namespace)
+        return [("team", "rates")]
 
     def _listed(self, kind: Kind, namespace: str | None) -> list[dict[str, Any]]:
         jobs = self.jobs if kind == "qlorajobs" else []
@@ -326,3 +330,20 @@ def test_a_resync_of_many_jobs_is_spread_over_at_most_half_of_its_interval(jobs:
     played.play(played.resync.once)
     assert (len(played.pauses), played.pauses[0]) == (jobs, 1.0)
     assert max(played.pauses) == pytest.approx(last)
+
+
+def test_a_counted_sweep_that_no_list_has_is_requested_unless_the_list_failed() -> None:
+    played, asked = Played(), list[tuple[str, str]]()
+
+    async def scenario() -> None:
+        played.lists.failing, played.lists.failure = ("qlorasweeps",), UnavailableError("away")
+        known = lambda: [("team", "rates"), ("team", "deleted")]  # noqa: E731
+        looking = asyncio.create_task(look_at_all_sweeps(played.lists, (), asked.append, 300, known))  # type: ignore[arg-type]
+        await asyncio.sleep(1)
+        assert asked == []
+        played.lists.failure = None
+        await asyncio.sleep(60)
+        assert sorted(asked) == [("team", "deleted"), ("team", "rates")]
+        looking.cancel()
+
+    played.play(scenario)
