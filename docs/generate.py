@@ -20,9 +20,9 @@ from qlora_api.usage import LostGpuSeconds, UsageStatus
 from qlora_cli.__main__ import main as qlora
 from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
 from qlora_operator.metrics.metrics import Metrics
-from qlora_operator.metrics.shown import FAILURE_REASONS, PHASES, TRAINING
+from qlora_operator.metrics.shown import ENDED, FAILURE_REASONS, PHASES, TRAINING
 from qlora_operator.metrics.sweeps import SWEEP_PHASES
-from qlora_operator.metrics.transitions import PHASE_BUCKETS
+from qlora_operator.metrics.transitions import DEFAULT_NAMESPACES, OTHER_NAMESPACES, PHASE_BUCKETS
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -231,7 +231,8 @@ def _show_labels(metrics: Metrics) -> None:
         metadata = {"namespace": "", "name": phase, "uid": phase}
         status = {"phase": phase, "phaseSince": "2026-01-02T03:04:05Z", "step": step, "progress": figures}
         metrics.jobs.show({"metadata": metadata, "spec": {}, "status": status})
-    for metric in (metrics.transitions.failures, metrics.transitions.ended, metrics.transitions.phase_duration):
+    changes = metrics.transitions
+    for metric in (changes.failures, changes.ended, changes.phase_duration, changes.first_step):
         metric.labels(*("" for _ in metric._labelnames))
 
 
@@ -252,8 +253,13 @@ def _cardinality() -> Iterator[str]:
         "[Troubleshooting](../how-to/troubleshooting.md), and `Other`. `qlora_jobs_failed` has at most as many for "
         "each namespace, of those reasons that its failed jobs have."
     )
+    histogram, left = len(PHASE_BUCKETS) + 3, len(PHASES) - len(ENDED)
     yield (
-        f"`qlora_job_phase_duration_seconds` has {len(PHASE_BUCKETS) + 3} for each profile and phase, and no namespace."
+        f"`qlora_job_phase_duration_seconds` has {histogram} for each namespace, profile and phase that jobs left: "
+        f"at most {histogram * left} for each namespace and profile. `qlora_job_time_to_first_step_seconds` has "
+        f"{2 * histogram} of these. At most `settings.metrics.namespaces` ({DEFAULT_NAMESPACES} by default) namespaces "
+        f"are labels of both, those whose jobs change first after the operator's start; the rest are "
+        f"`{OTHER_NAMESPACES}`."
     )
     yield (
         "`qlora_gpu_seconds_total` has one for each namespace and profile whose jobs request GPUs, and "

@@ -269,6 +269,9 @@ class QLoRAJobStatus(ObservedModel):
     )
     phase: Phase | None = Field(None, description="Summary of the conditions, for people.")
     phase_since: Timestamp | None = Field(None, description="When the phase last changed.")
+    waited_seconds: Count = Field(
+        0, description="Seconds in the phases Pending, Queued and Suspended, up to when the job last left one of them."
+    )
     conditions: tuple[Condition, ...] = Field(
         (),
         max_length=16,

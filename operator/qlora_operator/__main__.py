@@ -93,7 +93,8 @@ def _lease_settings(settings: Settings) -> LeaseSettings | None:
 async def _connect_and_run(settings: Settings, lease: LeaseSettings | None) -> None:
     signals = Signals()
     signals.take()
-    metrics, health = Metrics(settings.metrics.running_jobs, settings.profiles), Health()
+    shown, health = settings.metrics, Health()
+    metrics = Metrics(shown.running_jobs, settings.profiles, shown.namespaces)
     ports: dict[int, dict[str, Callable[[], Answer]]] = {
         settings.probe_port: {"/healthz": health.liveness, "/readyz": health.readiness},
     }

@@ -16,6 +16,7 @@ from qlora_operator.decisions.manifests.network import JobNetworkPolicies, Port
 from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.resolution import as_copied
 from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
+from qlora_operator.metrics.transitions import DEFAULT_NAMESPACES, OTHER_NAMESPACES
 
 ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"
 SECONDS_BETWEEN_PASSES = 2.0
@@ -62,6 +63,13 @@ class MetricsSettings(ApiModel):
         le=10_000,
         description="Running jobs that have metrics of their own, with their namespace and name as labels: at most "
         f"{SERIES_PER_RUNNING_JOB} series each. With more of them, those with the earliest startTime; none if 0.",
+    )
+    namespaces: int = Field(
+        DEFAULT_NAMESPACES,
+        ge=0,
+        le=10_000,
+        description="Namespaces that are labels of the histograms of jobs. With more of them, those whose jobs change "
+        f"first after the operator's start; the rest are {OTHER_NAMESPACES}.",
     )
 
 

@@ -17,7 +17,7 @@ from qlora_operator.decisions.observed.conditions import (
 )
 from qlora_operator.decisions.observed.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.observed.facts import Facts, set_condition
-from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason, format_time
+from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.observed.shared_pod import SharedPod, trained_by, waits_for_sweep
 from qlora_operator.decisions.pods.blockers import blocking_reason
 from qlora_operator.decisions.pods.deletions import deletion
@@ -33,6 +33,7 @@ _DOING = {
     "Training": "the adapter is being trained",
     "Publishing": "the adapter is being checked and published",
 }
+_WAITING: frozenset[Phase] = frozenset({"Pending", "Queued", "Suspended"})
 
 
 def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -47,13 +48,17 @@ def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _in_phase(status: QLoRAJobStatus, phase: Phase, stored: QLoRAJobStatus, now: datetime) -> QLoRAJobStatus:
-    """Return the status in that phase, with the time since when.
+    """Return the status in that phase, with the time since when, and the time waited.
 
-    The metric of the time in each phase is measured by it.
+    The metrics of the time in each phase and to the first optimizer step are measured by them.
     """
-    # An earlier release may have stored the phase without a time: that alone is no reason for a write.
-    since = stored.phase_since if phase == stored.phase else format_time(now)
-    return replace(status, phase=phase, phase_since=since)
+    since, waited = stored.phase_since, stored.waited_seconds
+    if phase == stored.phase:
+        # An earlier release may have stored the phase without a time: that alone is no reason for a write.
+        return replace(status, phase=phase, phase_since=since, waited_seconds=waited)
+    if stored.phase in _WAITING and since is not None:
+        waited += max(0, int((now - parse_time(since)).total_seconds()))
+    return replace(status, phase=phase, phase_since=format_time(now), waited_seconds=waited)
 
 
 def _count_nodes(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:

@@ -10,7 +10,7 @@ from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, GpuSeconds, JobMet
 from qlora_operator.metrics.requests import RequestMetrics
 from qlora_operator.metrics.shown import read_shown
 from qlora_operator.metrics.sweeps import SweepMetrics
-from qlora_operator.metrics.transitions import TransitionMetrics
+from qlora_operator.metrics.transitions import DEFAULT_NAMESPACES, TransitionMetrics
 from qlora_operator.metrics.work import WorkMetrics
 
 # One more series for each counter and histogram, which no Prometheus reads from this format.
@@ -21,10 +21,15 @@ class Metrics:
     """The operator's metrics.
 
     `running_jobs`: how many running jobs have series with their names. Nothing else has a job's name as a label.
-    `profiles`: the names of the profiles that exist.
+    `profiles`: the names of the profiles that exist. `namespaces`: how many namespaces are labels of histograms.
     """
 
-    def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS, profiles: Iterable[str] = ("default",)) -> None:
+    def __init__(
+        self,
+        running_jobs: int = DEFAULT_RUNNING_JOBS,
+        profiles: Iterable[str] = ("default",),
+        namespaces: int = DEFAULT_NAMESPACES,
+    ) -> None:
         self.registry = CollectorRegistry()
         self.work = WorkMetrics(self.registry)
         self.gpu_seconds = GpuSeconds(self.registry)
@@ -43,7 +48,7 @@ class Metrics:
             registry=self.registry,
         )
         self.requests = RequestMetrics(self.registry)
-        self.transitions = TransitionMetrics(self.registry, profiles)
+        self.transitions = TransitionMetrics(self.registry, profiles, namespaces)
         self.jobs = JobMetrics(running_jobs)
         self.registry.register(self.jobs)
         self.sweeps = SweepMetrics(self.registry)

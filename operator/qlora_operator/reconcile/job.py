@@ -312,7 +312,7 @@ class Reconciler:
         self.store.job_changed(written)
         self.metrics.gpu_seconds.note(job, status)
         self.metrics.show(written)
-        self.metrics.transitions.written(job, status)
+        self.metrics.transitions.written(job, status, written["metadata"].get("creationTimestamp"))
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
             await post(self.cluster, key, event)

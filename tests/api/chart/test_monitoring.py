@@ -32,6 +32,14 @@ PROGRESS = {
     "goodput": 0.875,
 }
 
+FIRST_STEP = """# TYPE qlora_job_time_to_first_step_seconds histogram
+qlora_job_time_to_first_step_seconds_bucket{waiting="included",le="60"} 1
+qlora_job_time_to_first_step_seconds_bucket{waiting="included",le="+Inf"} 1
+qlora_job_time_to_first_step_seconds_sum{waiting="included"} 30
+qlora_job_time_to_first_step_seconds_count{waiting="included"} 1
+"""
+"""Of the operator, which reads no log without a kubelet."""
+
 
 @dataclass(frozen=True)
 class Programs:
@@ -112,7 +120,7 @@ def prometheus(
         )
     )
     folder = tmp_path_factory.mktemp("prometheus") / "server"
-    with serving_metrics(kubelet) as port:
+    with serving_metrics(kubelet + FIRST_STEP) as port:
         targets = {"qlora-operator-metrics": operated.operator.metrics_port, "kubelet": port}
         with running_prometheus(programs.prometheus, folder, targets, groups) as server:
             yield server

@@ -1,6 +1,7 @@
 """Metrics of the jobs and of the operator's work, and the maximum number of series."""
 
 import asyncio
+import dataclasses
 import itertools
 import re
 from collections.abc import Mapping
@@ -239,10 +240,17 @@ def test_the_queue_shows_since_when_the_first_job_waits() -> None:
     assert found(name, {"namespace": "other"}) is None
 
 
-def write(metrics: Metrics, before: Mapping[str, Any], after: Mapping[str, Any], profile: str = "default") -> None:
-    """The operator stores that status."""
+def write(
+    metrics: Metrics,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    profile: str = "default",
+    namespace: str = "team",
+) -> None:
+    """The operator stores that status of a job that is an hour old."""
     job = make_job(QLoRAJobStatus.model_validate(before), scheduling={"profile": profile})
-    metrics.transitions.written(job, QLoRAJobStatus.model_validate(after))
+    job = dataclasses.replace(job, namespace=namespace)
+    metrics.transitions.written(job, QLoRAJobStatus.model_validate(after), time(-3600))
 
 
 def test_the_time_in_a_phase_is_measured_when_a_job_leaves_it() -> None:
@@ -253,12 +261,58 @@ def test_the_time_in_a_phase_is_measured_when_a_job_leaves_it() -> None:
     write(metrics, {"phase": "Queued"}, {"phase": "Training", "phaseSince": time()}, "h100")
     write(metrics, {"phase": "Failed", "phaseSince": time(-9e5)}, {"phase": "Queued", "phaseSince": time()}, "h100")
     found = metrics.registry.get_sample_value
-    labels = {"phase": "Queued", "profile": "h100"}
+    labels = {"namespace": "team", "phase": "Queued", "profile": "h100"}
     assert found("qlora_job_phase_duration_seconds_count", labels) == 1
     assert found("qlora_job_phase_duration_seconds_sum", labels) == 3000
     assert found("qlora_job_phase_duration_seconds_bucket", labels | {"le": "1800.0"}) == 0
     assert found("qlora_job_phase_duration_seconds_bucket", labels | {"le": "3600.0"}) == 1
-    assert found("qlora_job_phase_duration_seconds_count", {"phase": "Failed", "profile": "h100"}) is None
+    assert found("qlora_job_phase_duration_seconds_count", labels | {"phase": "Failed"}) is None
+
+
+def test_a_bounded_number_of_namespaces_has_its_own_histograms() -> None:
+    metrics = Metrics(namespaces=2)
+    queued, runs = {"phase": "Queued", "phaseSince": time(-300)}, {"phase": "Training", "phaseSince": time()}
+    for namespace in ("first", "second", "third", "first", "fourth"):
+        write(metrics, queued, runs, namespace=namespace)
+    write(metrics, runs, runs | {"progress": {"step": 1, "updatedAt": time()}}, namespace="fifth")
+    counted = {
+        (family.name, sample.labels["namespace"]): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name.endswith("_count") and "namespace" in sample.labels
+    }
+    phases, first_step = "qlora_job_phase_duration_seconds", "qlora_job_time_to_first_step_seconds"
+    assert counted == {(phases, "first"): 2, (phases, "second"): 1, (phases, "_other"): 2, (first_step, "_other"): 1}
+
+
+TRAINS = {"phase": "Training", "phaseSince": time(-60)}
+WAITS = {"summary": "waits for other nodes", "updatedAt": time(-30)}
+STARTS: dict[str, Any] = TRAINS | {"progress": WAITS}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "seconds"),
+    [
+        (TRAINS, {"progress": {"step": 1, "updatedAt": time(-5)}}, [3595, 3095]),
+        (STARTS, {"progress": {"step": 4, "updatedAt": time()}}, [3600, 3100]),
+        (STARTS, {"progress": {"step": 0, "updatedAt": time()}}, [None, None]),
+        (TRAINS | {"progress": {"step": 1}}, {"progress": {"step": 2, "updatedAt": time()}}, [None, None]),
+        (STARTS, {"progress": {**WAITS, "step": 9}, "phase": "Publishing"}, [None, None]),
+        (TRAINS, {"progress": {"step": 1, "updatedAt": time()}, "firstAttempt": 2}, [None, None]),
+    ],
+    ids=["reported", "after a wait for nodes", "no step", "a later step", "only in the result", "retried"],
+)
+def test_the_time_to_the_first_step_is_measured_once_with_and_without_waiting(
+    before: dict[str, Any], after: dict[str, Any], seconds: list[float | None]
+) -> None:
+    metrics, waited = Metrics(), {"waitedSeconds": 500}
+    write(metrics, before | waited, before | waited | after)
+    labels = {"namespace": "team", "profile": "default"}
+    name = "qlora_job_time_to_first_step_seconds_sum"
+    found = [
+        metrics.registry.get_sample_value(name, labels | {"waiting": waiting}) for waiting in ("included", "excluded")
+    ]
+    assert found == seconds
 
 
 def failure(reason: str, at: float = 0) -> dict[str, Any]:

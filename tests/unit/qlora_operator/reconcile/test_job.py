@@ -183,15 +183,16 @@ def test_rejected_status_writes_are_counted_and_conflicts_are_not() -> None:
 
 
 def test_a_change_of_phase_stores_its_time_and_measures_the_phase_before() -> None:
-    queued = status_in("train", phase="Queued", phaseSince=time(-90))
+    queued = status_in("train", phase="Queued", phaseSince=time(-90), waitedSeconds=10)
     cluster = MemoryCluster(job_body(queued.dump()))
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
     reconciler = operator(cluster, shown(cluster))
     asyncio.run(reconciler.reconcile(KEY))
     assert (cluster.status.phase, cluster.status.phase_since) == ("Training", time())
     found = reconciler.metrics.registry.get_sample_value
-    labels = {"phase": "Queued", "profile": "default"}
+    labels = {"namespace": "team", "phase": "Queued", "profile": "default"}
     assert found("qlora_job_phase_duration_seconds_sum", labels) == 90
+    assert cluster.status.waited_seconds == 100
     running_job = {"namespace": "team", "name": NAME}
     assert found("qlora_job_last_progress_timestamp_seconds", running_job) == NOW.timestamp()
     asyncio.run(operator(cluster, shown(cluster), after(60)).reconcile(KEY))
