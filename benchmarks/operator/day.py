@@ -19,11 +19,10 @@ from benchmarks.operator import audit, seeding, site
 from benchmarks.operator.client import Client, connect, watch
 from benchmarks.operator.node import ENDLESS, playing
 from benchmarks.operator.objects import NAMESPACE, jobs_path, qlora_job
-from benchmarks.operator.progress import all_report, create_all
+from benchmarks.operator.progress import all_report, create_all, note_first_jobs
 from benchmarks.operator.site import Processes, spread
 from benchmarks.operator.table import Target, head, row, targets
 from devcluster.controlplane import ControlPlane
-from qlora_api.naming import JOB_LABEL
 
 # The jobs of a resync are read within half of it, and a watch has as long to show the changes of a list: with
 # much less, the day would be a load that no operator has.
@@ -175,15 +174,10 @@ async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, A
     first_job: dict[str, float] = {}
     samples: list[tuple[float, float]] = []
 
-    async def see_first_jobs() -> None:
-        async for event in watch(plane.kubeconfig, "jobs"):
-            if name := event.body["metadata"].get("labels", {}).get(JOB_LABEL):
-                first_job.setdefault(name, event.seconds)
-
     with ExitStack() as stack:
         operator = stack.enter_context(site.operator(plane, resyncSeconds=_RESYNC_SECONDS))
         measured = Processes((operator.pid,))
-        async with site.background(see_first_jobs()):
+        async with site.background(note_first_jobs(plane, first_job)):
             await asyncio.sleep(2 * _SETTLE_SECONDS)
             audit_from, began = plane.audit_log.stat().st_size, time.monotonic()
             due = began

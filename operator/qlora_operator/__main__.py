@@ -286,10 +286,11 @@ class Operator:
             health.ready, health.note = candidate, lambda: None
 
     def _progress_reader(self) -> ProgressReader | None:
-        if not self._settings.progress.enabled:
+        progress = self._settings.progress
+        if not progress.enabled:
             return None
         concurrent = max(1, self._settings.workers // 2)
-        return ProgressReader(self._cluster.read_log, time.monotonic, concurrent=concurrent)
+        return ProgressReader(self._cluster.read_log, time.monotonic, concurrent, progress.reads_per_second)
 
     def _reconciler(self, progress: ProgressReader | None, enqueue: Callable[[Key], None]) -> Reconciler:
         settings, cluster = self._settings, self._cluster

@@ -51,6 +51,12 @@ class JobMetrics(Collector):
         else:
             self._running.pop(uid, None)
 
+    def show_unstored(self, job: QLoRAJob, status: Object) -> None:
+        """Note figures of a running job that are not stored."""
+        metadata = {"namespace": job.namespace, "name": job.name, "uid": job.uid}
+        spec = {"scheduling": {"profile": job.spec.scheduling.profile}}
+        self.show({"metadata": metadata, "spec": spec, "status": status})
+
     def gone(self, key: Key, *, replaced_by: str = "") -> None:
         """Note that no job of that name exists, but the one with the UID `replaced_by`."""
         for uid in tuple(self._jobs.get(key, ())):

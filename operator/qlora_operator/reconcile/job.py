@@ -40,6 +40,7 @@ from qlora_operator.decisions.pods.detached import (
 )
 from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
 from qlora_operator.decisions.status import Decision, next_status
+from qlora_operator.decisions.unstored import may_stay_unstored
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError
@@ -270,6 +271,7 @@ class Reconciler:
             progress=run.log.record,
             progress_beside=run.log.beside,
             log_read=run.log.done,
+            rest=run.log.rest,
             queue=run.queue,
             continued=continued,
             continued_writer=writer,
@@ -307,6 +309,9 @@ class Reconciler:
         """
         job, key = facts.job, (facts.job.namespace, facts.job.name)
         if status == job.status or (content := status.dump()) == job.status.dump():
+            return False
+        if may_stay_unstored(job.status, status, facts.now, facts.rest):
+            self.metrics.jobs.show_unstored(job, content)
             return False
         written = await counted(self.cluster.apply_status(job, content), self.metrics.work.jobs)
         self.store.job_changed(written)

@@ -10,12 +10,15 @@ from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, parse_time
 from qlora_operator.decisions.observed.shared_pod import PodName, SharedPod, waits_for_sweep
 from qlora_operator.keys import Key
+from qlora_operator.settings import READS_PER_SECOND
 
 logger = logging.getLogger(__name__)
 
-READS_PER_SECOND = 20
 SECONDS_BETWEEN_READS = 10.0
 SECONDS_AFTER_FAILURE = 60.0
+_FIGURES_PER_SECOND = 20
+"""Writes of figures alone: up to 200 jobs, each reading is stored."""
+_LONGEST_UNSTORED = 60.0
 
 ReadLog = Callable[[str, str], Awaitable[str | None]]
 """(namespace, pod) -> the end of its log; None if it cannot be read."""
@@ -23,11 +26,13 @@ ReadLog = Callable[[str, str], Awaitable[str | None]]
 
 @dataclass
 class ReadSchedule:
-    """Spreads log reads: a job at most every 10 seconds, all at most 20 per second.
+    """Spreads log reads: a job at most every 10 seconds, all within a budget.
 
-    With more than 200 running jobs, each is read less often. A slot reserved for later delays no read now.
+    With more jobs than the budget allows every 10 seconds, each is read less often. A slot reserved for later delays no
+    read now.
     """
 
+    per_second: int = READS_PER_SECOND
     _due: dict[Key, float] = field(default_factory=dict)
     _reserved: dict[int, int] = field(default_factory=dict)
     """The number of reserved reads in each second, from the clock's zero."""
@@ -46,6 +51,11 @@ class ReadSchedule:
         self._due[key] = self._reserve(now + pause, now)
         return self._due[key] - now
 
+    @property
+    def jobs(self) -> int:
+        """The number of jobs that share the budget."""
+        return len(self._due)
+
     def forget(self, key: Key) -> None:
         """Drop a job that no longer runs."""
         self._due.pop(key, None)
@@ -54,11 +64,11 @@ class ReadSchedule:
         """Reserve a read in the first second from `earliest` on with a free share."""
         self._reserved = {second: count for second, count in self._reserved.items() if second >= int(now)}
         second = int(earliest)
-        while self._reserved.get(second, 0) >= READS_PER_SECOND:
+        while self._reserved.get(second, 0) >= self.per_second:
             second += 1
         before = self._reserved.get(second, 0)
         self._reserved[second] = before + 1
-        return max(earliest, second + before / READS_PER_SECOND)
+        return max(earliest, second + before / self.per_second)
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class LogReading:
     """Seconds until the next reading; None if the job does not run."""
     done: bool = False
     """Whether the log could be read, so that a missing record is evidence."""
+    rest: float = 0.0
+    """Seconds for which the stored figures may stay as they are; 0 if this record was read before."""
 
 
 class ProgressReader:
@@ -80,12 +92,20 @@ class ProgressReader:
     At most `concurrent` logs are read at a time: a node that does not answer must not block all workers.
     """
 
-    def __init__(self, read_log: ReadLog, monotonic: Callable[[], float], concurrent: int) -> None:
+    def __init__(
+        self,
+        read_log: ReadLog,
+        monotonic: Callable[[], float],
+        concurrent: int,
+        per_second: int = READS_PER_SECOND,
+    ) -> None:
         self._read_log = read_log
         self._concurrent = concurrent
         self._reading = 0
         self._monotonic = monotonic
-        self._schedule = ReadSchedule()
+        self._schedule = ReadSchedule(per_second)
+        self._reported: dict[Key, str] = {}
+        """The time of each job's latest record."""
 
     async def read(
         self,
@@ -102,7 +122,7 @@ class ProgressReader:
         step = job.status.step
         pod = _reporting(job, observed, shared)
         if pod is None or step is None:
-            self._schedule.forget(key)
+            self.forget(key)
             return LogReading()
         wait = self._schedule.seconds_until_due(key, self._monotonic())
         if wait > 0:
@@ -119,11 +139,24 @@ class ProgressReader:
         record = latest_record(text, job.uid, pod, step.name)
         others = [found for uid in beside if (found := latest_record(text, uid, pod, step.name)) is not None]
         newest = max(others, key=lambda found: parse_time(found.time), default=None)
-        return LogReading(record, newest, self._schedule.done(key, self._monotonic()), done=True)
+        again, rest = self._schedule.done(key, self._monotonic()), self._rest(key, record)
+        return LogReading(record, newest, again, done=True, rest=rest)
+
+    def _rest(self, key: Key, record: ProgressRecord | None) -> float:
+        """Return the seconds between two writes of figures, 0 without a new record.
+
+        So a run that hangs after an unstored record is measured from when that was read.
+        """
+        if record is None or record.time == self._reported.get(key):
+            return 0.0
+        self._reported[key] = record.time
+        seconds = self._schedule.jobs / _FIGURES_PER_SECOND
+        return min(seconds, _LONGEST_UNSTORED) if seconds > SECONDS_BETWEEN_READS else 0.0
 
     def forget(self, key: Key) -> None:
-        """Drop a job that is gone."""
+        """Drop a job that is gone, or does not run."""
         self._schedule.forget(key)
+        self._reported.pop(key, None)
 
 
 def _reporting(job: QLoRAJob, observed: Observed, shared: SharedPod | None) -> PodName | None:
