@@ -225,6 +225,7 @@ def _show_labels(metrics: Metrics) -> None:
     metrics.sweeps.show(("", ""), {})
     metrics.gpu_seconds.add("", "", UsageStatus())
     metrics.requests.observe("GET", "/", None, 0)
+    metrics.watches.event("", "")
     step = {"progressedAt": "2026-01-02T03:04:05Z"}
     figures = {figure.path[-1]: 1 for figure in TRAINING}
     for phase in ("Queued", "Training", "Failed"):

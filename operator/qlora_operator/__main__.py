@@ -174,7 +174,9 @@ class Operator:
             self._signals.take,
             self._store,
             self._request_sweep,
+            self._metrics.watches.event,
         )
+        self._resync.monitor.on_restart = self._metrics.watches.restarted
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(self._check.watch()), group.create_task(watch(self._settings, hooks))]
             await self._lead()

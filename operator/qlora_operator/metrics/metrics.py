@@ -11,6 +11,7 @@ from qlora_operator.metrics.requests import RequestMetrics
 from qlora_operator.metrics.shown import read_shown
 from qlora_operator.metrics.sweeps import SweepMetrics
 from qlora_operator.metrics.transitions import DEFAULT_NAMESPACES, TransitionMetrics
+from qlora_operator.metrics.watches import WatchMetrics
 from qlora_operator.metrics.work import WorkMetrics
 
 # One more series for each counter and histogram, which no Prometheus reads from this format.
@@ -48,6 +49,7 @@ class Metrics:
             registry=self.registry,
         )
         self.requests = RequestMetrics(self.registry)
+        self.watches = WatchMetrics(self.registry)
         self.transitions = TransitionMetrics(self.registry, profiles, namespaces)
         self.jobs = JobMetrics(running_jobs)
         self.registry.register(self.jobs)

@@ -1,6 +1,6 @@
 """Metrics of the operator's requests to the API server.
 
-Those of the watches are not among them: kopf sends them.
+Those of the watches are not among them: kopf sends them, and `watches` counts their events.
 """
 
 from http import HTTPStatus

@@ -51,6 +51,8 @@ class Hooks:
     store: Store
     enqueue_sweep: Callable[[Key, float], None] = lambda _key, _after: None
     """Requests a sweep, so many seconds from now."""
+    note: Callable[[str, str | None], None] = lambda _resource, _type: None
+    """Notes an event of a watch: its resource and type, None for a listed object."""
 
 
 async def watch(settings: Settings, hooks: Hooks) -> None:
@@ -136,6 +138,7 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
     @kopf.on.event(GROUP, VERSION, SWEEP_PLURAL, registry=registry)
     async def sweep_changed(event: kopf.RawEvent, **_: Any) -> None:
         body, metadata = event["object"], event["object"]["metadata"]
+        hooks.note(SWEEP_PLURAL, event["type"])
         hooks.enqueue_sweep((metadata["namespace"], metadata["name"]), 0.0)
         for cell in hooks.store.sweeps.note(body, deleted=event["type"] == "DELETED"):
             hooks.enqueue((metadata["namespace"], cell))
@@ -158,6 +161,7 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
 
 
 def _show(hooks: Hooks, kind: Kind, event: kopf.RawEvent) -> None:
+    hooks.note(kind, event["type"])
     metadata = event["object"]["metadata"]
     identity = (kind, metadata["namespace"], metadata["name"], metadata["uid"])
     hooks.monitor.show(identity, metadata["resourceVersion"], deleted=event["type"] == "DELETED")

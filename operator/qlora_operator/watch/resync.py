@@ -46,6 +46,7 @@ class WatchMonitor:
     """
 
     patience: float
+    on_restart: Callable[[], None] = lambda: None
     _shown: dict[Identity, int] = field(default_factory=dict)
     _behind: dict[Identity, tuple[int, float]] = field(default_factory=dict)
     _dead: set[Kind] = field(default_factory=set)
@@ -98,6 +99,7 @@ class WatchMonitor:
         self._behind.clear()
         self._dead.clear()
         self.starts += 1
+        self.on_restart()
 
     @property
     def dead(self) -> tuple[Kind, ...]:

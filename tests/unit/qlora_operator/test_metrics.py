@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import Phase, QLoRAJobStatus
@@ -18,6 +19,7 @@ from qlora_operator.metrics.jobs import SERIES_PER_RUNNING_JOB, JobMetrics
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.metrics.requests import RESOURCES, resource_of
 from qlora_operator.metrics.shown import FAILURE_REASONS
+from qlora_operator.metrics.watches import WatchMetrics
 from qlora_operator.reconcile.queue import WorkQueue
 from tests.support.builders import (
     NAME,
@@ -421,3 +423,18 @@ def test_the_queue_reports_how_long_a_job_was_due_before_a_worker_took_it() -> N
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(measure())
     assert [round(seconds, 3) for seconds in waited] == [0, 7, 0]
+
+
+def test_the_watches_show_their_events_their_restarts_and_when_each_was_last_heard() -> None:
+    registry, clock = CollectorRegistry(), iter([100.0, 160.0, 170.0])
+    watches = WatchMetrics(registry, lambda: next(clock))
+    found = registry.get_sample_value
+    deleted = {"resource": "qlorasweeps", "type": "DELETED"}
+    assert found("qlora_operator_watch_events_total", deleted) == 0, "what increases begins at zero"
+    for resource, kind in (("pods", None), ("pods", "MODIFIED"), ("qlorasweeps", "DELETED")):
+        watches.event(resource, kind)
+    watches.restarted()
+    assert found("qlora_operator_watch_events_total", {"resource": "pods", "type": "LISTED"}) == 1
+    assert found("qlora_operator_watch_events_total", deleted) == 1
+    assert found("qlora_operator_watch_last_event_timestamp_seconds", {"resource": "pods"}) == 160
+    assert found("qlora_operator_watch_restarts_total") == 1

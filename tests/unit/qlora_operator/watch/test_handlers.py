@@ -39,6 +39,7 @@ class Watches:
             lambda: None,
             Store(),
             lambda key, after: self.sweeps.append((key, after)),
+            self.metrics.watches.event,
         )
         _register_events(kopf.OperatorRegistry(), hooks)
         self._handlers = handlers
@@ -77,6 +78,9 @@ def test_a_sweep_is_requeued_when_it_changes_and_soon_after_a_cell_has(watches: 
         body["metadata"]["labels"] = labels
         assert watches.show(kind, "ADDED", 13, body) == []
     assert watches.sweeps[6:] == [(("team", "rates"), 2.0)] * 2
+    for resource, type_, count in (("qlorasweeps", "LISTED", 1), ("qlorajobs", "ADDED", 2), ("pods", "ADDED", 1)):
+        labels = {"resource": resource, "type": type_}
+        assert watches.metrics.registry.get_sample_value("qlora_operator_watch_events_total", labels) == count
 
 
 def test_a_new_job_goes_first_and_a_started_one_does_not(watches: Watches) -> None:
