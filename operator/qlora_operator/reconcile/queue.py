@@ -45,42 +45,53 @@ class _Request:
 class _Line:
     """Keys by due time, next the namespace with the longest wait.
 
-    An entry that a later request has replaced stays until it would be next, or until `rebuild`.
+    Only namespaces with a due key are looked through. An entry that a later request has replaced stays until it would
+    be next, or until `rebuild`.
     """
 
-    _heaps: dict[str, list[tuple[float, Key]]] = field(default_factory=dict)
+    _later: list[tuple[float, Key]] = field(default_factory=list)
+    _due: dict[str, list[tuple[float, Key]]] = field(default_factory=dict)
     _turns: dict[str, int] = field(default_factory=dict)
     _turn: int = 0
 
     def __len__(self) -> int:
-        return sum(len(heap) for heap in self._heaps.values())
+        return len(self._later) + sum(len(heap) for heap in self._due.values())
 
     def push(self, due: float, key: Key) -> None:
-        self._turns.setdefault(key[0], self._turn)
-        heapq.heappush(self._heaps.setdefault(key[0], []), (due, key))
+        heapq.heappush(self._later, (due, key))
 
     def rebuild(self, entries: Iterable[tuple[float, Key]]) -> None:
-        self._heaps.clear()
-        for due, key in entries:
-            self.push(due, key)
-        self._turns = {namespace: turn for namespace, turn in self._turns.items() if namespace in self._heaps}
+        self._due.clear()
+        self._later = sorted(entries)
+        left = {key[0] for _, key in self._later}
+        self._turns = {namespace: turn for namespace, turn in self._turns.items() if namespace in left}
+
+    def ripen(self, now: float) -> None:
+        """Let the keys that are due by `now` take turns."""
+        while self._later and self._later[0][0] <= now:
+            due, key = heapq.heappop(self._later)
+            self._turns.setdefault(key[0], self._turn)
+            heapq.heappush(self._due.setdefault(key[0], []), (due, key))
 
     def next_due(self, is_current: Callable[[float, Key], bool], may_work: Callable[[str], bool]) -> float | None:
-        """When the next key of a namespace that `may_work` is due."""
-        for namespace, heap in list(self._heaps.items()):
+        """When the next key of a namespace that `may_work` is due, or when another is to take turns."""
+        while self._later and not is_current(*self._later[0]):
+            heapq.heappop(self._later)
+        for namespace, heap in list(self._due.items()):
             while heap and not is_current(*heap[0]):
                 heapq.heappop(heap)
             if not heap:
-                del self._heaps[namespace], self._turns[namespace]
-        return min((heap[0][0] for name, heap in self._heaps.items() if may_work(name)), default=None)
+                del self._due[namespace], self._turns[namespace]
+        moments = (heap[0][0] for name, heap in self._due.items() if may_work(name))
+        return min(moments, default=self._later[0][0] if self._later else None)
 
-    def pop(self, now: float, may_work: Callable[[str], bool]) -> Key:
+    def pop(self, may_work: Callable[[str], bool]) -> Key:
         """Return the next due key, which must exist by a `next_due` just before."""
-        due = (name for name, heap in self._heaps.items() if heap[0][0] <= now and may_work(name))
-        namespace = min(due, key=lambda name: (self._turns[name], self._heaps[name][0][0]))
+        due = (name for name in self._due if may_work(name))
+        namespace = min(due, key=lambda name: (self._turns[name], self._due[name][0][0]))
         self._turn += 1
         self._turns[namespace] = self._turn
-        return heapq.heappop(self._heaps[namespace])[1]
+        return heapq.heappop(self._due[namespace])[1]
 
 
 @dataclass
@@ -119,11 +130,13 @@ class Schedule:
         A key is in the class of its request: first, or the rest. In each, namespaces take turns; in a namespace, the
         key that has been due for longest is next.
         """
+        for line in self._lines.values():
+            line.ripen(now)
         due = [first for first in (True, False) if (moment := self._next_due(first)) is not None and moment <= now]
         if not due:
             return None
         first = due[0] if self._working_of_the_rest >= self.reserved else due[-1]
-        key = self._lines[first].pop(now, self._may_work)
+        key = self._lines[first].pop(self._may_work)
         self._working[key] = self._pending.pop(key)
         self._working_in[key[0]] += 1
         self._working_of_the_rest += not first
@@ -254,18 +267,19 @@ class WorkQueue:
 
     async def run(self) -> None:
         """Work until canceled."""
+        # One task looks for due keys: if each free worker did, all would wake at every change.
+        free = asyncio.Semaphore(self._workers)
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._workers):
-                group.create_task(self._run_worker())
-
-    async def _run_worker(self) -> None:
-        while True:
-            key = None if self._paused else self._schedule.take(self._now())
-            if key is None:
-                await self._wait()
-            else:
+            while True:
+                await free.acquire()
+                key = await self._next()
                 self._on_start(self._schedule.waited(key, self._now()))
-                await self._serve(key)
+                group.create_task(self._serve(key)).add_done_callback(lambda _: free.release())
+
+    async def _next(self) -> Key:
+        while (key := None if self._paused else self._schedule.take(self._now())) is None:
+            await self._wait()
+        return key
 
     async def _serve(self, key: Key) -> None:
         try:

@@ -1,6 +1,7 @@
 """The queue: one worker per key, merged requests, backoff. Time is virtual."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 from unittest.mock import MagicMock
@@ -237,12 +238,17 @@ def drive(
     on_error: Callable[[], None] = lambda: None,
     workers: int = 2,
     namespaces: tuple[str, ...] = (),
+    on_look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a queue on virtual time while `during` runs."""
+    """Run a queue on virtual time while `during` runs. `on_look`: called when it looks at its clock."""
     loop = VirtualLoop()
 
+    def clock() -> float:
+        on_look()
+        return loop.time()
+
     async def scenario() -> None:
-        queue = WorkQueue(work, monotonic=loop.time, workers=workers, namespaces=namespaces, on_error=on_error)
+        queue = WorkQueue(work, monotonic=clock, workers=workers, namespaces=namespaces, on_error=on_error)
         task = asyncio.create_task(queue.run())
         await during(queue)
         task.cancel()
@@ -274,6 +280,22 @@ def test_a_key_runs_alone_while_other_keys_run_in_parallel() -> None:
     drive(work, during)
     assert frozenset({A, B}) in together
     assert len(together) == 4
+
+
+def test_the_cost_of_a_pass_does_not_grow_with_idle_workers() -> None:
+    looks, passes = Counter[str](), 100
+
+    async def work(key: Key) -> None:
+        looks["passes"] += 1
+
+    async def during(queue: WorkQueue) -> None:
+        for number in range(passes):
+            queue.add((f"namespace{number}", "job"), number)
+        await asyncio.sleep(passes)
+
+    drive(work, during, workers=64, on_look=lambda: looks.update(["looks"]))
+    assert looks["passes"] == passes
+    assert looks["looks"] < 10 * passes
 
 
 def test_while_paused_no_work_begins_and_no_request_is_lost() -> None:
