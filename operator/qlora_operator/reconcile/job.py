@@ -43,7 +43,7 @@ from qlora_operator.decisions.status import Decision, next_status
 from qlora_operator.decisions.unstored import may_stay_unstored
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
-from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError
+from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError, UnavailableError
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.actions import Actions
 from qlora_operator.reconcile.counted import counted

@@ -74,7 +74,7 @@ def test_a_mistake_names_the_file_and_the_field(
 
 def largest_profile(value: str) -> dict[str, Any]:
     """The largest copied part of a profile; `value`: of each variable of NCCL."""
-    label = f"{'a' * 250}.example/{'b' * 50}"
+    label = f"{'a' * 190}.example/{'b' * 50}"
     return {
         "image": "i" * 512,
         "imagePullSecrets": [f"{number}{'s' * 252}" for number in range(8)],
