@@ -192,8 +192,10 @@ def own_writes() -> Iterator[tuple[str, Attempt]]:
         "cleaned": cleanup(one, 3600),
     }
     for name, change in changes.items():
-        del change["metadata"]["uid"]
-        yield f"a cell is {name}", Attempt("PATCH", path_of(TEAM, "qlorajobs", CELL), change, "", MERGE)
+        # The stored cell is another one of the same name.
+        kept = {key: value for key, value in change["metadata"].items() if key not in ("uid", "resourceVersion")}
+        body = change | {"metadata": kept}
+        yield f"a cell is {name}", Attempt("PATCH", path_of(TEAM, "qlorajobs", CELL), body, "", MERGE)
 
 
 OWN_WRITES = dict(own_writes())
