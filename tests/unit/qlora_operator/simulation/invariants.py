@@ -101,7 +101,8 @@ class Invariants:
         is_counted = stored.get("name") == step and not _is_retried(job["status"], job["spec"])
         counted = stored.get("failures", 0) if is_counted else 0
         assert spec["backoffLimit"] <= max(0, allowed - counted), f"{name} allows {spec['backoffLimit']} failures"
-        failed = [run for run in self._runs(job["metadata"]["uid"], job["status"]) if run.step == step and run.failed]
+        runs, now = self._runs(job["metadata"]["uid"], job["status"]), self._agenda.now
+        failed = [run for run in runs if run.step == step and (run.failed or run.stalled(now))]
         assert spec["backoffLimit"] >= allowed - len(failed), f"{name} allows {spec['backoffLimit']} failures"
         for other in self._api.all("jobs"):
             cells = (other["metadata"].get("annotations") or {}).get(CELLS_ANNOTATION, "").split(",")
