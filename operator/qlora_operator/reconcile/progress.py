@@ -19,6 +19,9 @@ SECONDS_AFTER_FAILURE = 60.0
 _FIGURES_PER_SECOND = 20
 """Writes of figures alone: up to 200 jobs, each reading is stored."""
 _LONGEST_UNSTORED = 60.0
+_FEWEST_PER_SECOND = 20
+_SECONDS_OF_A_ROUND = 8
+"""All jobs can be read in that time: less than the pause, so that each finds a place after it."""
 
 ReadLog = Callable[[str, str], Awaitable[str | None]]
 """(namespace, pod) -> the end of its log; None if it cannot be read."""
@@ -64,11 +67,13 @@ class ReadSchedule:
         """Reserve a read in the first second from `earliest` on with a free share."""
         self._reserved = {second: count for second, count in self._reserved.items() if second >= int(now)}
         second = int(earliest)
-        while self._reserved.get(second, 0) >= self.per_second:
+        # Spread over the pause: in a burst of the whole budget, few of the logs would be read at a time.
+        share = min(self.per_second, max(_FEWEST_PER_SECOND, self.jobs // _SECONDS_OF_A_ROUND))
+        while self._reserved.get(second, 0) >= share:
             second += 1
         before = self._reserved.get(second, 0)
         self._reserved[second] = before + 1
-        return max(earliest, second + before / self.per_second)
+        return max(earliest, second + before / share)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def test_each_job_is_read_as_often_as_the_budget_allows_and_never_beyond_it(jobs
         last[name] = read
         heapq.heappush(due, (read + schedule.done(("team", name), read), name))
     assert max(per_second.values()) <= READS_PER_SECOND
+    assert max(per_second.values()) <= max(20, jobs / 8), "spread, not in bursts of the whole budget"
     assert len(last) == jobs
     assert seconds <= longest <= seconds + 4
 
