@@ -17,7 +17,10 @@ _COMMANDS = {
     ),
     "resume": ("cluster.control:resume", "Resume suspended jobs, from their checkpoints."),
     "retry": ("cluster.control:retry", "Retry failed jobs at the step that failed, from their last checkpoints."),
-    "cancel": ("cluster.control:cancel", "Delete a job; its workspace stays unless spec.workspace.retain is false."),
+    "cancel": (
+        "cluster.control:cancel",
+        "Delete a job; its workspace stays unless its claim's retention policy is Delete.",
+    ),
     "adapter": (
         "cluster.downloads:adapter",
         "Download a job's adapter, and verify it.",

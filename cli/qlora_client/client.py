@@ -209,7 +209,7 @@ class QLoRAClient:
             self._sleep(min(polling_interval, left))
 
     def delete_job(self, name: str) -> None:
-        """Delete the job. Its workspace stays unless spec.workspace.retain is false.
+        """Delete the job. Its workspace stays unless its claim's retention policy is Delete.
 
         Raises:
             RuntimeError: There is no such job, or you may not delete it.

@@ -88,3 +88,33 @@ class CloudIdentity(ApiModel):
         description="Name of a ServiceAccount that exists in each namespace with jobs. Prepare and publish run with "
         "it, train does not. Pods get the cloud's token, and none of Kubernetes."
     )
+
+
+NCCL_NAME = r"^NCCL_[A-Z0-9_]+$"
+_NCCL_MESSAGE = "an environment variable of NCCL is NCCL_ and capital letters, digits or _"
+# PyTorch reads these, by their names before TORCH_ was put in front, and NCCL does not.
+OF_WATCHDOG = ("NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT")
+_WATCHDOG_MESSAGE = f"{' and '.join(OF_WATCHDOG)} turn off the watchdog that ends a run that has lost a process"
+
+
+def _check_nccl(settings: dict[str, str]) -> dict[str, str]:
+    for name in settings:
+        if not re.fullmatch(NCCL_NAME, name) or len(name) > 63:
+            raise ValueError(f"found {name[:80]!r}, {_NCCL_MESSAGE}, 63 characters at most")
+        if name in OF_WATCHDOG:
+            raise ValueError(f"found {name}, {_WATCHDOG_MESSAGE}: remove it")
+    return settings
+
+
+NcclSettings = Annotated[
+    dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=256)]],
+    Field(
+        max_length=32,
+        json_schema_extra=rules(
+            rule("self.all(name, name.size() <= 63)", "a variable's name has at most 63 characters"),
+            rule(f"self.all(name, name.matches('{NCCL_NAME}'))", _NCCL_MESSAGE),
+            rule(f"!self.exists(name, name in {list(OF_WATCHDOG)})", _WATCHDOG_MESSAGE),
+        ),
+    ),
+    AfterValidator(_check_nccl),
+]

@@ -6,7 +6,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from qlora_api.connections import PROXY_URL, AzureStorage, CaConfigMap, CloudIdentity, DirectHost, GoogleStorage
+from qlora_api.connections import (
+    PROXY_URL,
+    AzureStorage,
+    CaConfigMap,
+    CloudIdentity,
+    DirectHost,
+    GoogleStorage,
+    NcclSettings,
+)
+from qlora_api.retention import ClaimRetentionPolicy, TtlSeconds
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import REGISTRY, SUBDOMAIN
 
@@ -58,34 +67,6 @@ NodeSelector = Annotated[
         ),
     ),
     AfterValidator(_check_keys),
-]
-NCCL_NAME = r"^NCCL_[A-Z0-9_]+$"
-_NCCL_MESSAGE = "an environment variable of NCCL is NCCL_ and capital letters, digits or _"
-# PyTorch reads these, by their names before TORCH_ was put in front, and NCCL does not.
-OF_WATCHDOG = ("NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT")
-_WATCHDOG_MESSAGE = f"{' and '.join(OF_WATCHDOG)} turn off the watchdog that ends a run that has lost a process"
-
-
-def _check_nccl(settings: dict[str, str]) -> dict[str, str]:
-    for name in settings:
-        if not re.fullmatch(NCCL_NAME, name) or len(name) > 63:
-            raise ValueError(f"found {name[:80]!r}, {_NCCL_MESSAGE}, 63 characters at most")
-        if name in OF_WATCHDOG:
-            raise ValueError(f"found {name}, {_WATCHDOG_MESSAGE}: remove it")
-    return settings
-
-
-NcclSettings = Annotated[
-    dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=256)]],
-    Field(
-        max_length=32,
-        json_schema_extra=rules(
-            rule("self.all(name, name.size() <= 63)", "a variable's name has at most 63 characters"),
-            rule(f"self.all(name, name.matches('{NCCL_NAME}'))", _NCCL_MESSAGE),
-            rule(f"!self.exists(name, name in {list(OF_WATCHDOG)})", _WATCHDOG_MESSAGE),
-        ),
-    ),
-    AfterValidator(_check_nccl),
 ]
 AccessMode = Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"]
 
@@ -183,6 +164,11 @@ class WorkspaceDefaults(ApiModel):
     storage_class_name: ObjectName | None = Field(None, description="StorageClass; the cluster's default if not set.")
     access_mode: AccessMode = Field("ReadWriteOnce", description="Access mode of the claim.")
     size: Quantity = Field("50Gi", description="Size of the claim.")
+    persistent_volume_claim_retention_policy: ClaimRetentionPolicy | None = Field(
+        None,
+        description="For jobs and sweeps that set no such policy, and whose adapters and merged models are published "
+        "outside the claim; Retain if not set.",
+    )
 
 
 class ObjectStoreSettings(ApiModel):
@@ -264,6 +250,11 @@ class Limits(ApiModel):
         description="GPU hours that one job may use; any number if not set. A job whose spec.budget.gpuHours is more "
         "waits with the reason LimitExceeded; one that sets none gets this one. Jobs that have started keep the limit "
         "that they have started with, until they are retried.",
+    )
+    ttl_seconds_after_finished: TtlSeconds | None = Field(
+        None,
+        description="The longest ttlSecondsAfterFinished; any if not set. A job or sweep with a longer one, or with "
+        "none, is deleted so many seconds after its end, also if it has ended before the profile got this limit.",
     )
 
 
@@ -394,6 +385,11 @@ class Profile(ApiModel):
         description="Seconds until a step's finished Job is deleted with its pods and their logs. The status of "
         "the QLoRAJob and the workspace stay. A step whose Job is deleted before the operator has seen its end "
         "runs again, so it must not be away for as long.",
+    )
+    ttl_seconds_after_finished: TtlSeconds | None = Field(
+        None,
+        description="ttlSecondsAfterFinished of jobs and sweeps that set none, and announce nothing; they stay if not "
+        "set. Counts for those that have ended before it was set, too. Not copied into the status of jobs.",
     )
     termination_grace_period_seconds: int = Field(
         120,

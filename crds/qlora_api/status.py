@@ -318,3 +318,8 @@ class QLoRAJobStatus(ObservedModel):
     last_failure: FailureStatus | None = Field(None, description="The latest failure.")
     start_time: Timestamp | None = Field(None, description="When the operator first saw the job.")
     completion_time: Timestamp | None = Field(None, description="When the job ended.")
+    claim_deletion_time: Timestamp | None = Field(
+        None,
+        description="When the operator deleted the claim that it had created for the workspace, by whenFinished of its "
+        "retention policy.",
+    )

@@ -127,7 +127,7 @@ CHANGES = {
     "lora": with_value(FULL, "spec.lora.rank", 8),
     "training": with_value(FULL, "spec.training.seed", 8),
     "training removed": without(FULL, "spec.training"),
-    "output": without(with_value(FULL, "spec.workspace.retain", True), "spec.output"),
+    "output": without(without(FULL, "spec.workspace.persistentVolumeClaimRetentionPolicy"), "spec.output"),
     "workspace": with_value(FULL, "spec.workspace.size", "200Gi"),
     "resources": without(FULL, "spec.resources.gpuMemory"),
     "scheduling": with_value(FULL, "spec.scheduling.profile", "small"),
@@ -162,6 +162,9 @@ def test_a_change_of_a_created_job_is_rejected_with_a_remedy(plane: ControlPlane
         with_value(FULL, "spec.budget.gpuHours", 40),
         without(FULL, "spec.budget"),
         with_value(FULL, "spec.cleanupAfterSeconds", 60),
+        without(FULL, "spec.ttlSecondsAfterFinished"),
+        with_value(FULL, "spec.workspace.persistentVolumeClaimRetentionPolicy.whenFinished", "Delete"),
+        without(FULL, "spec.workspace.persistentVolumeClaimRetentionPolicy"),
         with_value(FULL, "spec.progressDeadlineSeconds", 60),
         with_value(FULL, "spec.retry.request", 1),
         with_value(FULL, "spec.retry.maxFailures", 2),
@@ -178,6 +181,9 @@ def test_a_change_of_a_created_job_is_rejected_with_a_remedy(plane: ControlPlane
         "budget",
         "budget removed",
         "cleanup",
+        "ttl removed",
+        "claim policy",
+        "claim policy removed",
         "progress deadline",
         "request",
         "retries",
@@ -195,8 +201,10 @@ def test_mutable_fields_can_be_updated(plane: ControlPlane, manifest: Manifest) 
         "budget",
         "activeDeadlineSeconds",
         "cleanupAfterSeconds",
+        "ttlSecondsAfterFinished",
         "progressDeadlineSeconds",
         "gate",
+        "workspace",
     ):
         assert changed["spec"].get(field) == manifest["spec"].get(field)
     assert (manifest["spec"].get("retry") or {}).items() <= changed["spec"]["retry"].items()
@@ -210,15 +218,6 @@ def test_the_limit_of_a_score_may_change_and_its_definition_may_not(plane: Contr
     for manifest in (with_value(scored, "spec.gate.score.rows", 20), without(scored, "spec.gate")):
         with pytest.raises(ClusterError, match=r"spec\.gate\.score cannot be changed once the job exists, as training"):
             apply(plane, manifest)
-
-
-def test_a_merged_model_that_would_be_deleted_with_its_job_is_rejected(plane: ControlPlane) -> None:
-    lost = with_value(FULL, "metadata.name", "lost")
-    lost["spec"] |= {"workspace": {"retain": False}, "output": {"destination": "hf://org/adapter", "merged": {}}}
-    with pytest.raises(ClusterError, match=r"set output\.merged\.destination, or retain: true"):
-        apply(plane, lost)
-    kept = with_value(lost, "spec.output.merged.destination", "hf://org/merged")
-    apply(plane, kept)
 
 
 @pytest.mark.usefixtures("created")

@@ -85,7 +85,7 @@ def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps)
 
     # A cell is a plain job on the claim of all, which has no owner.
     claim = sweeps.get("life")["status"]["claimName"]
-    assert cluster.job(first)["spec"]["workspace"] == {"claimName": claim, "retain": True}
+    assert cluster.job(first)["spec"]["workspace"] == {"claimName": claim}
     stored = cluster.kubectl.get("persistentvolumeclaim", claim, f"--namespace={NAMESPACE}")
     assert stored["spec"]["resources"]["requests"]["storage"] == "3Gi"
     assert "ownerReferences" not in stored["metadata"]

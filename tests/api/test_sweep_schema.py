@@ -149,6 +149,14 @@ REJECTED = {
         "two cells have the same output.destination",
     ),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
+    "cells deleted before their sweep": (
+        with_value(SWEEP, f"{TEMPLATE}.ttlSecondsAfterFinished", 60),
+        "set ttlSecondsAfterFinished of the sweep and not of its template",
+    ),
+    "a merged model deleted with the claim": (
+        with_value(TASKS, f"{TEMPLATE}.workspace.persistentVolumeClaimRetentionPolicy.whenFinished", "Delete"),
+        "set a destination in each output of cells",
+    ),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),
         "a folder of its own below output.destination",
@@ -196,8 +204,10 @@ def test_what_decides_the_cells_cannot_be_changed(plane: ControlPlane, case: str
         apply(plane, with_value(stored, path, value))
 
 
-def test_parallelism_and_suspension_can_be_changed(plane: ControlPlane) -> None:
+def test_parallelism_suspension_and_the_time_to_live_can_be_changed(plane: ControlPlane) -> None:
     stored = with_value(SWEEP, "metadata.name", "mutable")
     apply(plane, stored, dry_run=False)
     changed = with_value(with_value(stored, "spec.parallelism", 3), "spec.suspend", True)
     assert apply(plane, changed)["spec"]["parallelism"] == 3
+    for seconds in (0, 60):
+        assert apply(plane, with_value(stored, "spec.ttlSecondsAfterFinished", seconds))["spec"] != stored["spec"]

@@ -8,11 +8,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 
 from qlora_api.naming import JOB_LABEL, workspace_claim_name
+from qlora_api.status import StepName
+from tests.support.builders import FACTS
 from tests.support.manifests import MINIMAL
 from tests.support.sweeps import SWEEP
 from tests.support.tenancy.forged_reports import FORGED
@@ -210,6 +213,7 @@ def test_the_operators_rights_are_those_that_it_uses(attacked: Attacked) -> None
     prepare = tenants.wait_for_pod("exercise-nodes", "prepare")
     tenants.end(prepare, result(several, prepare))
     tenants.wait_for_pod("exercise-nodes", "train")
+    _let_things_end(tenants)
     tenants.tenant.create(TENANT, "qlorasweeps", SWEEP | {"metadata": {"name": "exercise"}})
     tenants.wait_for_pod("exercise-00", "prepare")
     tenants.tenant.patch(TENANT, "qlorasweeps", "exercise", {"spec": {"suspend": True}})
@@ -236,6 +240,33 @@ def written_by_the_operator(requests: list[Object]) -> list[Object]:
 
 def _namespace(entry: Object) -> str:
     return str(entry.get("objectRef", {}).get("namespace", ""))
+
+
+def _let_things_end(tenants: Tenancy) -> None:
+    """A job and its claim, and a sweep, that are deleted after their end."""
+    policy: Object = {"whenFinished": "Delete"}
+    job = submit(
+        tenants,
+        "exercise-end",
+        workspace={"persistentVolumeClaimRetentionPolicy": policy},
+        output={"destination": "pvc://inputs/adapters/end"},
+        ttlSecondsAfterFinished=0,
+    )
+    facts: dict[StepName, Object] = {"prepare": {}, "train": FACTS["train"], "publish": FACTS["publish"]}
+    for step, found in facts.items():
+        pod = tenants.wait_for_pod("exercise-end", step)
+        policy["whenDeleted"] = "Delete"
+        patch = {"spec": {"workspace": {"persistentVolumeClaimRetentionPolicy": policy}}}
+        tenants.tenant.patch(TENANT, "qlorajobs", "exercise-end", patch)
+        tenants.end(pod, result(job, pod, step=step, **found))
+    equal = {"cells": [{}, {}], "template": SWEEP["spec"]["template"], "ttlSecondsAfterFinished": 0}
+    tenants.tenant.create(TENANT, "qlorasweeps", SWEEP | {"metadata": {"name": "exercise-end"}, "spec": equal})
+    for kind in ("qlorajobs", "qlorasweeps"):
+        eventually(partial(_is_gone, tenants, kind, "exercise-end"), seconds=60, what=f"the end of {kind}")
+
+
+def _is_gone(tenants: Tenancy, kind: str, name: str) -> bool:
+    return all(one["metadata"]["name"] != name for one in tenants.admin.list(TENANT, kind))
 
 
 def _take_claim(tenants: Tenancy, name: str) -> None:

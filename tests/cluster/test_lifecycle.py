@@ -51,7 +51,7 @@ def test_a_destination_on_another_claim_outlives_the_workspace(tenant: Tenant) -
         tiny_job(
             "elsewhere",
             output={"destination": "pvc://inputs/adapters/elsewhere"},
-            workspace={"size": "1Gi", "retain": False},
+            workspace={"size": "1Gi", "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}},
         )
     )
     status = tenant.succeed(name)

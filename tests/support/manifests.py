@@ -76,7 +76,7 @@ FULL: Manifest = {
             "size": "100Gi",
             "storageClassName": "fast",
             "accessModes": ["ReadWriteOnce"],
-            "retain": False,
+            "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete", "whenFinished": "Retain"},
         },
         "resources": {"gpuMemory": 24, "nodes": 2, "cpu": "8", "memory": "32Gi"},
         "scheduling": {
@@ -90,6 +90,7 @@ FULL: Manifest = {
         "activeDeadlineSeconds": 3600,
         "budget": {"gpuHours": 2.5},
         "cleanupAfterSeconds": 0,
+        "ttlSecondsAfterFinished": 604800,
     },
 }
 

@@ -62,5 +62,6 @@ FULL_SWEEP: Manifest = {
         "halving": {"minSteps": 20, "factor": 2},
         "parallelism": 2,
         "suspend": True,
+        "ttlSecondsAfterFinished": 604800,
     },
 }

@@ -43,7 +43,7 @@ def retry(cluster: Cluster, names: tuple[str, ...]) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Skip the question.")
 @with_cluster
 def cancel(cluster: Cluster, name: str, yes: bool) -> None:
-    """Delete a job. Its workspace stays unless spec.workspace.retain is false."""
+    """Delete a job. Its workspace stays unless its claim's retention policy is Delete."""
     job = Job(cluster.get(JOBS, name))
     rest = "its workspace stays" if job.retains_workspace else "its workspace is deleted with it"
     if not yes:

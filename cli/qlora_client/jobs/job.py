@@ -111,7 +111,13 @@ class Job:
     @property
     def retains_workspace(self) -> bool:
         """Whether its workspace stays when the job is deleted."""
-        return bool((self.spec.get("workspace") or {}).get("retain", True))
+        profile = (self.status.get("resolved") or {}).get("profile") or {}
+        is_outside = "destination" in (self.spec.get("output") or {})
+        for part in (self.spec, profile) if is_outside else (self.spec,):
+            policy = (part.get("workspace") or {}).get("persistentVolumeClaimRetentionPolicy") or {}
+            if when := policy.get("whenDeleted"):
+                return bool(when == "Retain")
+        return True
 
     @property
     def exit_code(self) -> int:

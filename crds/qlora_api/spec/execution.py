@@ -5,11 +5,15 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import DNS_LABEL, DNS_SUBDOMAIN, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
+from qlora_api.retention import ClaimRetentionPolicy
 from qlora_api.schema import ApiModel, rule, rules
 
 DEFAULT_PROFILE = "default"
 # A label of the Job has it.
 QueueName = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_SUBDOMAIN)]
+_POLICY_OF_OWN_CLAIM = (
+    "persistentVolumeClaimRetentionPolicy is for a claim that the operator creates: remove it, or claimName"
+)
 _PRIORITY_MESSAGE = "priorityClassName: classes that begin with system- are reserved for the cluster; name another"
 
 
@@ -22,10 +26,7 @@ class WorkspaceSpec(ApiModel):
                 "!has(self.claimName) || !(has(self.size) || has(self.storageClassName) || has(self.accessModes))",
                 "set either claimName, or size, storageClassName and accessModes",
             ),
-            rule(
-                "!has(self.claimName) || self.retain",
-                "retain: false deletes the claim that the operator created; it cannot be combined with claimName",
-            ),
+            rule("!has(self.claimName) || !has(self.persistentVolumeClaimRetentionPolicy)", _POLICY_OF_OWN_CLAIM),
             rule(
                 "!has(self.accessModes) || self.accessModes.size() == 1 || "
                 "!self.accessModes.exists(mode, mode == 'ReadWriteOncePod')",
@@ -45,19 +46,23 @@ class WorkspaceSpec(ApiModel):
     access_modes: Annotated[tuple[AccessMode, ...], Field(min_length=1, max_length=3)] | None = Field(
         default=None, description="Access modes; the profile's if not set."
     )
-    retain: bool = Field(
-        default=True,
-        description="Keep the claim, and the adapter on it, when the job is deleted; false deletes it with the job.",
+    persistent_volume_claim_retention_policy: ClaimRetentionPolicy | None = Field(
+        default=None,
+        description="When the claim to create is deleted; what is not set is the profile's, or Retain.",
     )
+
+    @property
+    def deletes_claim(self) -> bool:
+        """Whether the policy of the job deletes the claim at some time."""
+        policy = self.persistent_volume_claim_retention_policy
+        return policy is not None and "Delete" in (policy.when_deleted, policy.when_finished)
 
     @model_validator(mode="after")
     def _either_or(self) -> Self:
         if self.claim_name is not None and (self.size or self.storage_class_name or self.access_modes):
             raise ValueError("set either claimName, or size, storageClassName and accessModes")
-        if self.claim_name is not None and not self.retain:
-            raise ValueError(
-                "retain: false deletes the claim that the operator created; it cannot be combined with claimName"
-            )
+        if self.claim_name is not None and self.persistent_volume_claim_retention_policy is not None:
+            raise ValueError(_POLICY_OF_OWN_CLAIM)
         if self.access_modes is not None and len(self.access_modes) > 1 and "ReadWriteOncePod" in self.access_modes:
             raise ValueError("accessModes: ReadWriteOncePod cannot be combined with another")
         return self

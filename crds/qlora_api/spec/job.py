@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import DNS_LABEL
-from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
+from qlora_api.retention import TtlSeconds
+from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.execution import RetrySpec, SchedulingSpec, WorkspaceSpec
 from qlora_api.spec.gate import GateSpec
@@ -27,26 +28,30 @@ MUTABLE_FIELDS = frozenset(
         "suspend",
         "active_deadline_seconds",
         "cleanup_after_seconds",
+        "ttl_seconds_after_finished",
         "progress_deadline_seconds",
         "retry",
         "gate",
         "budget",
     }
 )
-"""What may change once a job exists: nothing that decides the adapter. Of `resources`, `memory` may.
+"""What may change once a job exists: nothing that decides the adapter.
 
-Of `gate`, `score` may not: training has measured it.
+Of `resources`, `memory` may, and of `workspace` the retention policy. Of `gate`, `score` may not: training has measured
+it.
 """
 STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources", "gate", "continues")
 """The parts of the spec that the pods read, if they are set; the others are for the operator only."""
 _REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
-_RETAIN_MESSAGE = (
-    "workspace.retain: false would delete the adapter together with the job: set output.destination, or retain: true"
+_POLICY_FIELD = "persistent_volume_claim_retention_policy"
+_POLICY = "workspace.persistentVolumeClaimRetentionPolicy"
+_ADAPTER_ON_THE_CLAIM = f"{_POLICY}: Delete would delete the adapter: set output.destination, or Retain"
+_MERGED_ON_THE_CLAIM = f"{_POLICY}: Delete would delete the merged model: set output.merged.destination, or Retain"
+KEEPS_CLAIM = (
+    "(self.workspace.?persistentVolumeClaimRetentionPolicy.?whenDeleted.orValue('Retain') == 'Retain' && "
+    "self.workspace.?persistentVolumeClaimRetentionPolicy.?whenFinished.orValue('Retain') == 'Retain')"
 )
-_RETAIN_MERGED_MESSAGE = (
-    "workspace.retain: false would delete the merged model together with the job: set output.merged.destination, or "
-    "retain: true"
-)
+"""CEL, on the spec of a job: that its policy never deletes its claim."""
 _SHARDED_ALONE = (
     "training.sharding: full shards the base over several GPUs: set resources.gpus or resources.nodes to 2 or more, or "
     "remove sharding"
@@ -108,10 +113,10 @@ _STOPPED_BY_NOTHING = (
 def _spec_rules(schema: dict[str, Any]) -> None:
     schema.update(
         rules(
-            rule("self.workspace.retain || has(self.output.destination)", _RETAIN_MESSAGE),
-            rule_at_creation(
-                "self.workspace.retain || !has(self.output.merged) || has(self.output.merged.destination)",
-                _RETAIN_MERGED_MESSAGE,
+            rule(f"has(self.output.destination) || {KEEPS_CLAIM}", _ADAPTER_ON_THE_CLAIM),
+            rule(
+                f"!has(self.output.merged) || has(self.output.merged.destination) || {KEEPS_CLAIM}",
+                _MERGED_ON_THE_CLAIM,
             ),
             rule(
                 "self.training.sharding != 'full' || self.resources.gpus > 1 || "
@@ -147,8 +152,9 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             ),
             *tracking_rules(),
             *gguf_rules(),
-            *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
+            *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources", "workspace"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
+            *immutable(WorkspaceSpec, except_for=frozenset({_POLICY_FIELD}), remedy=_REMEDY, path="workspace."),
         )
     )
 
@@ -156,8 +162,8 @@ def _spec_rules(schema: dict[str, Any]) -> None:
 class QLoRAJobSpec(ApiModel):
     """One fine-tuning run. Immutable, except what does not decide the adapter.
 
-    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, budget, retry, gate except
-    its score, and resources.memory.
+    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, ttlSecondsAfterFinished,
+    budget, retry, gate except its score, resources.memory, and workspace.persistentVolumeClaimRetentionPolicy.
     """
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
@@ -208,12 +214,17 @@ class QLoRAJobSpec(ApiModel):
         description="Seconds from the end to the deletion of pods, checkpoints, prepared data and the base; never if "
         "not set. The QLoRAJob and the adapter stay.",
     )
+    ttl_seconds_after_finished: TtlSeconds | None = Field(
+        default=None,
+        description="Seconds from the end to the deletion of the QLoRAJob with its Jobs and pods; the profile's if not "
+        "set, or never. A clean-up that is due by then comes first.",
+    )
 
     @model_validator(mode="after")
-    def _adapter_outlives_the_job(self) -> Self:
-        if not self.workspace.retain and self.output.destination is None:
-            raise ValueError(_RETAIN_MESSAGE)
-        return self
+    def _adapter_outlives_the_claim(self) -> Self:
+        if not self.workspace.deletes_claim or self.output.is_outside_workspace:
+            return self
+        raise ValueError(_ADAPTER_ON_THE_CLAIM if self.output.destination is None else _MERGED_ON_THE_CLAIM)
 
     @model_validator(mode="after")
     def _sharded_base(self) -> Self:

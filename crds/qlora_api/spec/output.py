@@ -22,7 +22,7 @@ class AnnounceSpec(ApiModel):
     config_map: ObjectName = Field(
         description="Name of the ConfigMap, which several jobs may share. It is created if there is none; one that "
         'exists must have the label qlora.dev/announcements: "true". The operator adds the key JOB.json, once, after '
-        "success, and never removes it. The condition Announced reports it.",
+        "success, and removes it when the job is deleted. The condition Announced reports it.",
     )
 
 
@@ -261,6 +261,12 @@ class OutputSpec(ApiModel):
             "base.destination": self.base.destination if self.base else None,
         }
         return {field: address for field, address in found.items() if address}
+
+    @property
+    def is_outside_workspace(self) -> bool:
+        """Whether neither the adapter nor a merged model is left in the workspace."""
+        merged_inside = self.merged is not None and self.merged.destination is None
+        return self.destination is not None and not merged_inside
 
     @model_validator(mode="after")
     def _secret_has_a_use(self) -> Self:

@@ -13,12 +13,14 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from qlora_api.joinable import MAX_TOGETHER, not_together, rules_of_template
 from qlora_api.profile import DNS_LABEL
+from qlora_api.retention import TtlSeconds
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of
-from qlora_api.spec.job import MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
+from qlora_api.spec.job import KEEPS_CLAIM, MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
 from qlora_api.spec.output import OutputSpec
 from qlora_api.sweep.grid import MAX_CELLS, Grid, Overrides
 from qlora_api.sweep.halving import HalvingSpec
+from qlora_api.sweep.template import SweepTemplate
 
 T = TypeVar("T")
 SWEEP_KIND = "QLoRASweep"
@@ -34,7 +36,6 @@ _DIFFERENT_DATA = (
 )
 _NOTHING_COMPARED = "select: all compares no cells: remove halving, best: score and publish: best, or set select: best"
 _ONE_PLACE = "two cells have the same output.destination: give each cell another"
-_SUSPENDED = "suspend the sweep (spec.suspend) and not its template"
 _WITH_FOLDERS = ("pvc", *OBJECT_STORES)
 _ONE_ADAPTER = (
     "each cell publishes to a folder of its own below output.destination, which must be on a volume or in a bucket "
@@ -48,7 +49,6 @@ _NOTHING_TO_PUBLISH = (
     "publish: best publishes to the template's output, which names no place: set output.destination, output.merged or "
     "output.base, or remove publish"
 )
-_CONTINUED = "continues takes up one run with the same settings, which cells change: remove it, or set lora.from"
 _TOGETHER = "cellsPerPod"
 _DROPOUT = (
     "lora.dropout is not supported with cellsPerPod, which trains several jobs in one process: remove dropout above 0 "
@@ -68,32 +68,6 @@ _OTHER_ADAPTER = (
 )
 _OF_THE_ADAPTER = ("rank", "alpha", "targetModules")
 _REMEDY = "delete the QLoRASweep and create it again, or create one with another name"
-
-
-class SweepTemplate(ApiModel):
-    """The spec that all cells share."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule("!self.spec.suspend", _SUSPENDED),
-            rule("!has(self.spec.continues)", _CONTINUED),
-        )
-    )
-
-    spec: QLoRAJobSpec = Field(
-        description="The spec of a QLoRAJob. workspace is the one claim that all cells use; a cell publishes to the "
-        "folder of its name below output.destination."
-    )
-
-    @model_validator(mode="after")
-    def _of_a_cell(self) -> Self:
-        if self.spec.suspend:
-            raise ValueError(_SUSPENDED)
-        if self.spec.continues is not None:
-            raise ValueError(_CONTINUED)
-        return self
-
-
 _NO_RUNG = (
     "halving compares cells at the evaluations after minSteps, minSteps · factor and so on: set "
     "spec.template.spec.training.evalEverySteps to minSteps, or to a divisor of it"
@@ -103,8 +77,15 @@ _RUNG_AFTER_THE_END = (
     "minSteps, or remove halving"
 )
 _NO_SCORE = "best: score compares the scores of spec.template.spec.gate.score: set that, or leave best out"
-MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend"})
+MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend", "ttl_seconds_after_finished"})
 _OUTPUT = "self.template.spec.output"
+_KEEPS_CLAIM = KEEPS_CLAIM.replace("self.", "self.template.spec.")
+_OUTSIDE = (
+    "!has(c.output) || (has(c.output.destination) && (!has(c.output.merged) || has(c.output.merged.destination)))"
+)
+_ON_THE_CLAIM = (
+    "persistentVolumeClaimRetentionPolicy: Delete would delete adapters: set a destination in each output of cells"
+)
 _SOMETHING_TO_PUBLISH = " || ".join(f"has({_OUTPUT}.{field})" for field in ("destination", "merged", "base"))
 _NAME_WITH_BEST = (
     f"metadata.name must have at most {_MAX_NAME_WITH_BEST} characters with publish: best: the QLoRAJob that publishes "
@@ -177,6 +158,7 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
                 _DROPOUT,
             ),
             rule("self.cellsPerPod == 1 || !has(self.halving)", _STOPPED_TOGETHER),
+            rule(f"!has(self.cells) || {_KEEPS_CLAIM} || self.cells.all(c, {_OUTSIDE})", _ON_THE_CLAIM),
             *immutable(QLoRASweepSpec, except_for=MUTABLE_SWEEP_FIELDS, remedy=_REMEDY, of="the sweep"),
         )
     )
@@ -230,6 +212,11 @@ class QLoRASweepSpec(ApiModel):
     )
     suspend: bool = Field(
         False, description="true suspends the cells that run and starts no other; false resumes them."
+    )
+    ttl_seconds_after_finished: TtlSeconds | None = Field(
+        None,
+        description="Seconds from the end to the deletion of the QLoRASweep with all cells; the profile's if not set, "
+        "or never. Clean-ups of cells that are due by then come first.",
     )
 
     @model_validator(mode="after")
@@ -301,6 +288,18 @@ class QLoRASweepSpec(ApiModel):
         if training.max_steps is not None and self.halving.min_steps >= training.max_steps:
             raise ValueError(_RUNG_AFTER_THE_END)
         return self
+
+    @model_validator(mode="after")
+    def _outlives_the_claim(self) -> Self:
+        if self.template.spec.workspace.deletes_claim and not self.is_outside_workspace:
+            raise ValueError(_ON_THE_CLAIM)
+        return self
+
+    @property
+    def is_outside_workspace(self) -> bool:
+        """Whether no adapter to keep, and no merged model, is left in the workspace."""
+        outputs = (self.template.spec.output, *(each.output for each in self.overrides() if each.output is not None))
+        return all(output.is_outside_workspace for output in outputs)
 
     def overrides(self) -> tuple[Overrides, ...]:
         """The changes of each cell, in order."""

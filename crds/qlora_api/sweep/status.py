@@ -208,3 +208,8 @@ class QLoRASweepStatus(ObservedModel):
     completion_time: Timestamp | None = Field(
         None, description="When the last cell ended, or the cells were found invalid."
     )
+    claim_deletion_time: Timestamp | None = Field(
+        None,
+        description="When the operator deleted the claim that it had created for the cells, by whenFinished of its "
+        "retention policy.",
+    )

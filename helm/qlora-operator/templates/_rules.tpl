@@ -1,6 +1,7 @@
 {{/*
 All rights of the operator: no secrets, no wildcard. Of a job it writes the status, and of a cell also spec.suspend,
-spec.cleanupAfterSeconds and annotations of its own.
+spec.cleanupAfterSeconds and annotations of its own. It deletes jobs and sweeps by their ttlSecondsAfterFinished, and the
+claims that it has created by their retention policy, which also decides their owners.
 */}}
 {{- define "qlora-operator.rules" -}}
 - apiGroups: [qlora.dev]
@@ -12,7 +13,10 @@ spec.cleanupAfterSeconds and annotations of its own.
 # The cells of a sweep. It also suspends, resumes and marks them, and has them cleaned up.
 - apiGroups: [qlora.dev]
   resources: [qlorajobs]
-  verbs: [create, patch]
+  verbs: [create, patch, delete]
+- apiGroups: [qlora.dev]
+  resources: [qlorasweeps]
+  verbs: [delete]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
@@ -36,7 +40,7 @@ spec.cleanupAfterSeconds and annotations of its own.
 {{- end }}
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
-  verbs: [get, create]
+  verbs: [get, create, patch, delete]
 # The train pods of a job on several nodes find and reach one another through these.
 - apiGroups: [""]
   resources: [services]

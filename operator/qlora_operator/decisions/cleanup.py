@@ -8,6 +8,7 @@ from qlora_operator.decisions.observed.conditions import Value, condition, is_tr
 from qlora_operator.decisions.observed.facts import set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.pods.blockers import blocking_reason
+from qlora_operator.decisions.retention import claim_goes_now
 
 
 def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
@@ -41,7 +42,12 @@ def follow_cleanup(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
     cleaning = observed.child(clean_job_name(job))
     value: Value = "False"
     reason = Reason("Scheduled", f"pods, checkpoints and prepared data are deleted at {format_time(due)}")
-    if cleaning is not None and cleaning.complete and observed.children == (cleaning,):
+    if claim_goes_now(job, status):
+        # The data goes with the claim: no pod is needed, and none could mount it.
+        is_done = now >= due and status.claim_deletion_time is not None and not observed.children
+    else:
+        is_done = cleaning is not None and cleaning.complete and observed.children == (cleaning,)
+    if is_done:
         value = "True"
         reason = Reason("CleanedUp", "pods, checkpoints and prepared data are deleted; the adapter stays")
     elif cleaning is not None and cleaning.failure is not None:

@@ -1,5 +1,6 @@
 """Plans a job's actions from the job, its next status, its children and the time."""
 
+import dataclasses
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.announcing import is_to_be_announced
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.continued import waits_for_other_job
+from qlora_operator.decisions.expiry import is_held_up
 from qlora_operator.decisions.observed.conditions import is_finished, is_true
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob
@@ -22,6 +24,7 @@ from qlora_operator.decisions.pods.rejections import (
     PAUSE_AFTER_REJECTED_POD,
     next_job_after_rejections,
 )
+from qlora_operator.decisions.retention import claim_goes_now, is_claim_to_be_deleted
 from qlora_operator.decisions.retry import is_to_be_taken_up
 from qlora_operator.decisions.status import Decision
 from qlora_operator.decisions.usage.budget import budget_at
@@ -38,6 +41,7 @@ QUEUE_INTERVAL, FIRST_QUEUE_INTERVAL = timedelta(seconds=60), timedelta(seconds=
 DETACHED_INTERVAL = timedelta(seconds=15)
 # An event of another job does not requeue a job that waits for its end.
 OTHER_JOB_INTERVAL = timedelta(seconds=15)
+_SHORTLY = timedelta(seconds=1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,23 @@ class Announce:
     """Write the adapter's entry for servers."""
 
 
-Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob | Announce
+@dataclass(frozen=True)
+class ApplyClaimPolicy:
+    """Give the claim the owner that whenDeleted asks for, or take it away."""
+
+
+@dataclass(frozen=True)
+class DeleteClaim:
+    """Delete the claim that was created for the job."""
+
+
+@dataclass(frozen=True)
+class DeleteQLoRAJob:
+    """Delete the job itself, if it is as it was read."""
+
+
+Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob | Announce | ApplyClaimPolicy | DeleteClaim | DeleteQLoRAJob
+_DELETIONS = (DeleteJob, DeleteClaim, DeleteQLoRAJob)
 
 
 @dataclass(frozen=True)
@@ -94,21 +114,24 @@ def plan(
     *,
     counts_itself: bool = False,
     sweep_again: timedelta | None = None,
+    expires: datetime | None = None,
 ) -> Plan:
     """Plan the actions that carry out the decision about the job.
 
     `counts_itself`: whether the job counts among those of its profile once its status shows that it has started.
-    `sweep_again`: time until the next check of its sweep, if the job waits for that.
+    `sweep_again`: time until the next check of its sweep, if the job waits for that. `expires`: see `deletion_at`.
     """
     if job.deleting:
         # Another controller's finalizer may keep it for days, and its pods would run on.
         return Plan(tuple(_delete(child) for child in _outlived(job, observed)))
+    status, policy = decision.status, _claim_policy(job, decision.status)
     if decision.ends or decision.restarts:
-        return Plan(store_first=True)
-    status = decision.status
+        # The status that is stored has observed the policy, too.
+        return Plan(policy, now + _SHORTLY) if policy else Plan(store_first=True)
     if is_finished(status):
-        return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
-    actions = tuple(_on_the_way(job, status, observed, now, waits=sweep_again is not None))
+        actions = (*policy, *_after_the_end(job, status, observed, now))
+        return _unless_expired(job, status, now, expires, actions)
+    actions = (*policy, *_on_the_way(job, status, observed, now, waits=sweep_again is not None))
     times = list(_times(job, status, observed, now))
     look_again = _earliest(iter([*times, now + sweep_again] if sweep_again else times), now)
     return Plan(actions, look_again, store_first=counts_itself and _creates_a_job(actions))
@@ -123,7 +146,7 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
         return False
     if is_to_be_taken_up(job):
         return False  # it waits for a place among the jobs of its profile
-    if is_to_be_announced(job, status):
+    if is_to_be_announced(job, status) or is_claim_to_be_deleted(job, status):
         return False
     if still_counts(job):
         return False  # a pod that has been asked to stop has its GPU until it has saved a checkpoint
@@ -147,7 +170,7 @@ def cannot_be_undone(decision: Decision, actions: tuple[Action, ...]) -> bool:
     It does to delete, to create any Job but the first, and for a final decision.
     """
     return decision.is_final or any(
-        isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not creates_first_job(action))
+        isinstance(action, _DELETIONS) or (isinstance(action, CreateJob) and not creates_first_job(action))
         for action in actions
     )
 
@@ -231,12 +254,17 @@ def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, no
     if is_to_be_announced(job, status):
         yield Announce()
     yield from (_delete(child) for child in _running(observed) if child != cleaning)
+    if is_claim_to_be_deleted(job, status) and not observed.live_pods:
+        yield DeleteClaim()
     if is_true(status, "CleanedUp"):
         if cleaning is not None and is_true(job.status, "CleanedUp"):
             yield _delete(cleaning)
         return
     due = cleanup_at(job, status)
     if due is None or now < due or status.resolved is None:
+        return
+    if claim_goes_now(job, status):
+        yield from (_delete(child) for child in observed.children if child.finished and not child.deleting)
         return
     if cleaning is None and not observed.live_pods:
         yield CreateJob("clean", 1)
@@ -280,10 +308,25 @@ def _queue_at(child: ChildJob, now: datetime) -> datetime:
     return now + (FIRST_QUEUE_INTERVAL if fresh else QUEUE_INTERVAL)
 
 
-def _times_after(job: QLoRAJob, status: QLoRAJobStatus) -> Iterator[datetime]:
-    due = cleanup_at(job, status)
-    if due is not None:
-        yield due
+def _unless_expired(
+    job: QLoRAJob, status: QLoRAJobStatus, now: datetime, expires: datetime | None, actions: tuple[Action, ...]
+) -> Plan:
+    """Plan the actions after the end, or the deletion of the job if that is due."""
+    times = [due for due in (cleanup_at(job, status), expires) if due is not None]
+    if expires is None or now < expires:
+        return Plan(actions, _earliest(iter(times), now))
+    if is_held_up(dataclasses.replace(job, status=status), expires):
+        # No event shows the end of what the operator does itself.
+        return Plan(actions, now + _SHORTLY if actions else _earliest(iter(times), now))
+    # The version that is stored is the one to delete.
+    return Plan((DeleteQLoRAJob(),)) if status == job.status else Plan(store_first=True)
+
+
+def _claim_policy(job: QLoRAJob, status: QLoRAJobStatus) -> tuple[Action, ...]:
+    """Apply the retention policy to the claim again once the spec has changed."""
+    is_changed = job.generation > max(1, job.status.observed_generation or 0)
+    has_claim = status.resolved is not None and status.resolved.claim_created and status.claim_deletion_time is None
+    return (ApplyClaimPolicy(),) if is_changed and has_claim and not job.problem else ()
 
 
 def _earliest(times: Iterator[datetime], now: datetime) -> datetime | None:

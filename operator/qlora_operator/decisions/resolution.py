@@ -262,11 +262,11 @@ def with_profile_of_today(
 
 
 def as_copied(profile: Profile) -> Profile:
-    """Drop the fields that only decide whether a job starts.
+    """Drop the fields that only decide whether a job starts, and when it is deleted.
 
-    They would name other tenants' namespaces.
+    They would name other tenants' namespaces, and count as they are today.
     """
-    return replace(profile, namespaces=None, limits=None)
+    return replace(profile, namespaces=None, limits=None, ttl_seconds_after_finished=None)
 
 
 def _allowed_profiles(namespace: str, profiles: Mapping[str, Profile]) -> str:

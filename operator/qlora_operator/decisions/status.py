@@ -114,6 +114,8 @@ def with_rejection(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, reason:
 
     The API server may have rejected it.
     """
+    if is_true(status, "CleanedUp"):
+        return status
     if is_finished(status):
         return set_condition(status, job, now, "CleanedUp", "False", reason)
     return set_condition(status, job, now, "Succeeded", "Unknown", reason)

@@ -151,16 +151,33 @@ class Cluster(Api):
 
         The default for Jobs would orphan the pods.
         """
+        try:
+            await self._delete(f"{_JOBS}/namespaces/{namespace}/jobs/{name}", {"uid": uid})
+        except (NotFoundError, ConflictError):
+            logger.debug("Job %s is already gone", name, extra={"key": (namespace, name)})
+
+    async def delete_qlora_job(self, job: QLoRAJob) -> None:
+        """Delete the job with its Jobs and pods.
+
+        Raises ConflictError if it has changed since it was read, and NotFoundError.
+        """
+        version = {"uid": job.uid, "resourceVersion": job.resource_version}
+        await self._delete(f"{_QLORA}/namespaces/{job.namespace}/{PLURAL}/{job.name}", version)
+
+    async def delete_sweep(self, sweep: QLoRASweep) -> None:
+        """Delete the sweep with its cells. Raises as `delete_qlora_job` does."""
+        version = {"uid": sweep.uid, "resourceVersion": sweep.resource_version}
+        await self._delete(f"{_QLORA}/namespaces/{sweep.namespace}/{SWEEP_PLURAL}/{sweep.name}", version)
+
+    async def _delete(self, path: str, preconditions: Object) -> None:
+        """Delete this very object and, in the background, what it owns."""
         options = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
             "propagationPolicy": "Background",
-            "preconditions": {"uid": uid},
+            "preconditions": preconditions,
         }
-        try:
-            await self._json("DELETE", f"{_JOBS}/namespaces/{namespace}/jobs/{name}", body=options)
-        except (NotFoundError, ConflictError):
-            logger.debug("Job %s is already gone", name, extra={"key": (namespace, name)})
+        await self._json("DELETE", path, body=options)
 
     async def create_claim(self, namespace: str, manifest: Object) -> None:
         """Create a PersistentVolumeClaim. Raises AlreadyExistsError if the name is taken."""
@@ -169,6 +186,23 @@ class Cluster(Api):
     async def get_claim(self, namespace: str, name: str) -> Object:
         """One PersistentVolumeClaim. Raises NotFoundError."""
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
+
+    async def change_claim_owners(self, namespace: str, claim: Object, owners: Sequence[Object]) -> None:
+        """Replace the claim's owners. Raises ConflictError if it has changed."""
+        metadata = claim["metadata"]
+        version = {field: metadata[field] for field in ("uid", "resourceVersion")}
+        path = f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{metadata['name']}"
+        change = {"metadata": {**version, "ownerReferences": list(owners)}}
+        await self._request("PATCH", path, body=change, content_type="application/merge-patch+json")
+
+    async def delete_claim(self, namespace: str, claim: Object) -> None:
+        """Delete this very claim, which Kubernetes does when no pod uses it.
+
+        Raises NotFoundError.
+        """
+        metadata = claim["metadata"]
+        path = f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{metadata['name']}"
+        await self._delete(path, {"uid": metadata["uid"]})
 
     async def create_service(self, namespace: str, manifest: Object) -> None:
         """Create a Service. Raises AlreadyExistsError or RejectedError."""

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from qlora_api.artifact_status import AdapterStatus
 from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.announcing import (
     build_config_map,
@@ -18,18 +19,27 @@ from qlora_operator.decisions.announcing import (
     without_announcement,
 )
 from qlora_operator.decisions.manifests.network import Dns
-from qlora_operator.decisions.manifests.objects import build_claim, build_job, build_peer_policy, build_peer_service
+from qlora_operator.decisions.manifests.objects import (
+    build_claim,
+    build_job,
+    build_peer_policy,
+    build_peer_service,
+    owners_of_claim,
+)
 from qlora_operator.decisions.observed.facts import Facts
-from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason, format_time
 from qlora_operator.decisions.observed.parsing import controller_uid
 from qlora_operator.decisions.observed.shared_pod import with_size_of_pod
 from qlora_operator.decisions.plan import (
     Action,
     Announce,
+    ApplyClaimPolicy,
     ConnectNodes,
     CreateClaim,
     CreateJob,
+    DeleteClaim,
     DeleteJob,
+    DeleteQLoRAJob,
     creates_first_job,
 )
 from qlora_operator.decisions.status import with_child, with_rejection
@@ -88,6 +98,14 @@ class Actions:
                         changed |= await self._create_claim(job, resolved)
                     case ConnectNodes():
                         await self._connect_nodes(job)
+                    case ApplyClaimPolicy() if resolved is not None:
+                        await self._apply_claim_policy(job, resolved)
+                    case DeleteClaim() if resolved is not None:
+                        await self._delete_claim(job, resolved)
+                        status = replace(status, claim_deletion_time=format_time(facts.now))
+                    case DeleteQLoRAJob():
+                        await self.cluster.delete_qlora_job(job)
+                        logger.info("deleted, as its time after the end is over", extra={"key": key})
                     case Announce():
                         # The clean-up does not wait for a success.
                         status, written = await self._announce(facts, status)
@@ -159,6 +177,40 @@ class Actions:
         except RejectedError as error:
             sentence = f"the API server rejects a NetworkPolicy for the pods of jobs (jobNetworkPolicies): {error}"
             raise _BlockedError(Reason("NetworkPolicyRejected", sentence)) from error
+
+    async def _apply_claim_policy(self, job: QLoRAJob, resolved: Resolved) -> None:
+        """Let the claim be deleted with the job, or not, as its policy asks for now.
+
+        Raises ClusterError.
+        """
+        found = await self._own_claim(job, resolved)
+        before = () if found is None else found["metadata"].get("ownerReferences") or ()
+        owners = owners_of_claim(job, resolved.profile, before)
+        if found is not None and owners != list(before):
+            await self.cluster.change_claim_owners(job.namespace, found, owners)
+            logger.info("changed the owners of its claim", extra={"key": (job.namespace, job.name)})
+
+    async def _delete_claim(self, job: QLoRAJob, resolved: Resolved) -> None:
+        """Delete the claim that was created for the job, if it exists.
+
+        Raises _BlockedError if the API server does not allow it.
+        """
+        name = resolved.claim_name
+        try:
+            if (found := await self._own_claim(job, resolved)) is not None:
+                await self.cluster.delete_claim(job.namespace, found)
+                logger.info("deleted PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
+        except RejectedError as error:
+            sentence = f"the API server rejects the deletion of PersistentVolumeClaim {name}: {error}"
+            raise _BlockedError(Reason("ClaimRejected", sentence)) from error
+
+    async def _own_claim(self, job: QLoRAJob, resolved: Resolved) -> Object | None:
+        """Read the claim that was created for the job, None if there is no such."""
+        try:
+            found = await self.cluster.get_claim(job.namespace, resolved.claim_name)
+        except NotFoundError:
+            return None
+        return found if _has_label(found, job) else None
 
     async def _connect_nodes(self, job: QLoRAJob) -> None:
         """Create the Service and NetworkPolicy of train pods on several nodes.

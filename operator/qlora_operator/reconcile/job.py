@@ -19,6 +19,7 @@ from qlora_operator.decisions.events import (
     tracking_event,
     unreadable_event,
 )
+from qlora_operator.decisions.expiry import deletion_at
 from qlora_operator.decisions.manifests.network import DEFAULT_DNS, Dns
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Object, Observed, QLoRAJob, Reason
@@ -123,6 +124,10 @@ class Reconciler:
     """Called when the API server's schema lacks a field of the status."""
 
     @cached_property
+    def _actions(self) -> Actions:
+        return Actions(self.cluster, self.store, self.dns, self.isolate, self.announcements)
+
+    @cached_property
     def _shared_pods(self) -> SharedPods:
         return SharedPods(self.cluster, self.store)
 
@@ -151,13 +156,10 @@ class Reconciler:
                 raise
 
     async def _reconcile(self, key: Key) -> float | None:
-        view = await self._look(key)
-        while view is not None:
-            done = await self._counted_pass(key, view)
-            if not isinstance(done, _View):
-                return done.seconds
-            view = done  # live, so that there is no third pass
-        return None
+        found = await self._look(key)
+        while isinstance(found, _View):
+            found = await self._counted_pass(key, found)  # live, so that there is no third pass
+        return found.seconds
 
     async def _counted_pass(self, key: Key, view: "_View") -> "_Done | _View":
         """Make a pass with a true count of the profile's jobs, if limited and needed."""
@@ -178,7 +180,7 @@ class Reconciler:
         decided = self._decide(facts)
         if not view.live and _must_be_confirmed(view, decided):
             confirmed = await self._read(key)
-            return _Done() if confirmed is None else replace(confirmed, run=run)
+            return replace(confirmed, run=run) if isinstance(confirmed, _View) else confirmed
         again = self.blocked.until(key, await self._carry_out(decided))
         self.store.decided(key, view.observed)
         return _Done(_soonest(again, run.log.again, self._follow_waiting(key, decided)))
@@ -195,37 +197,33 @@ class Reconciler:
             self.starts.place_may_be_free(key)
         return None
 
-    async def _look(self, key: Key) -> "_View | None":
-        """Return the job from the store, else live.
-
-        Returns None if there is nothing to do for it.
-        """
+    async def _look(self, key: Key) -> "_View | _Done":
+        """Return the job from the store, else live, unless there is nothing to do."""
         held = self.store.held(key)
         if held is None:
             return await self._read(key)
         job = await self._readable(key, held.body)
         if job is None:
-            return None
+            return _Done()
         view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
-        return None if self._is_settled(key, view) else view
+        return self._unless_settled(key, view)
 
-    async def _read(self, key: Key) -> "_View | None":
-        """Read the job with its children now, or None if there is nothing to do for it."""
+    async def _read(self, key: Key) -> "_View | _Done":
+        """Read the job with its children now, unless there is nothing to do for it."""
         body = await self.cluster.get_qlora_job(*key)
         if body is None:
             self.store.gone(key)
             self._let_go(key)
             self.metrics.job_is_gone(key)
-            return None
+            return _Done()
         job = await self._readable(key, body)
         if job is None:
-            return None
+            return _Done()
         jobs = await self.cluster.list_jobs(job.namespace, job.name, job.uid)
         pods = await self.cluster.list_pods(job.namespace, job.uid)
         observed = await with_current_job(self.cluster, job, self.store.note_live_read(body, jobs, pods))
         observed = with_detached_pods(job, observed, await read_hidden_pods(self.cluster, job, observed))
-        view = _View(job, observed, live=True, fresh=False)
-        return None if self._is_settled(key, view) else view
+        return self._unless_settled(key, _View(job, observed, live=True, fresh=False))
 
     async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
         """Parse the job, or post an Event and return None if this version cannot read it.
@@ -250,12 +248,15 @@ class Reconciler:
         self.starts.place_may_be_free(key)
         self._forget(key)
 
-    def _is_settled(self, key: Key, view: "_View") -> bool:
-        settled = is_settled(view.job, view.observed)
+    def _unless_settled(self, key: Key, view: "_View") -> "_View | _Done":
+        """Return the view, unless the job has nothing to do before its deletion."""
+        now, expires = self.clock(), deletion_at(view.job, view.job.status, self.profiles)
+        settled = is_settled(view.job, view.observed) and (expires is None or now < expires)
         self.store.settle(key, settled)
-        if settled:
-            self._forget(key)
-        return settled
+        if not settled:
+            return view
+        self._forget(key)
+        return _Done(None if expires is None else (expires - now).total_seconds())
 
     async def _read_run(self, key: Key, view: "_View", shared: SharedPod | None) -> "_Run":
         log = await self.progress.read(key, view.job, view.observed, shared) if self.progress else LogReading()
@@ -284,7 +285,15 @@ class Reconciler:
         # A job counts once its status has its start, which a Job alone does not.
         counts_itself = limit_of_jobs(job, self.profiles) is not None
         again = OTHER_JOB_INTERVAL if waits_for_sweep(decision.status, facts.shared) is not None else None
-        planned = plan(job, decision, facts.observed, facts.now, counts_itself=counts_itself, sweep_again=again)
+        planned = plan(
+            job,
+            decision,
+            facts.observed,
+            facts.now,
+            counts_itself=counts_itself,
+            sweep_again=again,
+            expires=deletion_at(job, decision.status, facts.profiles),
+        )
         return _Decided(facts, decision, planned, held_back(facts))
 
     async def _carry_out(self, decided: "_Decided") -> NextPass:
@@ -292,8 +301,7 @@ class Reconciler:
         facts, planned, status = decided.facts, decided.plan, decided.decision.status
         if planned.store_first:
             return AtOnce(changed=await self._write(facts, status))
-        actions = Actions(self.cluster, self.store, self.dns, self.isolate, self.announcements)
-        done = await actions.carry_out(facts, status, planned.actions)
+        done = await self._actions.carry_out(facts, status, planned.actions)
         if not done.blocked and any(creates_first_job(action) for action in planned.actions):
             # That Job has the resolved values. Other new jobs need theirs more urgently than this one its status.
             return AtOnce(changed=done.changed)

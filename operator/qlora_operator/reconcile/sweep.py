@@ -11,11 +11,13 @@ from datetime import datetime, timedelta
 from functools import cached_property
 
 from qlora_api.profile import Profile
+from qlora_api.schema import replace
 from qlora_api.sweep.spec import SWEEP_KIND, Cell
 from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.events import sweep_event, unreadable_event
-from qlora_operator.decisions.observed.objects import Object, Reason
+from qlora_operator.decisions.observed.objects import Object, Reason, format_time
 from qlora_operator.decisions.sweeps.best_cell import ENDED, cells_to_publish, published
+from qlora_operator.decisions.sweeps.expiry import deletion_at, is_claim_to_be_deleted, is_held_up_by_cells
 from qlora_operator.decisions.sweeps.halving import has_new_verdict
 from qlora_operator.decisions.sweeps.objection import fault_of_cells, objection_to_sweep
 from qlora_operator.decisions.sweeps.plan import (
@@ -131,8 +133,7 @@ class SweepReconciler:
         try:
             cells = sweep.cells()
         except ValueError as error:
-            await self._write(sweep, invalid(sweep, Reason("InvalidCells", str(error)), self.clock()))
-            return None
+            return await self._end(sweep, invalid(sweep, Reason("InvalidCells", str(error)), self.clock()), {})
         try:
             jobs = await self._jobs(sweep)
         except RejectedError as error:
@@ -140,8 +141,7 @@ class SweepReconciler:
             await self._write(sweep, held_up(sweep, Reason("CellsNotReadable", sentence), self.clock()))
             return self.blocked.next(key)
         if fault := fault_of_cells(sweep, cells, jobs):
-            await self._write(sweep, invalid(sweep, fault, self.clock()))
-            return None
+            return await self._end(sweep, invalid(sweep, fault, self.clock()), jobs)
         objection = objection_to_sweep(sweep, cells, self.profiles)
         if has_new_verdict(sweep, lines := table(sweep, cells, jobs)):
             best = published(sweep, lines, jobs)
@@ -158,9 +158,40 @@ class SweepReconciler:
         lines = table(sweep, cells, jobs)
         best = published(sweep, lines, jobs)
         status = next_status(sweep, lines, objection, done.blocked, self.clock(), best, followed.pods)
-        await self._write(sweep, status)
+        expiry = await self._end(sweep, status, jobs)
         pause = self.blocked.next(key) if followed.blocked and done.blocked is None else None
-        return min((each for each in (done.again, followed.again, pause) if each is not None), default=None)
+        return min((each for each in (done.again, followed.again, pause, expiry) if each is not None), default=None)
+
+    async def _end(self, sweep: QLoRASweep, status: QLoRASweepStatus, jobs: Mapping[str, CellJob]) -> float | None:
+        """Store the status, and carry out what is due after the end.
+
+        Returns the seconds until something is.
+        """
+        now, goes = self.clock(), is_claim_to_be_deleted(sweep, status, jobs, self.profiles)
+        if goes and status == sweep.status:
+            await self._delete_claim(sweep)
+            status = replace(status, claim_deletion_time=format_time(now))
+        await self._write(sweep, status)
+        if goes:
+            return 0.0
+        due = deletion_at(sweep, status, jobs, self.profiles)
+        if due is None or (now >= due and is_held_up_by_cells(jobs, due)):
+            return None
+        if now < due or status != sweep.status:
+            return max(0.0, (due - now).total_seconds())
+        await self.cluster.delete_sweep(sweep)
+        logger.info("deleted, as its time after the end is over", extra={"key": (sweep.namespace, sweep.name)})
+        return None
+
+    async def _delete_claim(self, sweep: QLoRASweep) -> None:
+        """Delete the claim that was created for the cells, if it exists."""
+        try:
+            claim = await self.cluster.get_claim(sweep.namespace, sweep.claim_name)
+            if is_of_sweep(claim, sweep):
+                await self.cluster.delete_claim(sweep.namespace, claim)
+                logger.info("deleted its PersistentVolumeClaim", extra={"key": (sweep.namespace, sweep.name)})
+        except NotFoundError:
+            logger.debug("its claim is already gone", extra={"key": (sweep.namespace, sweep.name)})
 
     async def _carry_out_all(self, key: Key, sweep: QLoRASweep, actions: tuple[Action, ...]) -> _Done:
         """Carry out the actions that are possible now.

@@ -11,7 +11,13 @@ from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.parsing import controller_uid
-from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_operator.kube.errors import (
+    AlreadyExistsError,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    RejectedError,
+)
 from qlora_operator.kube.listing import ChildList, ChildView, child_view
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
@@ -111,6 +117,10 @@ class MemoryCluster:
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         self._write(f"deletion of {name}")
 
+    async def delete_qlora_job(self, job: QLoRAJob) -> None:
+        self._write(f"deletion of {job.name} {job.uid} {job.resource_version}")
+        self.job = {}
+
     async def create_claim(self, namespace: str, manifest: dict[str, Any]) -> None:
         self._write("PersistentVolumeClaim")
         if manifest["metadata"]["name"] in self.claims:
@@ -118,6 +128,8 @@ class MemoryCluster:
         self.claims[manifest["metadata"]["name"]] = manifest
 
     async def get_claim(self, namespace: str, name: str) -> Object:
+        if name not in self.claims:
+            raise NotFoundError(name)
         return self.claims[name]
 
     async def create_service(self, namespace: str, manifest: Object) -> None:

@@ -107,15 +107,17 @@ def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
         "activeDeadlineSeconds",
         "progressDeadlineSeconds",
         "cleanupAfterSeconds",
+        "ttlSecondsAfterFinished",
         "retry",
         "gate",
         "budget",
     }
-    assert set(spec["properties"]) - guarded == mutable | {"resources"}
+    assert set(spec["properties"]) - guarded == mutable | {"resources", "workspace"}
     assert any("self.gate.score ==" in rule["rule"] for rule in spec[RULES])
-    resources = spec["properties"]["resources"]["properties"]
-    guarded = {name for name in resources if any(f"self.resources.{name} ==" in r["rule"] for r in spec[RULES])}
-    assert set(resources) - guarded == {"memory"}
+    for part, changes in (("resources", "memory"), ("workspace", "persistentVolumeClaimRetentionPolicy")):
+        fields = spec["properties"][part]["properties"]
+        guarded = {name for name in fields if any(f"self.{part}.{name} ==" in r["rule"] for r in spec[RULES])}
+        assert set(fields) - guarded == {changes}
 
 
 RULES = "x-kubernetes-validations"

@@ -216,7 +216,8 @@ def test_whatever_may_change_in_a_cell_is_either_taken_or_none_of_its_business()
     def stored(field: str) -> str | None:
         return QLoRAJobSpec.model_fields[field].alias
 
-    assert {stored(field) for field in MUTABLE_FIELDS} == {*CHANGEABLE, "suspend", "cleanupAfterSeconds"}
+    ends = {"suspend", "cleanupAfterSeconds", "ttlSecondsAfterFinished"}
+    assert {stored(field) for field in MUTABLE_FIELDS} == {*CHANGEABLE, *ends}
 
 
 def test_the_job_that_publishes_the_best_reads_what_its_cell_has_read() -> None:

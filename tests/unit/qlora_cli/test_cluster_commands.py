@@ -115,8 +115,13 @@ def test_a_job_is_deleted_only_after_a_yes(team: Team, answer: str | None, reaso
 
 
 def test_the_question_names_a_workspace_that_is_deleted_too(team: Team) -> None:
-    team.jobs.add("unwanted", spec={"workspace": {"retain": False}})
-    assert team.done("cancel", "unwanted", "--yes") == "unwanted is deleted; its workspace is deleted with it\n"
+    policy = {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}}
+    spec, profile = {"output": {"destination": "hf://org/adapter"}}, {"workspace": policy}
+    team.jobs.add("unwanted", spec=spec | {"workspace": policy})
+    team.jobs.add("by-default", spec=spec, resolved={"profile": profile})
+    team.jobs.add("needed", spec={}, resolved={"profile": profile})
+    for name, rest in (("unwanted", "is deleted with it"), ("by-default", "is deleted with it"), ("needed", "stays")):
+        assert team.done("cancel", name, "--yes") == f"{name} is deleted; its workspace {rest}\n"
 
 
 def test_a_job_created_anew_while_the_question_was_open_stays(team: Team) -> None:

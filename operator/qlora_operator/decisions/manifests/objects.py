@@ -34,7 +34,8 @@ from qlora_operator.decisions.manifests.environment import (
 from qlora_operator.decisions.manifests.network import Dns
 from qlora_operator.decisions.manifests.volumes import mounts_and_volumes
 from qlora_operator.decisions.observed.facts import FIRST_JOB
-from qlora_operator.decisions.observed.objects import QLoRAJob
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob
+from qlora_operator.decisions.retention import claim_goes_with_job
 
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
@@ -116,7 +117,7 @@ def _job_deadline(job: QLoRAJob) -> int:
 def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
     """Build the workspace's PersistentVolumeClaim.
 
-    With `retain` it has no owner, so that it outlives the job.
+    It has an owner only if it is deleted with the job.
     """
     workspace, defaults = job.spec.workspace, resolved.profile.workspace
     spec: Manifest = {
@@ -126,9 +127,16 @@ def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
     if storage_class := workspace.storage_class_name or defaults.storage_class_name:
         spec["storageClassName"] = storage_class
     metadata: Manifest = {"name": resolved.claim_name, "namespace": job.namespace, "labels": _labels(job)}
-    if not workspace.retain:
-        metadata["ownerReferences"] = [_owner(job, controller=False)]
+    if owners := owners_of_claim(job, resolved.profile, ()):
+        metadata["ownerReferences"] = owners
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
+
+
+def owners_of_claim(job: QLoRAJob, profile: Profile, found: Iterable[Object]) -> list[Object]:
+    """Return the owners that the job's claim is to have, given those that it has."""
+    others = [owner for owner in found if owner["uid"] != job.uid]
+    own = [_owner(job, controller=False)] if claim_goes_with_job(job, profile.workspace) else []
+    return [*others, *own]
 
 
 def build_peer_service(job: QLoRAJob) -> Manifest:

@@ -30,6 +30,7 @@ from qlora_operator.decisions.observed.conditions import condition, is_true
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 from qlora_operator.decisions.observed.parsing import controller_uid, is_of_kind
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain, parse_job
+from qlora_operator.decisions.retention import deletes_claim
 
 Manifest = dict[str, Any]
 _PHASES: tuple[CellPhase, ...] = get_args(CellPhase)
@@ -307,7 +308,7 @@ def build_cell(sweep: QLoRASweep, cell: Cell, cells_in_pod: int = 1) -> Manifest
 def build_sweep_claim(sweep: QLoRASweep, profile: Profile) -> Manifest:
     """Build the PersistentVolumeClaim of all cells.
 
-    With `retain` it has no owner, so that adapters outlive the sweep.
+    It has an owner only if it is deleted with the sweep.
     """
     workspace, defaults = sweep.spec.template.spec.workspace, profile.workspace
     spec: Manifest = {
@@ -317,7 +318,7 @@ def build_sweep_claim(sweep: QLoRASweep, profile: Profile) -> Manifest:
     if storage_class := workspace.storage_class_name or defaults.storage_class_name:
         spec["storageClassName"] = storage_class
     metadata: Manifest = {"name": sweep.claim_name, "namespace": sweep.namespace, "labels": labels_of(sweep)}
-    if not workspace.retain:
+    if deletes_claim("when_deleted", workspace, defaults, is_outside=sweep.spec.is_outside_workspace):
         metadata["ownerReferences"] = [owner_of(sweep, controller=False)]
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 

@@ -64,7 +64,8 @@ def test_the_claim_of_the_cells_outlives_the_sweep_unless_that_is_not_wanted() -
     assert kept["metadata"]["name"] == f"{NAME}-0a1b2c3d"
     assert kept["spec"] == {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "7Gi"}}}
     assert "ownerReferences" not in kept["metadata"]
-    template = {"workspace": {"retain": False}, "output": {"destination": "s3://bucket/adapters"}}
+    policy = {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}}
+    template = {"workspace": policy, "output": {"destination": "s3://bucket/adapters"}}
     (owner,) = build_sweep_claim(make(template=template), PROFILE)["metadata"]["ownerReferences"]
     assert (owner["kind"], owner["uid"]) == ("QLoRASweep", UID)
 

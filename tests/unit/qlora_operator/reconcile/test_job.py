@@ -12,6 +12,7 @@ from qlora_operator.reconcile.queue import RetryError
 from tests.support.builders import (
     NAME,
     NOW,
+    UID,
     after,
     child,
     condition,
@@ -29,7 +30,15 @@ from tests.support.builders import (
     succeeded,
     time,
 )
-from tests.support.cluster.memory_cluster import FAILED, KEY, MemoryCluster, operator, reconcile, shown, stored
+from tests.support.cluster.memory_cluster import (
+    FAILED,
+    KEY,
+    MemoryCluster,
+    operator,
+    reconcile,
+    shown,
+    stored,
+)
 
 
 @pytest.mark.parametrize("status", [status_in("train"), status_in("publish")], ids=["train", "publish"])
@@ -115,6 +124,15 @@ def test_a_finished_job_without_clean_up_is_not_requeued(status: QLoRAJobStatus)
     assert reconcile(cluster, store) is None
     assert (cluster.writes, cluster.reads) == ([], 0)
     assert store.is_settled(KEY)
+
+
+def test_a_finished_job_rests_until_it_is_deleted_in_the_version_that_was_decided_on() -> None:
+    cluster = stored(FINISHED, ttlSecondsAfterFinished=100)
+    store = shown(cluster)
+    assert reconcile(cluster, store, after(40)) == 60
+    assert (cluster.writes, cluster.reads, store.is_settled(KEY)) == ([], 0, True)
+    assert reconcile(cluster, store, after(100)) is None
+    assert cluster.writes == [f"deletion of {NAME} {UID} 7"]
 
 
 @pytest.mark.parametrize("document", [document(make_job()), None], ids=["begun by this release", "by an earlier one"])

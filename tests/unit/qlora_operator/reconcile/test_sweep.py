@@ -1,6 +1,7 @@
 """One pass over a sweep that publishes its best cell: its requests and results."""
 
 import asyncio
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -10,7 +11,19 @@ from qlora_operator.kube.client import Cluster
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.reconcile.sweep import SweepReconciler
-from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body, present, time
+from tests.support.builders import (
+    ADAPTER,
+    NOW,
+    PROFILES,
+    UID,
+    after,
+    condition,
+    job_body,
+    present,
+    resolved,
+    step_status,
+    time,
+)
 from tests.support.sweeps import TEMPLATE
 from tests.unit.qlora_operator.simulation.agenda import Agenda
 from tests.unit.qlora_operator.simulation.api_server import AnswerError, ApiServer
@@ -44,6 +57,10 @@ class Namespace(ApiServer):
     def job(self, name: str) -> dict[str, Any]:
         """The stored QLoRAJob."""
         return present(self.get("qlorajobs", name))
+
+
+def sweeps(namespace: Namespace, now: datetime = NOW) -> SweepReconciler:
+    return SweepReconciler(Cluster(namespace), PROFILES, lambda: now)
 
 
 def passes(namespace: Namespace) -> dict[str, Any]:
@@ -181,3 +198,54 @@ def test_a_sweep_is_counted_by_its_phase_and_timed_when_it_ends() -> None:
     namespace.remove("qlorasweeps", "rates")
     reconcile(namespace, metrics)
     assert sweeps("Succeeded") is None
+
+
+def ended(*, phase: str = "Succeeded", **spec: Any) -> Namespace:
+    """A sweep with one cell that has ended, after the pass that stores its end."""
+    body = cell(0, 1.25)
+    body["status"] |= {"phase": phase, "conditions": [condition(phase, "True")], "completionTime": time(-60)}
+    template = TEMPLATE | {"output": {"destination": "s3://bucket/adapters"}} | spec.pop("template", {})
+    namespace = Namespace(body, template={"spec": template}, cells=[{"rank": 8}], **spec)
+    passes(namespace)
+    return namespace
+
+
+def test_a_sweep_is_deleted_so_many_seconds_after_its_end_and_no_cell_before() -> None:
+    namespace = ended(ttlSecondsAfterFinished=100)
+    namespace.job("rates-00")["spec"]["ttlSecondsAfterFinished"] = 0
+    for second, exists in ((0, True), (99, True), (100, False)):
+        again = asyncio.run(sweeps(namespace, after(second)).reconcile(("team", "rates")))
+        assert again == (100 - second if exists else None)
+        assert (namespace.get("qlorasweeps", "rates") is not None) == exists
+    assert namespace.get("qlorajobs", "rates-00") is not None, "its owner takes it along"
+
+
+@pytest.mark.parametrize("spec", [{"cleanupAfterSeconds": 10}, {"retry": {"request": 1}}], ids=str)
+def test_a_sweep_waits_for_the_clean_up_and_the_retry_of_its_cells(spec: dict[str, Any]) -> None:
+    namespace = ended(phase="Failed", ttlSecondsAfterFinished=0)
+    found = namespace.job("rates-00")
+    found["spec"] |= spec
+    found["status"] |= {"resolved": resolved().dump(), "step": step_status("train").dump()}
+    passes(namespace)
+    assert namespace.get("qlorasweeps", "rates") is not None
+
+
+def test_a_sweep_that_never_could_run_is_deleted_too() -> None:
+    namespace = Namespace(**EQUAL_CELLS, ttlSecondsAfterFinished=0)
+    passes(namespace)
+    assert asyncio.run(sweeps(namespace).reconcile(("team", "rates"))) is None
+    assert namespace.all("qlorasweeps") == []
+
+
+@pytest.mark.parametrize(("phase", "owner", "deleted"), [
+    ("Succeeded", UID, True), ("Failed", UID, False), ("Succeeded", "another", False),
+])  # fmt: skip
+def test_the_claim_of_a_sweep_goes_when_it_has_succeeded(phase: str, owner: str, deleted: bool) -> None:
+    policy = {"persistentVolumeClaimRetentionPolicy": {"whenFinished": "Delete"}}
+    namespace = ended(phase=phase, template={"workspace": policy})
+    name = present(namespace.get("qlorasweeps", "rates"))["status"]["claimName"]
+    metadata = {"name": name, "uid": "of the claim", "labels": {SWEEP_UID_LABEL: owner}}
+    namespace.put("persistentvolumeclaims", {"metadata": metadata, "spec": {}})
+    status = passes(namespace)
+    assert ("deletionTimestamp" in present(namespace.get("persistentvolumeclaims", name))["metadata"]) == deleted
+    assert ("claimDeletionTime" in status) == (phase == "Succeeded")

@@ -15,7 +15,7 @@ Object = dict[str, Any]
 NAMESPACE = "team"
 Watch = Callable[[str, str, Object], None]
 """Called with the kind, the type of the event and the object."""
-_UNWATCHED = ("events", "services", "networkpolicies", "persistentvolumeclaims")
+_UNWATCHED = ("events", "services", "networkpolicies")
 
 
 class AnswerError(Exception):
@@ -136,7 +136,7 @@ class ApiServer(Transport):
         if method == "GET":
             return self._log(before) if sub == ["log"] else before
         if method == "DELETE":
-            _require_same(before, {"uid": body["preconditions"]["uid"]})
+            _require_same(before, body["preconditions"])
             return self._written(method, kind, before, None, lambda: self._removed(kind, before))
         _require_same(before, body.get("metadata", {}))
         if sub == ["status"]:
@@ -153,7 +153,10 @@ class ApiServer(Transport):
         return act()
 
     def _removed(self, kind: str, before: Object) -> Object:
-        self.remove(kind, before["metadata"]["name"])
+        name = before["metadata"]["name"]
+        if kind == "persistentvolumeclaims":
+            return self.change(kind, name, metadata={"deletionTimestamp": self._agenda.stamp()})
+        self.remove(kind, name)
         return before
 
     def merge(self, kind: str, name: str, patch: Mapping[str, Any]) -> Object:
@@ -176,6 +179,11 @@ class ApiServer(Transport):
 def controller(body: Mapping[str, Any]) -> Object:
     """Return the reference to the object's controller, empty without one."""
     return next((owner for owner in body["metadata"].get("ownerReferences", ()) if owner.get("controller")), {})
+
+
+def owned_by(body: Mapping[str, Any], uid: str) -> bool:
+    """Whether this is one of its owners."""
+    return any(owner["uid"] == uid for owner in body["metadata"].get("ownerReferences", ()))
 
 
 def merged(before: Mapping[str, Any], patch: Mapping[str, Any]) -> Object:

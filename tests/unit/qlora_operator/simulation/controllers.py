@@ -1,11 +1,12 @@
 """The Job controller, the garbage collector and Kueue."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 from qlora_api.naming import QUEUE_LABEL
 from tests.unit.qlora_operator.simulation.agenda import Agenda
-from tests.unit.qlora_operator.simulation.api_server import ApiServer, Object, controller
+from tests.unit.qlora_operator.simulation.api_server import ApiServer, Object, controller, owned_by
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 ENDS = ("Complete", "Failed")
@@ -161,8 +162,9 @@ class GarbageCollector:
     def _watch(self, kind: str, event: str, body: Object) -> None:
         if event == "DELETED":
             self._agenda.soon(lambda: self._collect(body["metadata"]["uid"]))
-        elif event == "ADDED" and (owner := str(controller(body).get("uid", ""))):
-            self._agenda.soon(lambda: self._collect(owner))
+        elif event == "ADDED":
+            for owner in body["metadata"].get("ownerReferences", ()):
+                self._agenda.soon(partial(self._collect, owner["uid"]))
 
     def _collect(self, uid: str) -> None:
         if any(body["metadata"]["uid"] == uid for kind in OWNERS for body in self._api.all(kind)):
@@ -172,6 +174,27 @@ class GarbageCollector:
                 self._api.remove(kind, body["metadata"]["name"])
         for pod in self._api.owned("pods", uid):
             delete_pod(self._api, self._agenda, pod)
+        for claim in self._api.all("persistentvolumeclaims"):
+            if owned_by(claim, uid):
+                stamp = {"deletionTimestamp": self._agenda.stamp()}
+                self._api.change("persistentvolumeclaims", claim["metadata"]["name"], metadata=stamp)
+
+
+class ClaimProtection:
+    """Removes a deleted claim when no pod uses it."""
+
+    def __init__(self, api: ApiServer) -> None:
+        self._api = api
+        api.watches.append(self._watch)
+
+    def _watch(self, kind: str, event: str, _body: Object) -> None:
+        if (kind, event) not in (("persistentvolumeclaims", "MODIFIED"), ("pods", "DELETED")):
+            return
+        used = {name for pod in self._api.all("pods") for name in claims_of(pod["spec"])}
+        for claim in self._api.all("persistentvolumeclaims"):
+            name = claim["metadata"]["name"]
+            if "deletionTimestamp" in claim["metadata"] and name not in used:
+                self._api.remove("persistentvolumeclaims", name)
 
 
 class Kueue:
@@ -202,6 +225,11 @@ class Kueue:
 
     def _suspend(self, job: Object, suspend: bool) -> None:
         self._api.change("jobs", job["metadata"]["name"], spec={**job["spec"], "suspend": suspend})
+
+
+def claims_of(pod: Object) -> list[str]:
+    """Return the claims that a pod of this spec mounts."""
+    return [each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"] if "persistentVolumeClaim" in each]
 
 
 def has(body: Object, *kinds: str) -> bool:

@@ -1,10 +1,17 @@
 """Invariants at each write of the operator, whatever has happened before."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from math import inf
 from typing import Any
 
-from qlora_api.naming import CELLS_ANNOTATION, JOB_UID_LABEL, STEP_LABEL, SUSPENDED_ANNOTATION, sweep_pod_name
+from qlora_api.naming import (
+    CELLS_ANNOTATION,
+    JOB_UID_LABEL,
+    STEP_LABEL,
+    SUSPENDED_ANNOTATION,
+    SWEEP_UID_LABEL,
+    sweep_pod_name,
+)
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.sweep.spec import SWEEP_KIND
@@ -28,7 +35,15 @@ class Invariants:
         self._limit = profile.limits.jobs if profile.limits is not None else None
         self._names: dict[str, set[str]] = {}
         """The Jobs that each owner has noted in its status: none is created again."""
+        self._owners: dict[str, Object] = {}
+        """The jobs and sweeps as they are, or were when they were deleted, by UID."""
+        self._gone: set[str] = set()
+        self._claims: dict[str, str] = {}
+        """The claims that the operator has created, by the UID of their job or sweep."""
+        self._deletes: set[str] = set()
+        """UIDs of those whose policy has, or had, the deletion of their claim."""
         api.check = self._check
+        api.watches.append(self._watch)
 
     def _check(self, method: str, kind: str, before: Object | None, after: Object | None) -> None:
         match method, kind:
@@ -38,6 +53,10 @@ class Invariants:
                 self._cell_is_made(after or {})
             case "DELETE", "jobs":
                 self._job_is_deleted(before or {})
+            case "DELETE", "qlorajobs" | "qlorasweeps":
+                self._is_due(before or {})
+            case "DELETE", "persistentvolumeclaims":
+                self._claim_is_deleted(before or {})
             case "PATCH", "qlorajobs" if after is not None and "status" not in after:
                 _cell_is_changed(before or {}, after)
             case "PATCH", "qlorajobs":
@@ -95,6 +114,8 @@ class Invariants:
             return  # created by what the watch has shown, perhaps a moment too late
         self._may_run(job, name)
         assert job is not None
+        claim = self._api.get("persistentvolumeclaims", self._claims.get(job["metadata"]["uid"], ""))
+        assert claim is None or "deletionTimestamp" not in claim["metadata"], f"{name} is to mount a deleted claim"
         step, stored = body["metadata"]["labels"][STEP_LABEL], job["status"].get("step") or {}
         allowed = (job["spec"].get("retry") or {}).get("maxFailures", 3) if spec["completions"] == 1 else 0
         # A retry begins to count again, and is stored after its first Job is created.
@@ -117,6 +138,58 @@ class Invariants:
         wanted = (job["status"].get("step") or {}).get("jobName") == body["metadata"]["name"]
         stops = job["spec"].get("suspend") or "deletionTimestamp" in job["metadata"] or has(job, *_ENDED)
         assert stops or not wanted, f"Job {body['metadata']['name']} is deleted for no reason"
+
+    # --- ends
+
+    def _is_due(self, body: Object) -> None:
+        """It has ended so long ago, is not retried, and was cleaned up if that was due."""
+        name, spec, status = body["metadata"]["name"], body["spec"], body["status"]
+        assert has(body, *_ENDED), f"{name} is deleted before its end"
+        assert not (has(body, "Failed") and _is_retried(status, spec)), f"{name} is deleted before its retry"
+        assert not controller(body), f"{name} is deleted before its sweep"
+        due = parse_time(status["completionTime"]) + timedelta(seconds=spec["ttlSecondsAfterFinished"])
+        assert self._agenda.moment >= due, f"{name} is deleted before {due}"
+        for job in [body, *self._api.owned("qlorajobs", body["metadata"]["uid"])]:
+            self._has_nothing_to_do(job, due)
+
+    def _has_nothing_to_do(self, job: Object, due: datetime) -> None:
+        name, spec, status = job["metadata"]["name"], job["spec"], job["status"]
+        running = [entry for entry in (status.get("usage") or {}).get("pods", ()) if "end" not in entry]
+        assert not running, f"{name} is deleted before its pods have counted"
+        wait = spec.get("cleanupAfterSeconds")
+        if wait is None or "resolved" not in status or "completionTime" not in status:
+            return
+        is_due = parse_time(status["completionTime"]) + timedelta(seconds=wait) <= due
+        reason = _condition(status, "CleanedUp").get("reason")
+        assert not is_due or reason in ("CleanedUp", "CleanupFailed"), f"{name} is deleted before its clean-up"
+
+    def _claim_is_deleted(self, claim: Object) -> None:
+        name, owner = claim["metadata"]["name"], self._owners[_owner_of(claim)]
+        assert has(owner, "Succeeded"), f"{name} is deleted before its job has succeeded"
+        assert _policy(owner).get("whenFinished") == "Delete", f"{name} is to be retained"
+
+    def _watch(self, kind: str, event: str, body: Object) -> None:
+        uid = body["metadata"]["uid"]
+        if kind == "persistentvolumeclaims" and event == "ADDED":
+            self._claims[_owner_of(body)] = body["metadata"]["name"]
+        elif kind in ("qlorajobs", "qlorasweeps"):
+            self._owners[uid] = body
+            if event == "DELETED":
+                self._gone.add(uid)
+            if "Delete" in _policy(body).values():
+                self._deletes.add(uid)
+
+    def check_claims(self) -> None:
+        """A claim is there, or not, by the policy of the job or sweep that it was created for."""
+        for uid, name in self._claims.items():
+            claim, owner = self._api.get("persistentvolumeclaims", name), self._owners[uid]
+            assert claim is not None or uid in self._deletes, f"{name} is gone"
+            seen = owner["status"].get("observedGeneration") == owner["metadata"]["generation"]
+            if claim is None or "deletionTimestamp" in claim["metadata"] or not seen:
+                continue
+            when = "whenDeleted" if uid in self._gone else "whenFinished"
+            stays = _policy(owner).get(when) != "Delete" or (uid not in self._gone and not has(owner, "Succeeded"))
+            assert stays, f"{name} is there in spite of {when}"
 
     # --- QLoRAJobs
 
@@ -262,6 +335,17 @@ def _entry_is_true(name: str, entry: Object, run: Run | None, now: int) -> None:
     assert entry.get("end") != "disruption" or run.disrupted or run.nodes > 1, f"{name}: {run.pod} was not interrupted"
     assert entry.get("end") != "completed" or run.code == 0, f"{name}: {run.pod} has ended with {run.code}"
     assert entry.get("end") != "failure" or run.failed, f"{name}: {run.pod} has not failed"
+
+
+def _owner_of(claim: Object) -> str:
+    """Return the UID of the job or sweep that the claim was created for."""
+    labels = claim["metadata"]["labels"]
+    return str(labels.get(SWEEP_UID_LABEL) or labels[JOB_UID_LABEL])
+
+
+def _policy(owner: Object) -> Object:
+    spec = owner["spec"].get("template", owner)["spec"]
+    return dict(spec["workspace"].get("persistentVolumeClaimRetentionPolicy") or {})
 
 
 def _is_retried(status: Object, spec: Object) -> bool:

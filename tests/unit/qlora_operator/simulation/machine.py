@@ -25,6 +25,11 @@ WHICH = st.integers(0, 7)
 _SEED = st.integers(0, 2**16)
 _FEW_HOURS = 0.004
 """Of a GPU, 14 seconds."""
+_OUTPUT = {"destination": "s3://bucket/adapters"}
+_POLICIES: list[Object] = [{}, {"whenDeleted": "Delete"}, {"whenFinished": "Delete"}]
+_WORKSPACE = st.sampled_from(
+    [{"claimName": "team"}, *({"persistentVolumeClaimRetentionPolicy": policy} for policy in _POLICIES)]
+)
 
 
 class Lives(RuleBasedStateMachine):
@@ -79,6 +84,11 @@ class Lives(RuleBasedStateMachine):
         if job := self.pick("qlorajobs", which):
             self.world.change("qlorajobs", job, cleanupAfterSeconds=seconds)
 
+    @rule(which=WHICH, seconds=st.sampled_from([0, 30, None]))
+    def expire(self, which: int, seconds: int | None) -> None:
+        if job := self.pick("qlorajobs", which):
+            self.world.change("qlorajobs", job, ttlSecondsAfterFinished=seconds)
+
     @rule(code=st.sampled_from([203, 203, 11, 137]))
     def fail_next(self, code: int) -> None:
         self.world.kubelet.failing.append(code)
@@ -129,13 +139,17 @@ class JobLives(Lives):
             }
         ),
         more=st.sampled_from([{}, {"activeDeadlineSeconds": 30}, {"budget": {"gpuHours": _FEW_HOURS}}]),
+        workspace=_WORKSPACE,
     )
-    def begin(self, seed: int, jobs: int | None, nodes: int, queue: bool, retry: Object, more: Object) -> None:
+    def begin(
+        self, seed: int, jobs: int | None, nodes: int, queue: bool, retry: Object, more: Object, workspace: Object
+    ) -> None:
         self.begin_world(seed, jobs=jobs)
         self._spec: Object = {
             "model": MODEL,
             "dataset": DATASET,
-            "workspace": {"claimName": "team"},
+            "workspace": workspace,
+            "output": _OUTPUT,
             "retry": retry,
             "progressDeadlineSeconds": PROGRESS_DEADLINE,
             **({"resources": {"nodes": nodes}} if nodes > 1 else {}),
@@ -148,6 +162,12 @@ class JobLives(Lives):
     def create(self, name: str, continues: str | None) -> None:
         other = {"continues": continues} if continues not in (None, name) else {}
         self.world.create("qlorajobs", name, self._spec | other)
+
+    @rule(which=WHICH, workspace=_WORKSPACE)
+    def change_policy(self, which: int, workspace: Object) -> None:
+        job = self.pick("qlorajobs", which)
+        if job and not {"claimName"} & (job["spec"]["workspace"].keys() | workspace.keys()):
+            self.world.change("qlorajobs", job, workspace=workspace)
 
     @rule()
     def preempt(self) -> None:
@@ -163,17 +183,29 @@ class SweepLives(Lives):
         shape=st.sampled_from([(2, 1), (2, 2), (2, 2), (2, 2), (3, 2), (4, 1)]),
         publish=st.sampled_from(["all", "best"]),
         failures=st.integers(0, 2),
+        ttl=st.sampled_from([None, None, 0, 60]),
+        workspace=_WORKSPACE,
     )
-    def begin(self, seed: int, hours: float | None, shape: tuple[int, int], publish: str, failures: int) -> None:
+    def begin(
+        self,
+        seed: int,
+        hours: float | None,
+        shape: tuple[int, int],
+        publish: str,
+        failures: int,
+        ttl: int | None,
+        workspace: Object,
+    ) -> None:
         self.begin_world(seed, gpuHours=hours)
-        (cells, size), best = shape, {"output": {"destination": "hf://org/adapter"}}
-        more = {"retry": {"maxFailures": failures}, "workspace": {"claimName": "team"}}
+        cells, size = shape
+        more = {"retry": {"maxFailures": failures}, "workspace": workspace, "output": _OUTPUT}
         spec = {
-            "template": {"spec": TEMPLATE | more | (best if publish == "best" else {})},
+            "template": {"spec": TEMPLATE | more},
             "cells": [{"rank": 8 * 2**number} for number in range(cells)],
             "cellsPerPod": size,
             "parallelism": 2,
             "publish": publish,
+            **({} if ttl is None else {"ttlSecondsAfterFinished": ttl}),
         }
         self.is_abandoned = cells > 3
         self.world.create("qlorasweeps", "rates", spec)

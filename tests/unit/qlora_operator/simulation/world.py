@@ -7,8 +7,9 @@ from qlora_api.profile import Profile
 from qlora_operator.keys import Key
 from tests.unit.qlora_operator.simulation.accounts import Accounts
 from tests.unit.qlora_operator.simulation.agenda import Agenda
-from tests.unit.qlora_operator.simulation.api_server import NAMESPACE, ApiServer, Object
+from tests.unit.qlora_operator.simulation.api_server import NAMESPACE, ApiServer, Object, controller
 from tests.unit.qlora_operator.simulation.controllers import (
+    ClaimProtection,
     GarbageCollector,
     JobController,
     Kueue,
@@ -34,6 +35,7 @@ class World:
         self.kueue = Kueue(self.api, self.agenda)
         self._controller = JobController(self.api, self.agenda)
         GarbageCollector(self.api, self.agenda)
+        ClaimProtection(self.api)
         self._invariants = Invariants(self.api, self.agenda, self.kubelet, profile)
         self._accounts = Accounts(self.api, self.kubelet)
         self.api.watches.append(self._watch)
@@ -152,6 +154,7 @@ class World:
             raise AssertionError(f"not everything ends: {left}")
         self.go_on(10)
         self._accounts.check()
+        self._invariants.check_claims()
         for body in self._of_users():
             self._look_twice((NAMESPACE, body["metadata"]["name"]))
 
@@ -164,6 +167,7 @@ class World:
         self.go_on(400)
         left = [body["metadata"]["name"] for kind in _WATCHED for body in self.api.all(kind)]
         assert not left, f"not everything is gone: {left}"
+        self._invariants.check_claims()
 
     def _calm_down(self) -> None:
         self.api.errors = self.api.lost_answers = self.api.races = 0.0
@@ -194,12 +198,17 @@ class World:
 
 
 def _has_ended(body: Object) -> bool:
-    """Whether the job or sweep has ended, its pods have counted, and it is cleaned up if it asks for that."""
+    """Whether the job or sweep has ended, its pods have counted, and it is cleaned up if it asks for that.
+
+    It is not there any more if it asks for that.
+    """
     status, spec = body["status"], body["spec"]
     if not has(body, "Succeeded", "Failed") or status.get("observedGeneration") != body["metadata"]["generation"]:
         return False
     # A cell that has ended copies no more of the pod of its sweep.
     if any("end" not in entry for entry in (status.get("usage") or {}).get("pods", ()) if entry["jobs"] == 1):
+        return False
+    if spec.get("ttlSecondsAfterFinished") is not None and not controller(body):
         return False
     return has(body, "CleanedUp") or spec.get("cleanupAfterSeconds") is None or "resolved" not in status
 

@@ -288,8 +288,9 @@ def test_a_claim_outlives_its_job_unless_that_is_chosen() -> None:
     assert "ownerReferences" not in claim["metadata"]
     assert claim["metadata"]["labels"]["qlora.dev/job-uid"] == UID
     assert claim["spec"] == {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "50Gi"}}}
+    deleted = {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}}
     spec: dict[str, Any] = {
-        "workspace": {"retain": False, "size": "9Gi", "storageClassName": "fast", "accessModes": ["ReadWriteMany"]},
+        "workspace": {"size": "9Gi", "storageClassName": "fast", "accessModes": ["ReadWriteMany"]} | deleted,
         "output": {"destination": "pvc://adapters/tuned"},
     }
     claim = build_claim(make_job(**spec), resolved())
