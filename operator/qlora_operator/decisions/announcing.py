@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -70,15 +71,42 @@ def build_patches(job: QLoRAJob, adapter: AdapterStatus) -> tuple[list[Object], 
     needs no right to read it, and entries of other jobs stay as they are, also of one that ends now.
     """
     key, content = entry_key(job.name), entry(job.name, adapter)
-    ours = _operation("test", f"/metadata/labels/{ANNOUNCEMENTS_LABEL.replace('/', '~1')}", "true")
     return (
-        [ours, _operation("add", f"/data/{key}", content)],
-        [ours, _operation("test", "/data", None), _operation("add", "/data", {key: content})],
+        [_OURS, _operation("add", f"/data/{key}", content)],
+        [_OURS, _operation("test", "/data", None), _operation("add", "/data", {key: content})],
     )
 
 
 def _operation(kind: str, path: str, value: object) -> Object:
     return {"op": kind, "path": path, "value": value}
+
+
+_OURS = _operation("test", f"/metadata/labels/{ANNOUNCEMENTS_LABEL.replace('/', '~1')}", "true")
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """The entry of an announced job."""
+
+    uid: str
+    """Of the job."""
+    config_map: str
+    key: str
+    content: str
+
+
+def announced(job: QLoRAJob) -> Announced | None:
+    """Return the entry that was written for the job, None without one."""
+    adapter = job.status.adapter
+    if job.problem or job.spec.output.announce is None or adapter is None or not is_true(job.status, "Announced"):
+        return None
+    return Announced(job.uid, config_map_name(job), entry_key(job.name), entry(job.name, adapter))
+
+
+def build_withdrawal(found: Announced) -> list[Object]:
+    """Build the JSON Patch that removes this entry, and no newer one of its name."""
+    path = f"/data/{found.key}"
+    return [_OURS, _operation("test", path, found.content), {"op": "remove", "path": path}]
 
 
 def with_announcement(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:

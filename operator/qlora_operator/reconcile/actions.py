@@ -10,8 +10,10 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.announcing import (
+    Announced,
     build_config_map,
     build_patches,
+    build_withdrawal,
     config_map_name,
     rejection_of_entry,
     reserved_config_map,
@@ -273,6 +275,17 @@ class Actions:
                 await self.cluster.patch_config_map(job.namespace, name, as_the_first)
             except RejectedError:
                 raise error from None
+
+    async def withdraw(self, namespace: str, announced: Announced) -> None:
+        """Remove the entry of a deleted job, unless it is another's by now.
+
+        Raises ClusterError if the API server cannot be reached.
+        """
+        try:
+            await self.cluster.patch_config_map(namespace, announced.config_map, build_withdrawal(announced))
+            logger.info("removed %s from ConfigMap %s", announced.key, announced.config_map)
+        except (NotFoundError, RejectedError) as error:
+            logger.info("ConfigMap %s keeps %s, if it exists: %s", announced.config_map, announced.key, error)
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decisions.announcing import Announced, announced
 from qlora_operator.decisions.events import (
     announcement_event,
     budget_event,
@@ -122,6 +123,8 @@ class Reconciler:
     announcements: Postponed = field(default_factory=Postponed)
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server's schema lacks a field of the status."""
+    _announced: dict[Key, Announced] = field(default_factory=dict)
+    """The entries for servers, of jobs that may be deleted."""
 
     @cached_property
     def _actions(self) -> Actions:
@@ -215,6 +218,7 @@ class Reconciler:
             self.store.gone(key)
             self._let_go(key)
             self.metrics.job_is_gone(key)
+            await self._follow_announcement(key, None)
             return _Done()
         job = await self._readable(key, body)
         if job is None:
@@ -241,7 +245,17 @@ class Reconciler:
             self.starts.place_may_be_free(key)
         # Of an earlier one no watch may have shown the deletion.
         self.metrics.job_is_gone(key, replaced_by=job.uid)
+        await self._follow_announcement(key, job)
         return job
+
+    async def _follow_announcement(self, key: Key, job: QLoRAJob | None) -> None:
+        """Note the job's entry for servers, and remove that of a job that is gone."""
+        before = self._announced.get(key)
+        if before is not None and (job is None or job.uid != before.uid):
+            await self._actions.withdraw(key[0], before)
+            del self._announced[key]
+        if job is not None and (found := announced(job)) is not None:
+            self._announced[key] = found
 
     def _let_go(self, key: Key) -> None:
         """Nothing is done for the job any more, so that another one may have its place."""

@@ -87,6 +87,20 @@ def test_an_adapter_is_announced_once_next_to_those_of_other_jobs(namespace: Con
     play(namespace, scenario)
 
 
+def test_the_entry_of_a_deleted_job_is_removed(namespace: ControlPlane) -> None:
+    async def scenario(api: Api) -> None:
+        for name in ("kept", "deleted"):
+            await succeed(api, name, "served")
+        reconciler = operator(Cluster(api.client))
+        await settle(reconciler, (NAMESPACE, "deleted"))
+        await api.send("DELETE", f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs/deleted")
+        reconciler.store.gone((NAMESPACE, "deleted"))
+        await settle(reconciler, (NAMESPACE, "deleted"))
+        assert set(await data_of(api, "served")) == {"kept.json"}
+
+    play(namespace, scenario)
+
+
 def test_a_labelled_config_map_may_be_empty(namespace: ControlPlane) -> None:
     async def scenario(api: Api) -> None:
         await api.create(CONFIG_MAPS, config_map("from-git", labels={LABEL: "true"}))

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from qlora_operator.kube.errors import (
     ConflictError,
     NotFoundError,
     RejectedError,
+    UnavailableError,
 )
 from qlora_operator.kube.listing import ChildList, ChildView, child_view
 from qlora_operator.metrics.metrics import Metrics
@@ -51,7 +52,8 @@ class MemoryCluster:
         self.asked: list[str] = []
         self.writes: list[str] = []
         self.reads = 0
-        self.conflicts = 0
+        self.conflicts = self.unavailable = 0
+        self.patches: list[Sequence[Object]] = []
         self.keeps_status = True
         self.existing: Object | None = None
         self.after_create: Callable[[], None] | None = None
@@ -120,6 +122,12 @@ class MemoryCluster:
     async def delete_qlora_job(self, job: QLoRAJob) -> None:
         self._write(f"deletion of {job.name} {job.uid} {job.resource_version}")
         self.job = {}
+
+    async def patch_config_map(self, namespace: str, name: str, patch: Sequence[Object]) -> None:
+        self.unavailable -= 1
+        if self.unavailable >= 0:
+            raise UnavailableError("no answer")
+        self.patches.append(patch)
 
     async def create_claim(self, namespace: str, manifest: dict[str, Any]) -> None:
         self._write("PersistentVolumeClaim")

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 
 from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decisions.announcing import entry, with_announcement
 from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.kube.errors import ClusterError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.watch.store import Store
 from tests.support.builders import (
+    ADAPTER,
     NAME,
     NOW,
     UID,
@@ -38,6 +41,7 @@ from tests.support.cluster.memory_cluster import (
     reconcile,
     shown,
     stored,
+    until_it_waits,
 )
 
 
@@ -133,6 +137,25 @@ def test_a_finished_job_rests_until_it_is_deleted_in_the_version_that_was_decide
     assert (cluster.writes, cluster.reads, store.is_settled(KEY)) == ([], 0, True)
     assert reconcile(cluster, store, after(100)) is None
     assert cluster.writes == [f"deletion of {NAME} {UID} 7"]
+
+
+def test_an_entry_for_servers_is_removed_with_its_job_or_by_the_next_of_its_name() -> None:
+    spec: dict[str, Any] = {"output": {"announce": {"configMap": "adapters"}}}
+    announced = with_announcement(FINISHED, make_job(FINISHED, **spec), NOW)
+    for successor in ({}, job_body(status_in("train").dump()) | {"metadata": {**job_body()["metadata"], "uid": "new"}}):
+        cluster = stored(announced, **spec)
+        reconciler = operator(cluster, Store())
+        until_it_waits(reconciler)
+        assert cluster.patches == []
+        cluster.job, cluster.unavailable = successor, 1
+        reconciler.store.gone(KEY)
+        with pytest.raises(RetryError):
+            asyncio.run(reconciler.reconcile(KEY))
+        for _ in range(2):
+            asyncio.run(reconciler.reconcile(KEY))
+        (patch,) = cluster.patches
+        assert patch[-1] == {"op": "remove", "path": f"/data/{NAME}.json"}
+        assert patch[1] == {"op": "test", "path": f"/data/{NAME}.json", "value": entry(NAME, ADAPTER)}
 
 
 @pytest.mark.parametrize("document", [document(make_job()), None], ids=["begun by this release", "by an earlier one"])
