@@ -10,10 +10,17 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import RESULTS, describe_machine, write_result
-from benchmarks.operator import arrival, day, neighbor, progress, simulation, table
+from benchmarks.operator import arrival, day, neighbor, progress, simulation, table, year
 
 LIBRARIES = ("aiohttp", "kopf", "kubernetes", "pydantic")
-LOADS = {"arrival": arrival, "progress": progress, "neighbor": neighbor, "day": day, "simulation": simulation}
+LOADS = {
+    "arrival": arrival,
+    "progress": progress,
+    "neighbor": neighbor,
+    "day": day,
+    "simulation": simulation,
+    "year": year,
+}
 """Each module has `add_options`, `measure` and `tables`."""
 
 

@@ -46,7 +46,7 @@ class _Share:
 
 
 @dataclass
-class _Lives:
+class Lives:
     """Observed phases of each job, and a place for the next one when a job has ended."""
 
     places: asyncio.Semaphore
@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _measure(plane: ControlPlane, shares: Sequence[_Share], options: argparse.Namespace) -> dict[str, Any]:
-    lives = _Lives(asyncio.Semaphore(options.at_once))
+    lives = Lives(asyncio.Semaphore(options.at_once))
     namespaces = [name for share in shares for name in share.namespaces]
     jobs = [qlora_job(number, namespaces[number % len(namespaces)]) for number in range(options.jobs)]
     # The benchmark simulates the node and follows all jobs.
@@ -116,7 +116,7 @@ async def _measure(plane: ControlPlane, shares: Sequence[_Share], options: argpa
             return lives.ended == len(jobs)
 
         processes = [share.process for share in shares]
-        async with site.background(_create_in_turn(client, jobs, lives)):
+        async with site.background(create_in_turn(client, jobs, lives)):
             what = "end of all jobs"
             await site.until(all_have_ended, what, *processes, seconds=_MOST_SECONDS, every=_REPORT_SECONDS)
         seconds = lives.last_end - began
@@ -153,7 +153,7 @@ async def _all_lead(client: Client, shares: Sequence[_Share]) -> bool:
     return all(share.namespaces[0] in held for share in shares)
 
 
-async def _create_in_turn(client: Client, jobs: list[dict[str, Any]], lives: _Lives) -> None:
+async def create_in_turn(client: Client, jobs: list[dict[str, Any]], lives: Lives) -> None:
     """Create all jobs, each as soon as there is a place for it."""
     left = iter(jobs)
 
