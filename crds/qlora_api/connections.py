@@ -90,6 +90,21 @@ class CloudIdentity(ApiModel):
     )
 
 
+class TrackingServer(ApiModel):
+    """The server of a tracker."""
+
+    url: Annotated[str, Field(max_length=256, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?$")] = Field(
+        description="URL of the server, without credentials; https://api.wandb.ai for the public Weights & Biases."
+    )
+
+
+class TrackingServers(ApiModel):
+    """Servers for the history of runs. A job names trackers, never a server."""
+
+    mlflow: TrackingServer | None = Field(None, description="MLflow's tracking server.")
+    wandb: TrackingServer | None = Field(None, description="Weights & Biases.")
+
+
 NCCL_NAME = r"^NCCL_[A-Z0-9_]+$"
 _NCCL_MESSAGE = "an environment variable of NCCL is NCCL_ and capital letters, digits or _"
 # PyTorch reads these, by their names before TORCH_ was put in front, and NCCL does not.

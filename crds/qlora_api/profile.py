@@ -14,6 +14,7 @@ from qlora_api.connections import (
     DirectHost,
     GoogleStorage,
     NcclSettings,
+    TrackingServers,
 )
 from qlora_api.retention import ClaimRetentionPolicy, TtlSeconds
 from qlora_api.schema import ApiModel, rule, rules
@@ -180,21 +181,6 @@ class ObjectStoreSettings(ApiModel):
     region: Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9-]+$")] | None = Field(
         None, description="Region of the buckets; us-east-1 if not set."
     )
-
-
-class TrackingServer(ApiModel):
-    """The server of a tracker."""
-
-    url: Annotated[str, Field(max_length=256, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?$")] = Field(
-        description="URL of the server, without credentials; https://api.wandb.ai for the public Weights & Biases."
-    )
-
-
-class TrackingServers(ApiModel):
-    """Servers for the history of runs. A job names trackers, never a server."""
-
-    mlflow: TrackingServer | None = Field(None, description="MLflow's tracking server.")
-    wandb: TrackingServer | None = Field(None, description="Weights & Biases.")
 
 
 class SigningKey(ApiModel):

@@ -3,8 +3,9 @@
 from typing import Any
 
 from qlora_api import contract
+from qlora_api.connections import TrackingServers
 from qlora_api.naming import CLOUD_IDENTITY_LABEL, ONE_NODE_LABEL, child_job_name, node_host
-from qlora_api.profile import Profile, TrackingServers
+from qlora_api.profile import Profile
 from qlora_api.status import Resolved, StepName
 from qlora_operator.decisions.manifests.volumes import uses_cache
 from qlora_operator.decisions.observed.objects import QLoRAJob

@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from qlora_api.connections import TrackingServers
 from qlora_api.naming import CLOUD_IDENTITY_LABEL, JOB_LABEL, STEP_LABEL
-from qlora_api.profile import Profile, TrackingServers
+from qlora_api.profile import Profile
 from qlora_api.schema import ApiModel
 
 Manifest = dict[str, Any]
