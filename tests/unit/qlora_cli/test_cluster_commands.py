@@ -118,8 +118,8 @@ def test_the_question_names_a_workspace_that_is_deleted_too(team: Team) -> None:
     policy = {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}}
     spec, profile = {"output": {"destination": "hf://org/adapter"}}, {"workspace": policy}
     team.jobs.add("unwanted", spec=spec | {"workspace": policy})
-    team.jobs.add("by-default", spec=spec, resolved={"profile": profile})
-    team.jobs.add("needed", spec={}, resolved={"profile": profile})
+    team.jobs.add("by-default", "Training", spec=spec, resolved={"profile": profile})
+    team.jobs.add("needed", "Training", spec={}, resolved={"profile": profile})
     for name, rest in (("unwanted", "is deleted with it"), ("by-default", "is deleted with it"), ("needed", "stays")):
         assert team.done("cancel", name, "--yes") == f"{name} is deleted; its workspace {rest}\n"
 
