@@ -98,7 +98,19 @@ The writes of the operator that are admitted, by policy: `resources` as in a Val
         oldObject == null || (object.spec.?gate == oldObject.spec.?gate && object.spec.?retry == oldObject.spec.?retry &&
         object.spec.?budget == oldObject.spec.?budget && object.spec.?resources == oldObject.spec.?resources &&
         object.spec.?activeDeadlineSeconds == oldObject.spec.?activeDeadlineSeconds &&
-        object.spec.?progressDeadlineSeconds == oldObject.spec.?progressDeadlineSeconds)
+        object.spec.?progressDeadlineSeconds == oldObject.spec.?progressDeadlineSeconds &&
+        object.spec.?ttlSecondsAfterFinished == oldObject.spec.?ttlSecondsAfterFinished &&
+        object.spec.?workspace == oldObject.spec.?workspace)
+- name: ended-jobs
+  resources: {apiGroups: [qlora.dev], apiVersions: ["*"], resources: [qlorajobs], operations: [DELETE]}
+  validations:
+    - message: the operator deletes only QLoRAJobs that have ended
+      expression: oldObject.?status.?completionTime.hasValue()
+- name: ended-sweeps
+  resources: {apiGroups: [qlora.dev], apiVersions: ["*"], resources: [qlorasweeps], operations: [DELETE]}
+  validations:
+    - message: the operator deletes only QLoRASweeps that have ended
+      expression: oldObject.?status.?completionTime.hasValue()
 - name: networkpolicies
   resources:
     {apiGroups: [networking.k8s.io], apiVersions: [v1], resources: [networkpolicies], operations: [CREATE, UPDATE]}
@@ -120,13 +132,26 @@ The writes of the operator that are admitted, by policy: `resources` as in a Val
         object.spec.?type.orValue('ClusterIP') == 'ClusterIP' && object.spec.?clusterIP.orValue('') == 'None' &&
         !has(object.spec.externalIPs)
 - name: claims
-  resources: {apiGroups: [""], apiVersions: [v1], resources: [persistentvolumeclaims], operations: [CREATE]}
+  resources: {apiGroups: [""], apiVersions: [v1], resources: [persistentvolumeclaims], operations: [CREATE, UPDATE]}
   validations:
-    - message: the operator creates only claims of jobs and sweeps, for new and empty volumes
+    - message: the operator writes only claims of jobs and sweeps, and creates them for new and empty volumes
       expression: >-
         object.metadata.?labels[?'app.kubernetes.io/managed-by'].orValue('') == 'qlora-operator' &&
         ('qlora.dev/job-uid' in object.metadata.labels || 'qlora.dev/sweep-uid' in object.metadata.labels) &&
-        !has(object.spec.volumeName) && !has(object.spec.dataSource) && !has(object.spec.dataSourceRef)
+        (oldObject != null || (!has(object.spec.volumeName) && !has(object.spec.dataSource) &&
+        !has(object.spec.dataSourceRef)))
+    - message: the operator changes only the owners of a claim
+      expression: >-
+        oldObject == null || (object.spec == oldObject.spec &&
+        object.metadata.?labels == oldObject.metadata.?labels &&
+        object.metadata.?annotations == oldObject.metadata.?annotations)
+- name: ended-claims
+  resources: {apiGroups: [""], apiVersions: [v1], resources: [persistentvolumeclaims], operations: [DELETE]}
+  validations:
+    - message: the operator deletes only claims of jobs and sweeps
+      expression: >-
+        oldObject.metadata.?labels[?'app.kubernetes.io/managed-by'].orValue('') == 'qlora-operator' &&
+        ('qlora.dev/job-uid' in oldObject.metadata.labels || 'qlora.dev/sweep-uid' in oldObject.metadata.labels)
 {{- if (.Values.announce).enabled }}
 - name: announcements
   resources: {apiGroups: [""], apiVersions: [v1], resources: [configmaps], operations: [CREATE, UPDATE]}

@@ -26,8 +26,10 @@ from tests.support.chart.rendered import NAMESPACE, Helm, Object
 from tests.support.chart.stolen_token import (
     APPLY,
     CELL,
+    CLAIM,
     DENIED,
     FORBIDDEN,
+    KEPT,
     LEFT,
     MERGE,
     NETWORKED,
@@ -39,12 +41,14 @@ from tests.support.chart.stolen_token import (
     train_job,
 )
 from tests.support.cluster.nodeless import apply_definitions
-from tests.support.cluster.shared_pods import NAMES, POD, Pod
+from tests.support.cluster.shared_pods import NAMES, OWNER, POD, Pod
 from tests.support.job_manifests import EVERYTHING, STEPS
 from tests.support.manifests import MINIMAL
+from tests.support.sweeps import SWEEP
 from tests.support.tenancy.tenancy import Client, path_of
 from tests.support.waiting import eventually
 
+ENDED = "ended"
 _REPOSITORY = PROFILE.image.partition("@")[0]
 VALUES: Object = {
     "announce": {"enabled": True},
@@ -68,7 +72,9 @@ class Stolen:
     def tries(self, attempt: Attempt) -> tuple[int, str]:
         """Status and message of the answer to the request, which changes nothing."""
         path = attempt.path + ("&" if "?" in attempt.path else "?") + "dryRun=All"
-        status, answer = self.client.send(attempt.method, path, attempt.body, kind=attempt.kind)
+        # The options of a deletion are in its body.
+        body = attempt.body | {"dryRun": ["All"]} if attempt.method == "DELETE" else attempt.body
+        status, answer = self.client.send(attempt.method, path, body, kind=attempt.kind)
         return status, str(answer.get("message", ""))
 
     def is_denied(self, attempt: Attempt) -> bool:
@@ -86,6 +92,9 @@ def stolen(helm: Helm) -> Iterator[Stolen]:
         roles = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
         plane.kubectl.apply(yaml.safe_dump_all([each for each in objects if each["kind"] in roles]))
         plane.kubectl("create", "--filename=-", f"--namespace={TEAM}", input_text=json.dumps(_existing()))
+        ended = '{"status": {"completionTime": "2026-01-02T03:04:05Z"}}'
+        where = (ENDED, f"--namespace={TEAM}", "--subresource=status", "--type=merge")
+        plane.kubectl("patch", "qlorajob", *where, f"--patch={ended}")
         client = _client(plane)
         found = Stolen(client, {})
         found.before.update({name: found.tries(each) for name, each in DENIED.items()})
@@ -102,6 +111,7 @@ def _existing() -> Object:
     user = MINIMAL | {"metadata": {"name": OTHERS}}
     pods = {"restartPolicy": "Never", "containers": [{"name": "a", "image": "a"}]}
     policy = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    claim = CLAIM["spec"] | {"resources": {"requests": {"storage": "1Gi"}}}
     adapters = foreign("ConfigMap") | {"metadata": {"name": "adapters", "labels": {"qlora.dev/announcements": "true"}}}
     gate = {"maxEvalLoss": 2.0}
     held_out = MINIMAL["spec"]["dataset"] | {"eval": {"fraction": 0.1}}
@@ -113,6 +123,10 @@ def _existing() -> Object:
             cell() | {"spec": MINIMAL["spec"] | {"gate": gate, "dataset": held_out}},
             train_job() | {"metadata": train_job()["metadata"] | {"name": NAME}},
             foreign("Job", spec={"template": {"spec": pods}}),
+            MINIMAL | {"metadata": {"name": ENDED}},
+            SWEEP | {"metadata": {"name": OWNER["name"]}},
+            foreign("PersistentVolumeClaim", spec=claim),
+            CLAIM | {"metadata": {"name": KEPT, "labels": CLAIM["metadata"]["labels"]}},
             foreign("NetworkPolicy", spec=policy),
             foreign("ConfigMap", data={"a": "b"}),
             adapters,
@@ -174,6 +188,11 @@ def own_writes() -> Iterator[tuple[str, Attempt]]:
     for body in (build_claim(two, resolved(PROFILE)), build_sweep_claim(sweep, PROFILE)):
         path = path_of(TEAM, "persistentvolumeclaims")
         yield f"a claim {body['metadata']['name']}", Attempt("POST", path, body, "")
+    path = path_of(TEAM, "persistentvolumeclaims", KEPT)
+    owners = {"metadata": {"ownerReferences": [{**OWNER, "kind": "QLoRAJob", "controller": False}]}}
+    yield "a claim's owner", Attempt("PATCH", path, owners, "", MERGE)
+    yield "a deletion of a claim", Attempt("DELETE", path, {}, "")
+    yield "a deletion of a job", Attempt("DELETE", path_of(TEAM, "qlorajobs", ENDED), {}, "")
     yield "a Service", Attempt("POST", path_of(TEAM, "services"), build_peer_service(two), "")
     network = JobNetworkPolicies()
     for policy in (*build_policies(network, [NETWORKED]), build_peer_policy(two, network.dns)):

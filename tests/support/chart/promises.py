@@ -13,14 +13,14 @@ Promise = Callable[[Rendered], Comparisons]
 PROMISES: list[Promise] = []
 # All rights of the operator: the verbs by resource.
 _RIGHTS = {
-    "qlorajobs.qlora.dev": {"get", "list", "watch", "create", "patch"},
+    "qlorajobs.qlora.dev": {"get", "list", "watch", "create", "patch", "delete"},
     "qlorajobs.qlora.dev/status": {"patch"},
-    "qlorasweeps.qlora.dev": {"get", "list", "watch"},
+    "qlorasweeps.qlora.dev": {"get", "list", "watch", "delete"},
     "qlorasweeps.qlora.dev/status": {"patch"},
     "jobs.batch": {"get", "list", "watch", "create", "delete"},
     "pods": {"list", "watch"},
     "pods/log": {"get"},
-    "persistentvolumeclaims": {"get", "create"},
+    "persistentvolumeclaims": {"get", "create", "patch", "delete"},
     "services": {"create"},
     "networkpolicies.networking.k8s.io": {"create", "patch"},
     "events": {"create"},

@@ -15,8 +15,8 @@ from tests.support.tenancy.tenancy import OPERATOR_NAMESPACE, path_of
 
 Object = dict[str, Any]
 TEAM, MERGE, APPLY = "team", "application/merge-patch+json", "application/apply-patch+yaml"
-OTHERS, CELL = "payroll", "rates-07"
-"""The name of each object that is neither the operator's nor a job's, and of a cell."""
+OTHERS, CELL, KEPT = "payroll", "rates-07", "kept"
+"""The name of each object that is neither the operator's nor a job's, of a cell, and of a job's claim."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,10 @@ def _merge(plural: str, name: str, body: Object, says: str, namespace: str = TEA
     return Attempt("PATCH", path_of(namespace, plural, name), body, says, MERGE)
 
 
+def _delete(plural: str, name: str, says: str) -> Attempt:
+    return Attempt("DELETE", path_of(TEAM, plural, name), {}, says)
+
+
 def _applied(body: Object, namespace: str = TEAM, says: str = "") -> Attempt:
     """A NetworkPolicy, as the operator applies it."""
     path = f"{path_of(namespace, 'networkpolicies', body['metadata']['name'])}?fieldManager=qlora-operator&force=true"
@@ -137,11 +141,12 @@ _CELLS = "only QLoRAJobs that are cells of a QLoRASweep"
 _SUSPEND = "changes only suspend and cleanupAfterSeconds"
 _POLICIES = "only the NetworkPolicies of jobs"
 _SERVICES = "only headless Services for the pods of one QLoRAJob"
-_CLAIMS = "only claims of jobs and sweeps, for new and empty volumes"
+_OWNERS = "changes only the owners of a claim"
+_CLAIMS = "only claims of jobs and sweeps, and creates them for new and empty volumes"
 _CONFIG_MAPS = "only ConfigMaps with the label"
 _TEMPLATE = train_job()["spec"]["template"]["metadata"]["labels"]
 _CONTROLLER: Object = train_job()["metadata"]["ownerReferences"][0]
-_CLAIM = build_claim(make_job(), resolved(PROFILE))
+CLAIM = build_claim(make_job(), resolved(PROFILE))
 _SERVICE = build_peer_service(make_job(resources={"nodes": 2}))
 _JOBS, _SERVERS = build_policies(JobNetworkPolicies(), [PROFILE])
 _OURS = {"qlora.dev/announcements": "true"}
@@ -247,13 +252,22 @@ DENIED: dict[str, Attempt] = {
     ),
     "a Service with an address": _create("services", _with(_SERVICE, "spec", clusterIP=""), _SERVICES),
     "a Service of another name": _create("services", _with(_SERVICE, "metadata", name="api"), _SERVICES),
-    "a claim of others": _create("persistentvolumeclaims", _with(_CLAIM, "metadata", labels={}), _CLAIMS),
+    "a claim of others": _create("persistentvolumeclaims", _with(CLAIM, "metadata", labels={}), _CLAIMS),
     "a copy of another's claim": _create(
         "persistentvolumeclaims",
-        _with(_CLAIM, "spec", dataSource={"kind": "PersistentVolumeClaim", "name": OTHERS}),
+        _with(CLAIM, "spec", dataSource={"kind": "PersistentVolumeClaim", "name": OTHERS}),
         _CLAIMS,
     ),
-    "a volume of its choice": _create("persistentvolumeclaims", _with(_CLAIM, "spec", volumeName="backup"), _CLAIMS),
+    "a volume of its choice": _create("persistentvolumeclaims", _with(CLAIM, "spec", volumeName="backup"), _CLAIMS),
+    "another's claim is deleted": _delete("persistentvolumeclaims", OTHERS, "deletes only claims of jobs and sweeps"),
+    "another's claim gets the labels": _merge(
+        "persistentvolumeclaims", OTHERS, {"metadata": {"labels": CLAIM["metadata"]["labels"]}}, _OWNERS
+    ),
+    "a claim of a job gets another label": _merge(
+        "persistentvolumeclaims", KEPT, {"metadata": {"labels": {"a": "b"}}}, _OWNERS
+    ),
+    "a job that runs is deleted": _delete("qlorajobs", OTHERS, "deletes only QLoRAJobs that have ended"),
+    "a sweep that runs is deleted": _delete("qlorasweeps", OWNER["name"], "deletes only QLoRASweeps that have ended"),
     "a ConfigMap without the label": _create(
         "configmaps", foreign("ConfigMap", metadata={"name": "new"}), _CONFIG_MAPS
     ),
@@ -267,7 +281,6 @@ FORBIDDEN: dict[str, Attempt] = {
     "a running Job gets other labels": _merge("jobs", NAME, {"metadata": {"labels": {"a": "b"}}}, _RBAC),
     "a suspended Job is resumed": _merge("jobs", NAME, {"spec": {"suspend": False}}, _RBAC),
     "all Jobs are deleted": Attempt("DELETE", path_of(TEAM, "jobs"), {}, _RBAC),
-    "a QLoRAJob is deleted": Attempt("DELETE", path_of(TEAM, "qlorajobs", OTHERS), {}, _RBAC),
     "a pod": _create("pods", foreign("Pod"), _RBAC),
     "a Secret": Attempt("GET", path_of(TEAM, "secrets", OTHERS), None, _RBAC),
     "a token of an account": _create("serviceaccounts/default/token", {}, _RBAC),
