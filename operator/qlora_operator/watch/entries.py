@@ -16,9 +16,10 @@ class Child:
     """A Job or a pod, as held."""
 
     version: int
-    """0, which is older than any, for a Job with parts left out before its QLoRAJob was known."""
     value: ChildJob | Pod | None
     """None for a Job that has the label of a QLoRAJob that does not control it."""
+    is_partial: bool = False
+    """Whether it is a Job with parts left out before its QLoRAJob was known."""
 
 
 @dataclass(slots=True)
@@ -42,10 +43,11 @@ class Entry:
     """Pods that are gone, as they ended, by their UID: until a pass has decided."""
 
     def version_of(self, uid: str) -> int:
-        """Return the held version of the job, or of its child, or 0 without one."""
+        """Return the held version of the job, or of its child, or 0 without one, or without parts of it."""
         if uid == self.job_id[1]:
             return self.version
-        return next((children[uid].version for children in self.children.values() if uid in children), 0)
+        child = next((children[uid] for children in self.children.values() if uid in children), None)
+        return 0 if child is None or child.is_partial else child.version
 
     @property
     def resolves(self) -> str | None:

@@ -97,13 +97,13 @@ class Store:
         marks = _marks(kept["metadata"])
         news = entry.marks != marks
         entry.fresh = entry.fresh or (created and entry.empty)
-        # The parts left out of its Jobs before it was known need another read.
-        entry.distrusted = entry.distrusted or any(child.version == 0 for child in entry.children["jobs"].values())
         entry.key, entry.version, entry.marks = key, version, marks
         entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
         entry.settled, entry.ended = entry.settled and not news, _has_ended(body)
         if (body.get("status") or {}).get("resolved"):
             self._forget_resolved(entry)
+        # The parts left out of its Jobs before it was known need another read, unless the status has them.
+        entry.distrusted = entry.distrusted or any(child.is_partial for child in entry.children["jobs"].values())
         self._take_name(key, entry)
         return news
 
@@ -127,7 +127,7 @@ class Store:
         uid, version = child.uid, self._number(child.version)
         job_id, home = (child.namespace, child.job_uid), self._homes.get(uid)
         before = home.children[kind].get(uid) if home else None
-        if self._is_buried(uid, version) or (before and version <= before.version and self._ordered):
+        if self._is_buried(uid, version) or (home and version <= home.version_of(uid) and self._ordered):
             return set()
         changed: set[Key] = set()
         if home is not None and home.job_id != job_id:
@@ -136,9 +136,8 @@ class Store:
         _report_unreadable(kind, child, before)
         entry = self._entries.enter(job_id)
         value = without_foreign_resolved(child, entry.resolves).value
-        if entry.key is None and value != child.value:
-            version = 0
-        entry.children[kind][uid], self._homes[uid] = Child(version, value), entry
+        is_partial = entry.key is None and value != child.value
+        entry.children[kind][uid], self._homes[uid] = Child(version, value, is_partial), entry
         if before is None or before.value != value:
             entry.settled = False
             changed |= _jobs(entry, child.job_name)
@@ -311,6 +310,7 @@ class Store:
         """The status has what was resolved: no Job need keep it."""
         entry.resolved_stored, entry.lost = True, None
         for child in entry.children["jobs"].values():
+            child.is_partial = False
             if isinstance(child.value, ChildJob) and child.value.resolved:
                 child.value = replace(child.value, resolved="")
 

@@ -267,7 +267,9 @@ DENIED: dict[str, Attempt] = {
         "persistentvolumeclaims", KEPT, {"metadata": {"labels": {"a": "b"}}}, _OWNERS
     ),
     "a job that runs is deleted": _delete("qlorajobs", OTHERS, "deletes only QLoRAJobs that have ended"),
-    "a sweep that runs is deleted": _delete("qlorasweeps", OWNER["name"], "deletes only QLoRASweeps that have ended"),
+    "a sweep that runs is deleted": _delete(
+        "qlorasweeps", str(OWNER["name"]), "deletes only QLoRASweeps that have ended"
+    ),
     "a ConfigMap without the label": _create(
         "configmaps", foreign("ConfigMap", metadata={"name": "new"}), _CONFIG_MAPS
     ),

@@ -22,7 +22,7 @@ from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import Observed
 from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.observed.stored_job import parse_job
-from qlora_operator.kube.listing import ChildKind, ChildList, child_view
+from qlora_operator.kube.listing import ChildKind, ChildList, child_view, object_version
 from qlora_operator.watch.store import Store
 from tests.support.builders import NAME, UID, child, ended, job_body, pod, present, running, status_in, with_resolved
 from tests.support.cluster.stores import KEY, OTHER, at, rows
@@ -384,3 +384,13 @@ def test_a_child_that_cannot_be_read_is_held_and_reported_once(caplog: pytest.Lo
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot be read, so it counts as there: ValueError: Invalid isoformat string: 'never'" in caplog.text
     assert store.child_changed("pods", at(13, running(pod("train")))) == {KEY}
+
+
+@pytest.mark.parametrize("is_stored", [True, False], ids=["its status has it", "it has no status"])
+def test_a_job_shown_after_its_first_job_is_read_live_only_for_what_its_status_lacks(is_stored: bool) -> None:
+    store = Store()
+    store.child_changed("jobs", at(7, with_resolved(child("prepare"))))
+    store.job_changed(at(8, job_body(status_in("prepare").dump() if is_stored else None)))
+    assert (store.held(KEY) is not None) is is_stored
+    found = [object_version("jobs", at(7, child("prepare")))]
+    assert store.compare("jobs", None, found, "9") == (set() if is_stored else {KEY})
