@@ -50,8 +50,8 @@ def expires(status: QLoRAJobStatus | QLoRASweepStatus, ttl: int | None) -> datet
 def is_held_up(job: QLoRAJob, due: datetime) -> bool:
     """Whether something is left to do for the job, or a cell, before it is deleted.
 
-    A retry, GPU time to count, an announcement, the deletion of its claim, and a clean-up that is due by then. What the
-    API server has rejected, or has failed, holds up nothing.
+    A retry, GPU time to count, an announcement, the deletion of its claim, and a clean-up that is due by then. A
+    rejected or failed one of these holds up nothing.
     """
     status = job.status
     if is_to_be_taken_up(job) or still_counts(job) or is_claim_to_be_deleted(job, status):

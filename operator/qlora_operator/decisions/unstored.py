@@ -28,8 +28,8 @@ _FIGURES = (
 def may_stay_unstored(stored: QLoRAJobStatus, status: QLoRAJobStatus, now: datetime, rest: float) -> bool:
     """Whether only running figures differ from the stored ones, which are younger than `rest` seconds.
 
-    Each write of a status costs the API server five times as much as the reading of a log. What a user waits for is
-    stored with the reading: the first step, each percent, an evaluation, a checkpoint, a condition.
+    Each write of a status costs the API server five times as much as the reading of a log. News that
+    a user waits for is stored with the reading: the first step, each percent, an evaluation, a checkpoint, a condition.
     """
     progress, step, before = status.progress, status.step, stored.step
     if progress is None or stored.progress is None or not stored.progress.step:

@@ -51,7 +51,7 @@ class Api:
     ) -> AsyncIterator[Page[T]]:
         """Read a list, and keep only the results of `read` after each page of at most `longest` objects.
 
-        Pages are halved until they are short enough, or have one object. A list whose token expires goes on with the
+        Pages are halved until they are short enough, or have one object. A list whose token expires continues with the
         objects as they are then, under the version of its beginning.
         """
         token, size = "", longest

@@ -12,7 +12,7 @@ class UnavailableError(ClusterError):
 
 
 class ExpiredError(UnavailableError):
-    """The token of a list's next page is older than five minutes. `next_token`: to go on, if the server offers it."""
+    """The token of a list's next page is older than five minutes. `next_token`: to continue, if offered."""
 
     def __init__(self, message: str, next_token: str) -> None:
         super().__init__(message)

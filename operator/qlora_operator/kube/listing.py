@@ -10,10 +10,9 @@ the same CPU time.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, NotRequired
+from typing import Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+from pydantic import BaseModel, ValidationError
 
 from qlora_api.naming import (
     CELLS_IN_POD_ANNOTATION,
@@ -63,24 +62,21 @@ class ObjectVersion(NamedTuple):
         return self.namespace, self.job_name
 
 
-class _Metadata(TypedDict):
+class _Metadata(BaseModel):
     name: str
     uid: str
-    resourceVersion: str
-    namespace: NotRequired[str]
-    labels: NotRequired[dict[str, str]]
+    resourceVersion: str  # noqa: N815 - as in the API
+    namespace: str = ""
+    labels: dict[str, str] = {}
 
 
-class _Item(TypedDict):
+class _Item(BaseModel):
     metadata: _Metadata
 
 
-class _Versions(TypedDict):
+class _Versions(BaseModel):
     metadata: dict[str, Any]
-    items: NotRequired[list[_Item]]
-
-
-_VERSIONS: TypeAdapter[_Versions] = TypeAdapter(_Versions)
+    items: list[_Item] = []
 
 
 def parse_versions(data: bytes) -> Any:
@@ -89,7 +85,7 @@ def parse_versions(data: bytes) -> Any:
     Raises ValueError if it is not JSON. The caller reports any other answer.
     """
     try:
-        return _VERSIONS.validate_json(data)
+        return _Versions.model_validate_json(data).model_dump(exclude_unset=True)
     except ValidationError:
         return json.loads(data)
 

@@ -45,7 +45,7 @@ class _Request:
 class _Line:
     """Keys by due time, next the namespace with the longest wait.
 
-    Only namespaces with a due key are looked through. An entry that a later request has replaced stays until it would
+    Only namespaces with a due key are read. An entry that a later request has replaced stays until it would
     be next, or until `rebuild`.
     """
 
@@ -267,7 +267,7 @@ class WorkQueue:
 
     async def run(self) -> None:
         """Work until canceled."""
-        # One task looks for due keys: if each free worker did, all would wake at every change.
+        # One task waits for due keys: if each free worker did, all would wake at every change.
         free = asyncio.Semaphore(self._workers)
         async with asyncio.TaskGroup() as group:
             while True:

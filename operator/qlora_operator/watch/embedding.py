@@ -1,4 +1,4 @@
-"""Runs kopf beside other work in one process, which kopf has no settings for.
+"""Runs kopf together with other work in one process, which kopf has no settings for.
 
 kopf takes an operator for the whole process: it handles the process's signals, ends at answers of the API server that
 an administrator has to cure (401, 404, an error in a stream), reads the authority of the server's certificate once,
@@ -162,7 +162,7 @@ async def _stop(roots: Collection[Task]) -> None:
         left = _tasks_of_kopf()
         if not left:
             break
-        # Again and again: a task that waits for another one may take its own cancellation for the other's, and go on.
+        # Again and again: a task that waits for another one may take a cancellation for the other's, and continue.
         for task in left:
             task.cancel()
         await asyncio.wait(left, timeout=_PAUSE_SECONDS)

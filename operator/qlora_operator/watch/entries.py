@@ -70,7 +70,7 @@ class Entry:
             self.last_words[value.uid] = value
 
     def forget_last_words(self, counted: Iterable[str]) -> None:
-        """Forget those of counted pods, but not of one that counts with the end of its Job, which follows."""
+        """Drop those of counted pods, but not of one that counts with the end of its Job, which follows."""
         jobs = (child.value for child in self.children["jobs"].values())
         unfinished = {job.uid for job in jobs if isinstance(job, ChildJob) and not job.finished}
         for uid in self.last_words.keys() & set(counted):

@@ -99,7 +99,7 @@ def _of_sweep(spec: Manifest) -> Iterator[Manifest]:
 
 
 def _started(body: Manifest) -> QLoRAJob | None:
-    """The job as it starts, or None if its status says why it does not."""
+    """The job as it starts, or None if its status has the reason why not."""
     metadata = {"uid": UID, "namespace": NAMESPACE, "generation": 1}
     job = parse_job(body | {"metadata": body["metadata"] | metadata})
     status = follow(job, profiles={job.spec.scheduling.profile: _PROFILE})

@@ -1,4 +1,4 @@
-"""Decides what is due after the end of a sweep: the deletion of its claim, and its own."""
+"""Decides what is due after the end of a sweep: the deletion of its claim, and of the sweep."""
 
 from collections.abc import Mapping
 from datetime import datetime

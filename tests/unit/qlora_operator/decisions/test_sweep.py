@@ -1,4 +1,4 @@
-"""What a sweep does next, and what its table, its choice and its conditions say."""
+"""What a sweep does next, and what its table, its choice and its conditions show."""
 
 from collections.abc import Mapping
 from typing import Any

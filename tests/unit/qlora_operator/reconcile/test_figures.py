@@ -16,7 +16,7 @@ FIGURES = {"training_step": 100, "total_steps": 1000, "loss": 1.5, "epoch": 0.1,
 
 
 class Training:
-    """A job that trains beside others, and an operator that reads its log in each pass."""
+    """A job that trains while others do, and an operator that reads its log in each pass."""
 
     def __init__(self, jobs: int) -> None:
         trains = status_in("train", phase="Training", phaseSince=time(-60))

@@ -81,7 +81,7 @@ def test_one_job_is_read_every_ten_seconds() -> None:
 
 @pytest.mark.parametrize(("jobs", "seconds"), [(200, 10), (1000, 10), (2000, 16), (4000, 32)])
 def test_each_job_is_read_as_often_as_the_budget_allows_and_never_beyond_it(jobs: int, seconds: int) -> None:
-    """A worker takes a read up to a second after it is due, and it takes up to a second."""
+    """A worker begins a read up to a second after it is due, which lasts up to a second."""
     schedule, delays = ReadSchedule(), random.Random(7)
     due = [(schedule.seconds_until_due(("team", f"job{number}"), 0.0), f"job{number}") for number in range(jobs)]
     heapq.heapify(due)

@@ -240,7 +240,7 @@ def drive(
     namespaces: tuple[str, ...] = (),
     on_look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a queue on virtual time while `during` runs. `on_look`: called when it looks at its clock."""
+    """Run a queue on virtual time while `during` runs. `on_look`: called when it reads its clock."""
     loop = VirtualLoop()
 
     def clock() -> float:

@@ -180,7 +180,7 @@ class Invariants:
                 self._deletes.add(uid)
 
     def check_claims(self) -> None:
-        """A claim is there, or not, by the policy of the job or sweep that it was created for."""
+        """A claim exists, or not, by the policy of the job or sweep that it was created for."""
         for uid, name in self._claims.items():
             claim, owner = self._api.get("persistentvolumeclaims", name), self._owners[uid]
             assert claim is not None or uid in self._deletes, f"{name} is gone"

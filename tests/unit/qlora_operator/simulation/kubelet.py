@@ -78,7 +78,7 @@ class Run:
     def until(self, now: int) -> int:
         """Return the latest second that may count.
 
-        The last words of a pod of a sweep whose Job is deleted may come too late: a sweep reads what is there.
+        The last words of a pod of a sweep whose Job is deleted may come too late: a sweep reads the present state.
         """
         return self.shown if self.shown is not None and (self.is_known or len(self.uids) == 1) else now
 

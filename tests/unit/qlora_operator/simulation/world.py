@@ -175,7 +175,7 @@ class World:
         self.kubelet.calm_down()
 
     def _repeat_cleanup(self) -> None:
-        """A user deletes a clean-up that has failed, as its message says."""
+        """A user deletes a clean-up that has failed, as its message advises."""
         for job in self.api.all("jobs"):
             if job["metadata"]["labels"][STEP_LABEL] == "clean" and has(job, "Failed"):
                 self.api.remove("jobs", job["metadata"]["name"])
@@ -192,7 +192,7 @@ class World:
 
     def _unfinished(self) -> list[str]:
         names = {"", *self.api.objects.get("qlorajobs", {})}
-        # A job waits for ever for one that does not exist, and says so.
+        # A job waits for ever for one that does not exist, and its status shows that.
         expected = [body for body in self._of_users() if body["spec"].get("continues", "") in names]
         return [f"{body['metadata']['name']} {_summary(body['status'])}" for body in expected if not _has_ended(body)]
 

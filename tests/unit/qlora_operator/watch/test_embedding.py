@@ -1,4 +1,4 @@
-"""kopf beside other work: what it leaves behind when it stops, and no more, ends."""
+"""kopf together with other work: what it leaves behind when it stops, and no more, ends."""
 
 import asyncio
 from collections.abc import Collection

@@ -290,7 +290,7 @@ def test_at_the_start_unfinished_jobs_are_requested_before_ended_ones() -> None:
 
 
 def test_the_work_begins_when_the_watches_have_shown_what_the_lists_have() -> None:
-    """A job that no watch shows, and one that has been deleted meanwhile, are read live."""
+    """A job that no watch shows, and one that has been deleted in the meantime, are read live."""
     late, never, deleted = listed("late"), listed("never"), listed("deleted")
     played = Played(late, never, deleted)
 
