@@ -99,7 +99,7 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings.watching.label_selectors["batch", "v1", "jobs"] = JOB_UID_LABEL
     settings.watching.label_selectors["v1", "pods"] = JOB_UID_LABEL
     # kopf keeps an object, and a task for it, until nothing has been shown of it for so long.
-    settings.queueing.idle_timeout = 0.05
+    settings.queueing.idle_timeout = 0.001
     # Without this, every object is copied for differences and progress.
     settings.persistence.diffbase_storage = NoDifferences()
     settings.persistence.progress_storage = NoProgress()
