@@ -98,7 +98,7 @@ def rows(watch: Path) -> list[list[str]]:
 
 
 def training_rows(seen: list[list[str]]) -> list[list[str]]:
-    return [words for words in seen if words[1:2] == ["Training"] and len(words) == 7]
+    return [words for words in seen if words[1:2] == ["Training"] and len(words) == 8]
 
 
 def shows_progress(watch: Path, count: int) -> bool:
