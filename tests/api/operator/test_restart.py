@@ -50,7 +50,7 @@ def test_a_restart_reconciles_every_job_and_writes_nothing(plane: ControlPlane, 
     with running_operator(tmp_path / "second", plane.kubeconfig, settings) as operator:
 
         def has_looked_often() -> bool:
-            passes = operator.metric("qlora_operator_reconcile_duration_seconds_count") or 0
+            passes = operator.metric('qlora_operator_reconcile_duration_seconds_count{kind="QLoRAJob"}') or 0
             return passes >= 3 * len(SPECS)
 
         eventually(has_looked_often, seconds=60, every=0.2, what="several passes over every job")
