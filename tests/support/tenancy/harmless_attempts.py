@@ -263,7 +263,7 @@ def every_field_at_its_largest(t: Tenants) -> None:
         lora={"targetModules": [f"{number:03}" + "m" * 125 for number in range(32)]},
         output={"destination": f"pvc://data/{path}", "merged": {"destination": f"pvc://data/b/{path[4:]}"}},
         scheduling={
-            "nodeSelector": {f"{'a' * 200}.example/{number:063}": "v" * 63 for number in range(16)},
+            "nodeSelector": {f"{'a' * 180}.example/{number:063}": "v" * 63 for number in range(16)},
             "tolerations": [{"key": f"k{number}", "operator": "Exists"} for number in range(16)],
         },
     )

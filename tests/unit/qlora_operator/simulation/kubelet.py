@@ -160,7 +160,8 @@ class Kubelet:
             return
         run.begun = self._agenda.now
         self._report(pod, "Running", {"running": {"startedAt": self._agenda.stamp()}})
-        if len(self._fellows(run)) == run.nodes:
+        # One that replaces a pod of a finished run waits for no other.
+        if len(self._fellows(run)) == run.nodes or self._trained.issuperset(run.folders):
             self._train(run)
 
     def _train(self, run: Run) -> None:
