@@ -54,7 +54,7 @@ class Api:
         Pages are halved until they are short enough, or have one object. A list whose token expires continues with the
         objects as they are then, under the version of its beginning.
         """
-        token, size = "", longest
+        token, size, expired = "", longest, False
         while True:
             query = [("limit", str(size)), *selector, *([("continue", token)] if token else [])]
             most = _BYTES_PER_PAGE if size > 1 else None
@@ -68,10 +68,12 @@ class Api:
                 size //= 2
                 continue
             except ExpiredError as error:
-                if not error.next_token:
+                # The token that the server offers for one that is too old is new: no second one follows at once.
+                if expired or not error.next_token:
                     raise
-                token = error.next_token
+                token, expired = error.next_token, True
                 continue
+            expired = False
             yield page
             if not token:
                 return

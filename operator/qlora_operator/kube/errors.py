@@ -41,12 +41,12 @@ class ForbiddenError(RejectedError):
 
 def error_for_status(status: int, request: str, data: bytes) -> ClusterError:
     """Return the error of an answer with this HTTP status."""
-    text, reason, token = "", "", ""
+    text, reason, metadata = "", "", None
     try:
         answer = json.loads(data)
         if isinstance(answer, dict):
             text, reason = str(answer.get("message", "")), answer.get("reason", "")
-            token = str((answer.get("metadata") or {}).get("continue") or "")
+            metadata = answer.get("metadata")
     except ValueError:
         text = first_characters(data)
     if status == 404:
@@ -55,7 +55,9 @@ def error_for_status(status: int, request: str, data: bytes) -> ClusterError:
         # The server also answers so if a quota has changed while it counted the new object.
         return (AlreadyExistsError if reason == "AlreadyExists" else ConflictError)(f"{request}: {text}")
     if status == 410:
-        return ExpiredError(f"{request}: {text}", token)
+        # A proxy may answer with anything.
+        token = metadata.get("continue") if isinstance(metadata, dict) else None
+        return ExpiredError(f"{request}: {text}", str(token or ""))
     if status in (401, 403):
         return ForbiddenError(text)
     # The server answers with 500 if a webhook of the kind cannot be reached.

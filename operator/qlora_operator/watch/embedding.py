@@ -127,9 +127,9 @@ async def _run_once(
 
     Raises the error that ends kopf.
     """
-    trusted = _read(authority)
-    roots = await start()
+    trusted, roots = _read(authority), list[Task]()
     try:
+        roots += await start()
         take_signals()
         while not monitor.dead:
             ended, _ = await asyncio.wait(roots, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -157,7 +157,8 @@ async def _stop(roots: Collection[Task]) -> None:
     """
     for task in roots:
         task.cancel()
-    await asyncio.wait(roots, timeout=_STOP_SECONDS)
+    if roots:  # it may have been canceled while it started
+        await asyncio.wait(roots, timeout=_STOP_SECONDS)
     for _ in range(_ROUNDS):
         left = _tasks_of_kopf()
         if not left:

@@ -127,6 +127,21 @@ def test_a_list_whose_token_expires_goes_on_and_keeps_its_first_version() -> Non
     assert server.asked == ["", "500", "inconsistent-500", "1000", "inconsistent-1000"]
 
 
+def test_a_list_whose_offered_token_has_expired_too_is_given_up() -> None:
+    class Broken(Transport):
+        def __init__(self) -> None:
+            self.asked = 0
+
+        async def send(self, method: str, path: str, **_: Any) -> tuple[int, bytes]:
+            self.asked += 1
+            return 410, b'{"metadata": {"continue": "again"}}'
+
+    server = Broken()
+    with pytest.raises(UnavailableError, match="/qlorajobs"):
+        asyncio.run(Cluster(server).list_versions("qlorajobs", None))
+    assert server.asked == 2
+
+
 class Busy(Transport):
     """A server with objects of these sizes in bytes: pods, Jobs and QLoRAJobs."""
 
@@ -326,6 +341,7 @@ def test_only_a_conflict_with_that_reason_means_that_the_object_exists(
         (200, b'{"login": "https://login.example.org"}', "without metadata"),
         (200, b'{"metadata": null}', "without metadata"),
         (503, b'["busy"]', "status 503"),
+        (410, b'{"metadata": "moved"}', "/apis"),
     ],
 )
 def test_an_answer_that_is_not_the_api_servers_is_an_error_like_any_other(status: int, body: bytes, found: str) -> None:
