@@ -63,6 +63,12 @@ def objection_of_other_job(
             f"QLoRAJob {name!r} (spec.continues) has not started, so that it has no checkpoint to take up: this job "
             "starts when that one has ended or is suspended",
         )
+    if other.status.claim_deletion_time is not None:
+        return Reason(
+            "ContinuedJobDeletedItsClaim",
+            f"the workspace of QLoRAJob {name!r} (spec.continues) was deleted when it succeeded (whenFinished: Delete), "
+            "and its checkpoints with it: create this job again, with the adapter of that one in spec.lora.from",
+        )
     if not is_at_rest(other):
         return Reason(
             "ContinuedJobRunning",

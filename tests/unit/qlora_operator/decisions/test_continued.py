@@ -1,6 +1,7 @@
 """A job that resumes another one's run: its start, and its pods' mounts."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,7 @@ from tests.support.builders import (
     seen,
     starts,
     status_in,
+    time,
 )
 from tests.support.cluster.shared_pods import OWNER
 from tests.unit.qlora_operator.simulation.agenda import Agenda
@@ -75,6 +77,11 @@ def test_it_starts_when_the_other_job_has_ended_or_is_suspended(conditions: list
     assert present(status.resolved).continued == RUN
 
 
+def without_claim() -> QLoRAJob:
+    found = other(condition("Succeeded", "True"))
+    return dataclasses.replace(found, status=found.status.model_copy(update={"claim_deletion_time": time()}))
+
+
 @pytest.mark.parametrize(
     ("found", "reason", "says"),
     [
@@ -82,6 +89,7 @@ def test_it_starts_when_the_other_job_has_ended_or_is_suspended(conditions: list
         (parse_job(other_body(None)), "ContinuedJobNotStarted", "has not started"),
         (other(), "ContinuedJobRunning", "spec.suspend: true saves a checkpoint"),
         (other(condition("Suspended", "False")), "ContinuedJobRunning", "is still running"),
+        (without_claim(), "ContinuedJobDeletedItsClaim", "with the adapter of that one in spec.lora.from"),
     ],
 )
 def test_until_then_it_waits_reports_the_reason_and_is_requeued(found: QLoRAJob | None, reason: str, says: str) -> None:
