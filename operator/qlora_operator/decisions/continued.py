@@ -66,8 +66,8 @@ def objection_of_other_job(
     if other.status.claim_deletion_time is not None:
         return Reason(
             "ContinuedJobDeletedItsClaim",
-            f"the workspace of QLoRAJob {name!r} (spec.continues) was deleted when it succeeded (whenFinished: Delete), "
-            "and its checkpoints with it: create this job again, with the adapter of that one in spec.lora.from",
+            f"the workspace of QLoRAJob {name!r} (spec.continues) was deleted when it succeeded (whenFinished: "
+            "Delete), and its checkpoints with it: create this job again, with the adapter of that one in spec.lora.from",
         )
     if not is_at_rest(other):
         return Reason(
