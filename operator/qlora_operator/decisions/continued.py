@@ -67,7 +67,7 @@ def objection_of_other_job(
         return Reason(
             "ContinuedJobDeletedItsClaim",
             f"the workspace of QLoRAJob {name!r} (spec.continues) was deleted when it succeeded (whenFinished: "
-            "Delete), and its checkpoints with it: create this job again, with the adapter of that one in spec.lora.from",
+            "Delete), and its checkpoints with it: create this job again with its adapter in spec.lora.from",
         )
     if not is_at_rest(other):
         return Reason(

@@ -89,7 +89,7 @@ def without_claim() -> QLoRAJob:
         (parse_job(other_body(None)), "ContinuedJobNotStarted", "has not started"),
         (other(), "ContinuedJobRunning", "spec.suspend: true saves a checkpoint"),
         (other(condition("Suspended", "False")), "ContinuedJobRunning", "is still running"),
-        (without_claim(), "ContinuedJobDeletedItsClaim", "with the adapter of that one in spec.lora.from"),
+        (without_claim(), "ContinuedJobDeletedItsClaim", "create this job again with its adapter in spec.lora.from"),
     ],
 )
 def test_until_then_it_waits_reports_the_reason_and_is_requeued(found: QLoRAJob | None, reason: str, says: str) -> None:
