@@ -68,7 +68,7 @@ class Api:
                 size //= 2
                 continue
             except ExpiredError as error:
-                # The token that the server offers for one that is too old is new: no second one follows at once.
+                # The token that the server offers for one that is too old is new: two in a row are an error.
                 if expired or not error.next_token:
                     raise
                 token, expired = error.next_token, True

@@ -88,7 +88,7 @@ class LogReading:
     done: bool = False
     """Whether the log could be read, so that a missing record is evidence."""
     rest: float = 0.0
-    """Seconds for which the stored figures may stay as they are; 0 if this record was read before."""
+    """How many seconds the stored figures may stay as they are; 0 if this record was read before."""
 
 
 class ProgressReader:

@@ -29,7 +29,7 @@ class Facts:
     log_read: bool = False
     """Whether the log of the running pod has been read in this pass, so that a missing record is evidence."""
     rest: float = 0.0
-    """Seconds for which the stored figures of progress may stay as they are."""
+    """How many seconds the stored figures of progress may stay as they are."""
     queue: Reason | None = None
     """Why the current step's Job waits in a queue, if that could be read."""
     continued: QLoRAJob | None = None
