@@ -161,11 +161,11 @@ def _definition(
 
 
 def _without_transitions(schema: Schema) -> Schema:
-    """Drop the rules that compare with the stored object, unless they admit a new one."""
+    """Drop the rules that compare with the stored object."""
     result: Schema = {}
     for key, value in schema.items():
         if key == VALIDATIONS:
-            kept = [entry for entry in value if "oldSelf" not in entry["rule"] or entry.get("optionalOldSelf")]
+            kept = [entry for entry in value if "oldSelf" not in entry["rule"]]
             result |= {key: kept} if kept else {}
         elif key == "properties":
             result[key] = {name: _without_transitions(child) for name, child in value.items()}

@@ -64,11 +64,6 @@ def rule(expression: str, message: str) -> dict[str, str]:
     return {"rule": expression, "message": message}
 
 
-def rule_at_creation(expression: str, message: str) -> dict[str, Any]:
-    """Return a rule for new objects, as older ones can still be changed and read."""
-    return {**rule(f"oldSelf.hasValue() || {expression}", message), "optionalOldSelf": True}
-
-
 def rules(*entries: dict[str, Any]) -> dict[str, Any]:
     """CEL rules as `json_schema_extra`, of a model or of a field."""
     return {VALIDATIONS: list(entries)}
