@@ -129,8 +129,11 @@ def plan(
         # The status that is stored has observed the policy, too.
         return Plan(policy, now + _SHORTLY) if policy else Plan(store_first=True)
     if is_finished(status):
-        actions = (*policy, *_after_the_end(job, status, observed, now))
-        return _unless_expired(job, status, now, expires, actions)
+        actions = tuple(_after_the_end(job, status, observed, now))
+        # The policy first, also of a job whose deletion is due: that decides about the claim.
+        return (
+            Plan((*policy, *actions), now + _SHORTLY) if policy else _unless_expired(job, status, now, expires, actions)
+        )
     actions = (*policy, *_on_the_way(job, status, observed, now, waits=sweep_again is not None))
     times = list(_times(job, status, observed, now))
     look_again = _earliest(iter([*times, now + sweep_again] if sweep_again else times), now)

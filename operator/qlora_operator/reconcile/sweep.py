@@ -5,7 +5,7 @@ cellsPerPod: it reads from the API server, and so never decides from what a watc
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -13,11 +13,11 @@ from functools import cached_property
 from qlora_api.profile import Profile
 from qlora_api.schema import replace
 from qlora_api.sweep.spec import SWEEP_KIND, Cell
-from qlora_api.sweep.status import QLoRASweepStatus
+from qlora_api.sweep.status import QLoRASweepStatus, SweepPodStatus
 from qlora_operator.decisions.events import sweep_event, unreadable_event
 from qlora_operator.decisions.observed.objects import Object, Reason, format_time
 from qlora_operator.decisions.sweeps.best_cell import ENDED, cells_to_publish, published
-from qlora_operator.decisions.sweeps.expiry import deletion_at, is_claim_to_be_deleted, is_held_up_by_cells
+from qlora_operator.decisions.sweeps.expiry import deletion_at, is_claim_to_be_deleted, is_sweep_held_up
 from qlora_operator.decisions.sweeps.halving import has_new_verdict
 from qlora_operator.decisions.sweeps.objection import fault_of_cells, objection_to_sweep
 from qlora_operator.decisions.sweeps.plan import (
@@ -58,6 +58,8 @@ from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.reconcile.sweep_pods import SweepPods
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_WHILE_HELD_UP = 15.0
 
 
 class _BlockedError(Exception):
@@ -158,14 +160,20 @@ class SweepReconciler:
         lines = table(sweep, cells, jobs)
         best = published(sweep, lines, jobs)
         status = next_status(sweep, lines, objection, done.blocked, self.clock(), best, followed.pods)
-        expiry = await self._end(sweep, status, jobs)
+        expiry = await self._end(sweep, status, jobs, followed.pods)
         pause = self.blocked.next(key) if followed.blocked and done.blocked is None else None
         return min((each for each in (done.again, followed.again, pause, expiry) if each is not None), default=None)
 
-    async def _end(self, sweep: QLoRASweep, status: QLoRASweepStatus, jobs: Mapping[str, CellJob]) -> float | None:
+    async def _end(
+        self,
+        sweep: QLoRASweep,
+        status: QLoRASweepStatus,
+        jobs: Mapping[str, CellJob],
+        pods: Sequence[SweepPodStatus] = (),
+    ) -> float | None:
         """Store the status, and carry out what is due after the end.
 
-        Returns the seconds until something is.
+        `pods`: those that this pass has followed. Returns the seconds until something is due.
         """
         now, goes = self.clock(), is_claim_to_be_deleted(sweep, status, jobs, self.profiles)
         if goes and status == sweep.status:
@@ -175,8 +183,11 @@ class SweepReconciler:
         if goes:
             return 0.0
         due = deletion_at(sweep, status, jobs, self.profiles)
-        if due is None or (now >= due and is_held_up_by_cells(jobs, due)):
+        if due is None:
             return None
+        if now >= due and is_sweep_held_up(pods, jobs, due):
+            # No watch may show the end of a pod.
+            return _SECONDS_WHILE_HELD_UP
         if now < due or status != sweep.status:
             return max(0.0, (due - now).total_seconds())
         await self.cluster.delete_sweep(sweep)

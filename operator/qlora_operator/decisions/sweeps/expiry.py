@@ -1,10 +1,10 @@
 """Decides what is due after the end of a sweep: the deletion of its claim, and of the sweep."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from qlora_api.profile import Profile
-from qlora_api.sweep.status import QLoRASweepStatus
+from qlora_api.sweep.status import QLoRASweepStatus, SweepPodStatus
 from qlora_operator.decisions.expiry import effective_ttl, expires, is_held_up
 from qlora_operator.decisions.retention import deletes_claim
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep
@@ -36,6 +36,7 @@ def deletion_at(
     return expires(status, ttl)
 
 
-def is_held_up_by_cells(jobs: Mapping[str, CellJob], due: datetime) -> bool:
-    """Whether something is left to do for a cell before it is deleted."""
-    return any(cell.job is not None and is_held_up(cell.job, due) for cell in jobs.values())
+def is_sweep_held_up(pods: Iterable[SweepPodStatus], jobs: Mapping[str, CellJob], due: datetime) -> bool:
+    """Whether one of these pods still counts, or something is left to do for a cell, before all is deleted."""
+    counts = any(entry.end is None for pod in pods if pod.usage is not None for entry in pod.usage.pods)
+    return counts or any(cell.job is not None and is_held_up(cell.job, due) for cell in jobs.values())
