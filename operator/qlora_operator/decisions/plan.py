@@ -129,11 +129,8 @@ def plan(
         # The status that is stored has observed the policy, too.
         return Plan(policy, now + _SHORTLY) if policy else Plan(store_first=True)
     if is_finished(status):
-        actions = tuple(_after_the_end(job, status, observed, now))
-        # The policy first, also of a job whose deletion is due: that decides about the claim.
-        return (
-            Plan((*policy, *actions), now + _SHORTLY) if policy else _unless_expired(job, status, now, expires, actions)
-        )
+        actions = (*policy, *_after_the_end(job, status, observed, now))
+        return _unless_expired(job, status, now, expires, actions)
     actions = (*policy, *_on_the_way(job, status, observed, now, waits=sweep_again is not None))
     times = list(_times(job, status, observed, now))
     look_again = _earliest(iter([*times, now + sweep_again] if sweep_again else times), now)
@@ -321,6 +318,9 @@ def _unless_expired(
     if is_held_up(dataclasses.replace(job, status=status), expires):
         # No event shows the end of what the operator does itself.
         return Plan(actions, now + _SHORTLY if actions else _earliest(iter(times), now))
+    if ApplyClaimPolicy() in actions:
+        # First: the owners of the claim decide whether it goes with the job.
+        return Plan(actions, now + _SHORTLY)
     # The version that is stored is the one to delete.
     return Plan((DeleteQLoRAJob(),)) if status == job.status else Plan(store_first=True)
 

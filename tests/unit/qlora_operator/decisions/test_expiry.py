@@ -199,6 +199,18 @@ def test_the_change_comes_before_the_status_that_ends_the_job() -> None:
     assert plan(job, decision, found, NOW).actions == (ApplyClaimPolicy(),)
 
 
+def test_the_change_comes_before_the_deletion_of_the_job() -> None:
+    stored = FINISHED.model_copy(update={"observed_generation": 1})
+    job = make_job(stored, generation=2, output=ELSEWHERE, ttlSecondsAfterFinished=0)
+    found = facts(job)
+    decision = next_status(found)
+    due = deletion_at(job, decision.status, {"default": PROFILE})
+    assert plan(job, decision, found.observed, NOW, expires=due).actions == (ApplyClaimPolicy(),)
+    seen_since = make_job(decision.status, generation=2, output=ELSEWHERE, ttlSecondsAfterFinished=0)
+    again = next_status(facts(seen_since))
+    assert plan(seen_since, again, found.observed, NOW, expires=due).actions == (DeleteQLoRAJob(),)
+
+
 def test_the_job_owns_its_claim_while_its_policy_deletes_both() -> None:
     other = {"kind": "Other", "uid": "other"}
     policy = {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}}
