@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 CHART = ROOT / "helm" / "qlora-operator"
 NAMESPACE = "qlora-system"
 RELEASE = "qlora-operator"
-DEFINITIONS = ("qlorajobs.qlora.dev", "qlorasweeps.qlora.dev")
+DEFINITIONS = ("qlorajobs.qlora.dev", "qlorasweeps.qlora.dev", "qloraprofiles.qlora.dev")
 
 _SHARED_SOURCES = ("pyproject.toml", "uv.lock", "README.md", "crds/qlora_api", "cli/qlora_cli", "cli/qlora_client")
 _PACKAGES = ("operator/qlora_operator", "trainer_image/qlora_trainer", "third_party")

@@ -11,9 +11,8 @@ import yaml
 
 from docs import python_reference, trainer_image
 from docs.markdown import ELSEWHERE, Schema, default, default_of, description_of, lines, page, table, type_of
-from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
-from qlora_api.crd import custom_resource_definition, sweep_definition
+from qlora_api.crd import custom_resource_definition, profile_definition, sweep_definition
 from qlora_api.spec.job import API_VERSION, MUTABLE_FIELDS
 from qlora_api.sweep.spec import MUTABLE_SWEEP_FIELDS
 from qlora_api.usage import LostGpuSeconds, UsageStatus
@@ -49,6 +48,7 @@ def pages() -> dict[Path, str]:
     texts = {
         "resource.md": _resource(),
         "sweep.md": _sweep(),
+        "profile.md": _profile(),
         "chart.md": _chart(),
         "cli.md": _command_line(),
         "python.md": _python(),
@@ -87,6 +87,14 @@ def _sweep() -> str:
     return _kind(sweep_definition(), f"Once a sweep exists, only {mutable} can be changed.")
 
 
+def _profile() -> str:
+    return _kind(
+        profile_definition(),
+        "[Profiles](../concepts/profiles.md) has examples. Any field can be changed at any time: a job keeps the copy "
+        "that it has started with.",
+    )
+
+
 def _kind(definition: Schema, *introduction: str) -> str:
     names, version = definition["spec"]["names"], definition["spec"]["versions"][0]
     properties = version["schema"]["openAPIV3Schema"]["properties"]
@@ -110,17 +118,15 @@ def _kind(definition: Schema, *introduction: str) -> str:
 
 
 def _chart() -> str:
-    schemas = definitions()
     return page(
         "Chart values",
-        "`helm/qlora-operator/values.yaml` and the model of a profile",
+        "`helm/qlora-operator/values.yaml`",
         "`helm show values helm/qlora-operator` prints the same defaults. Installing or upgrading the chart fails if a "
         "value is unknown.",
         "## Values",
         table(("Value", "Meaning"), _values()),
-        "## A profile",
-        "Each entry of `profiles` is a profile. A field that it does not set is taken from `profiles.default`.",
-        *_objects(_inline(schemas["Profile"], schemas), "profiles.NAME", level=3),
+        "Each entry of `profiles` is the spec of a [QLoRAProfile](profile.md). A field that it does not set is taken "
+        "from `profiles.default`.",
     )
 
 

@@ -9,7 +9,7 @@ from qlora_api.crd import default_sentence
 
 # Objects whose fields another page has.
 ELSEWHERE = {
-    "status.resolved.profile": "chart.md#a-profile",
+    "status.resolved.profile": "profile.md#what-you-write",
     "spec.template.spec": "resource.md#what-you-write",
     "spec.cells.dataset": "resource.md#specdataset",
     "spec.cells.output": "resource.md#specoutput",
@@ -57,7 +57,7 @@ def type_of(field: Schema, path: str) -> str:
     if kind == "array":
         return f"list of {type_of(field['items'], path)}"
     if kind == "object":
-        return "map of strings"
+        return f"map of {type_of(field['additionalProperties'], path)}s"
     if kind in ("integer", "number"):
         return f"{kind}{_range(field)}"
     return kind

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qlora_api.profile import Profile
 from qlora_operator.settings import Settings
 
 SCHEMA = Path(__file__).parent / "qlora-operator" / "values.schema.json"
 # Set by the chart: separate values, and the ports that the Deployment names.
-_NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort", "jobNetworkPolicies"})
+_NOT_IN_SETTINGS = frozenset({"namespaces", "probePort", "metricsPort", "jobNetworkPolicies"})
 # The Lease is in the release's namespace, where the operator has the right to write it, and has the release's name.
 _NOT_IN_LEADER_ELECTION = frozenset({"namespace", "leaseName"})
 # Defaults of the chart for a profile.
@@ -18,12 +19,13 @@ _NOT_REQUIRED_OF_PROFILES = frozenset({"image"})
 def definitions() -> dict[str, Any]:
     """Return the schema's `$defs`: Settings, Profile and parts, but Kubernetes' own."""
     settings: dict[str, Any] = _plain(Settings.model_json_schema(by_alias=True))
-    parts = settings.pop("$defs")
+    profile: dict[str, Any] = _plain(Profile.model_json_schema(by_alias=True))
+    parts = dict(sorted((settings.pop("$defs") | profile.pop("$defs") | {"Profile": profile}).items()))
     return {
         **parts,
         "LeaderElectionSettings": _leave_out(parts["LeaderElectionSettings"], _NOT_IN_LEADER_ELECTION),
-        "Settings": _require(_leave_out(settings, _NOT_IN_SETTINGS), leave_out=_NOT_IN_SETTINGS),
-        "Profile": _require(parts["Profile"], leave_out=_NOT_REQUIRED_OF_PROFILES),
+        "Settings": _leave_out(settings, _NOT_IN_SETTINGS),
+        "Profile": profile | {"required": sorted(set(profile["required"]) - _NOT_REQUIRED_OF_PROFILES)},
     }
 
 
@@ -35,10 +37,6 @@ def render() -> str:
 
 def _leave_out(schema: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return schema | {"properties": {name: part for name, part in schema["properties"].items() if name not in names}}
-
-
-def _require(schema: dict[str, Any], *, leave_out: frozenset[str]) -> dict[str, Any]:
-    return schema | {"required": [name for name in schema["required"] if name not in leave_out]}
 
 
 def _plain(node: Any, *, names: bool = False) -> Any:

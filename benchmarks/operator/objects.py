@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qlora_api.profile import Profile
+from qlora_api.profile import PROFILE_KIND, Profile
 from qlora_api.spec.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 
 NAMESPACE = "team"
@@ -32,6 +32,16 @@ def qlora_job(number: int, namespace: str = NAMESPACE, name: str = "", **spec: A
     }
 
 
+def profile() -> dict[str, Any]:
+    """The only profile."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": PROFILE_KIND,
+        "metadata": {"name": "default"},
+        "spec": PROFILE.dump(),
+    }
+
+
 def operator_settings(probe_port: int, metrics_port: int) -> dict[str, Any]:
     """The operator's settings: its defaults, apart from the ports."""
-    return {"profiles": {"default": PROFILE.dump()}, "probePort": probe_port, "metricsPort": metrics_port}
+    return {"probePort": probe_port, "metricsPort": metrics_port}

@@ -1,6 +1,7 @@
 """Starts the processes of every load, a control plane and the operator, and reads what they use."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from typing import Any
 import yaml
 
 from benchmarks.memory import peak_resident_bytes, resident_bytes
-from benchmarks.operator.objects import operator_settings
+from benchmarks.operator.objects import operator_settings, profile
 from devcluster import processes
 from devcluster.addresses import free_port
 from devcluster.controlplane import ControlPlane, running
+from devcluster.product import DEFINITIONS
 
 ROOT = Path(__file__).parents[2]
 # The controller manager's defaults are for a cluster where Jobs come one by one: 20 requests per second.
@@ -68,7 +70,8 @@ def control_plane(namespaces: Sequence[str], controllers: Sequence[str] = UNHURR
             plane.kubectl.apply(definition.read_text())
         for namespace in namespaces:
             plane.kubectl("create", "namespace", namespace)
-        plane.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "crd/qlorasweeps.qlora.dev")
+        plane.kubectl("wait", "--for=condition=Established", *(f"crd/{each}" for each in DEFINITIONS))
+        plane.kubectl.apply(json.dumps(profile()))
         yield plane
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from qlora_api.profile import DNS_LABEL, DNS_SUBDOMAIN, LABEL_KEY, LABEL_VALUE, QUANTITY
+from qlora_api.kubernetes_values import DNS_LABEL, DNS_SUBDOMAIN, LABEL_KEY, LABEL_VALUE, QUANTITY
 from qlora_api.sweep.grid import Grid, Overrides
 
 Location = tuple[int | str, ...]

@@ -5,10 +5,13 @@ It has a structural schema with CEL rules, columns and defaults.
 
 import json
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from qlora_api.kubernetes_values import DNS_LABEL
+from qlora_api.profile import PROFILE_KIND, PROFILE_PLURAL, Profile
+from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.schema import VALIDATIONS, rule, rules
 from qlora_api.spec.job import GROUP, KIND, MAX_NAME_LENGTH, OTHER_JOB_RULE, PLURAL, VERSION, QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
@@ -20,7 +23,7 @@ Schema = dict[str, Any]
 
 def _name_rule(longest: int, of: str) -> dict[str, str]:
     return rule(
-        f"self.metadata.name.size() <= {longest} && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        f"self.metadata.name.size() <= {longest} && self.metadata.name.matches('{DNS_LABEL}')",
         f"metadata.name must be one DNS label (a-z, 0-9 and '-', no dots) of at most {longest} characters: "
         f"the names of {of} derive from it",
     )
@@ -65,6 +68,22 @@ _SWEEP_COLUMNS = [
 ]
 
 
+_PROFILE_COLUMNS = [
+    _column(
+        "Ready",
+        '.status.conditions[?(@.type=="Ready")].status',
+        description="Whether jobs can start with it.",
+    ),
+    _column("Paused", ".spec.paused", type_="boolean", description="Whether its jobs are paused."),
+    _column("GPU", ".spec.gpuResource", description="Extended resource that train requests."),
+    _column("Image", ".spec.image", wide=True, description="The trainer image."),
+    _column(
+        "Reason", '.status.conditions[?(@.type=="Ready")].reason', wide=True, description="Why it is ready or not."
+    ),
+    _column("Age", ".metadata.creationTimestamp", type_="date", description="Time since the profile was created."),
+]
+
+
 def custom_resource_definition() -> Schema:
     """The complete CustomResourceDefinition of QLoRAJob as a plain object."""
     return _definition(
@@ -97,9 +116,34 @@ def sweep_definition() -> Schema:
     )
 
 
+def profile_definition() -> Schema:
+    """The complete CustomResourceDefinition of QLoRAProfile as a plain object."""
+    return _definition(
+        PROFILE_KIND,
+        PROFILE_PLURAL,
+        "qp",
+        "QLoRAProfile is a class of QLoRAJobs that the administrator defines: image, nodes, servers, limits.",
+        (
+            rule(
+                f"self.metadata.name.size() <= 63 && self.metadata.name.matches('{DNS_LABEL}')",
+                "metadata.name must be one DNS label (a-z, 0-9 and '-', no dots) of at most 63 characters: jobs name "
+                "it in spec.scheduling.profile",
+            ),
+        ),
+        (structural_schema(Profile, defaults=True), structural_schema(QLoRAProfileStatus, defaults=False)),
+        _PROFILE_COLUMNS,
+        (),
+        scope="Cluster",
+    )
+
+
 def definitions() -> dict[str, Schema]:
     """Every CustomResourceDefinition, by its kind."""
-    return {KIND: custom_resource_definition(), SWEEP_KIND: sweep_definition()}
+    return {
+        KIND: custom_resource_definition(),
+        SWEEP_KIND: sweep_definition(),
+        PROFILE_KIND: profile_definition(),
+    }
 
 
 def _definition(
@@ -111,6 +155,8 @@ def _definition(
     spec_and_status: tuple[Schema, Schema],
     columns: list[Schema],
     selectable: tuple[str, ...],
+    *,
+    scope: Literal["Namespaced", "Cluster"] = "Namespaced",
 ) -> Schema:
     spec, status = spec_and_status
     # Until the operator has seen an object, tools that follow kstatus must read it as "in progress".
@@ -136,7 +182,7 @@ def _definition(
         "metadata": {"name": f"{plural}.{GROUP}"},
         "spec": {
             "group": GROUP,
-            "scope": "Namespaced",
+            "scope": scope,
             "names": {
                 "kind": kind,
                 "listKind": f"{kind}List",
@@ -153,7 +199,7 @@ def _definition(
                     "schema": {"openAPIV3Schema": root},
                     "subresources": {"status": {}},
                     "additionalPrinterColumns": columns,
-                    "selectableFields": [{"jsonPath": path} for path in selectable],
+                    **({"selectableFields": [{"jsonPath": path} for path in selectable]} if selectable else {}),
                 }
             ],
         },

@@ -1,11 +1,10 @@
 """The administrator's settings for a class of jobs: images, node pools, security identity, limits."""
 
-import re
-from decimal import Decimal
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from qlora_api.allowed_namespaces import AllowedNamespaces
 from qlora_api.connections import (
     PROXY_URL,
     AzureStorage,
@@ -16,105 +15,24 @@ from qlora_api.connections import (
     NcclSettings,
     TrackingServers,
 )
+from qlora_api.kubernetes_values import (
+    AccessMode,
+    LabelKey,
+    ObjectName,
+    Quantity,
+)
+from qlora_api.pod_options import PodOptions
 from qlora_api.retention import ClaimRetentionPolicy, TtlSeconds
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.sources import REGISTRY, SUBDOMAIN
+from qlora_api.sources import REGISTRY
 
-DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-DNS_SUBDOMAIN = rf"^{SUBDOMAIN}$"
-# Zero is rejected here because the API server rejects it later, in a claim's size for example, where no user sees it.
-QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
-LABEL_KEY = rf"^({SUBDOMAIN}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
-LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+PROFILE_KIND, PROFILE_PLURAL = "QLoRAProfile", "qloraprofiles"
 PRICE = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"
-
-ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
-Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
-NamespaceName = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
-LabelKey = Annotated[str, Field(max_length=253, pattern=LABEL_KEY)]
-LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE)]
-
 RegistryHost = Annotated[str, Field(max_length=260, pattern=rf"^(http://)?{REGISTRY}$")]
 
-_DECIMAL = {"": 0, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15}
-_BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50}
 
-
-def amount(quantity: str) -> Decimal:
-    """The number that a quantity stands for; of a size, its bytes."""
-    number = quantity.rstrip("mkMGTPi")
-    unit = quantity[len(number) :]
-    return Decimal(number) * (Decimal(2) ** _BINARY[unit] if unit in _BINARY else Decimal(10) ** _DECIMAL[unit])
-
-
-_KEY_MESSAGE = "a label key is NAME or PREFIX/NAME, as in a node's labels"
-
-
-def _check_keys(selector: dict[str, str]) -> dict[str, str]:
-    for key in selector:
-        if not re.fullmatch(LABEL_KEY, key):
-            raise ValueError(f"found {key[:80]!r}, {_KEY_MESSAGE}")
-    return selector
-
-
-NodeSelector = Annotated[
-    dict[Annotated[str, Field(max_length=253)], LabelValue],
-    # A structural schema cannot constrain keys: rules do.
-    Field(
-        max_length=16,
-        json_schema_extra=rules(
-            rule("self.all(key, key.size() <= 253)", "a label key has at most 253 characters"),
-            rule(f"self.all(key, key.matches('{LABEL_KEY}'))", _KEY_MESSAGE),
-        ),
-    ),
-    AfterValidator(_check_keys),
-]
-AccessMode = Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"]
-
-
-# Rejected here because the API server rejects it in the pod, long after it has admitted the QLoRAJob.
-_NO_KEY = "a toleration without a key needs operator: Exists"
-_VALUE_OF_EXISTS = "operator: Exists takes no value"
-_SECONDS = "tolerationSeconds needs effect: NoExecute"
-
-
-class Toleration(ApiModel):
-    """Lets the pods run on nodes with a matching taint, as in a pod's `tolerations`."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule("has(self.key) || (has(self.operator) && self.operator == 'Exists')", _NO_KEY),
-            rule("!has(self.value) || !has(self.operator) || self.operator == 'Equal'", _VALUE_OF_EXISTS),
-            rule("!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')", _SECONDS),
-        )
-    )
-
-    key: LabelKey | None = Field(
-        default=None, description="Key of the taint; any taint if not set, which needs operator Exists."
-    )
-    operator: Literal["Exists", "Equal"] | None = Field(
-        default=None, description="How key and value compare; Equal if not set."
-    )
-    value: LabelValue | None = Field(default=None, description="Value of the taint.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        default=None, description="Effect of the taint; all effects if not set."
-    )
-    toleration_seconds: int | None = Field(
-        default=None, ge=0, le=2**31 - 1, description="Seconds that a NoExecute taint is tolerated; forever if not set."
-    )
-
-    @model_validator(mode="after")
-    def _as_in_a_pod(self) -> Self:
-        if self.key is None and self.operator != "Exists":
-            raise ValueError(_NO_KEY)
-        if self.value is not None and self.operator == "Exists":
-            raise ValueError(_VALUE_OF_EXISTS)
-        if self.toleration_seconds is not None and self.effect != "NoExecute":
-            raise ValueError(_SECONDS)
-        return self
-
-
-Tolerations = Annotated[tuple[Toleration, ...], Field(max_length=16)]
+_PRICE_AND_CURRENCY = "gpuHourPrice and currency belong together: set both, or neither"
+_NEEDS_PROXY = "noProxy and proxySecretName are for httpsProxy: set it, or remove them"
 
 
 class StepResources(ApiModel):
@@ -208,7 +126,7 @@ class ModelCache(ApiModel):
 
 
 class Limits(ApiModel):
-    """Limits of the profile for the jobs of one namespace, for new starts only."""
+    """Limits of the profile for the jobs of one namespace."""
 
     gpus: int | None = Field(
         None,
@@ -242,10 +160,41 @@ class Limits(ApiModel):
         description="The longest ttlSecondsAfterFinished; any if not set. A job or sweep with a longer one, or with "
         "none, is deleted so many seconds after its end, also if it has ended before the profile got this limit.",
     )
+    gpu_hours_per_month: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="GPU hours that all jobs of one namespace may use together in a month (UTC); any number if not "
+        "set. Then they save a checkpoint and wait with the reason MonthlyBudgetSpent, also started ones, and continue "
+        "with the next month. It is compared at least every five minutes.",
+    )
 
 
-class Profile(ApiModel):
+class Canary(ApiModel):
+    """Another trainer image for a share of the new jobs."""
+
+    image: str = Field(max_length=512, description="The image, preferably by digest.")
+    percent: int = Field(
+        ge=1,
+        le=100,
+        description="Share of new jobs that get it, by a hash of the job's UID, or of its sweep's: cells of a sweep "
+        "have one image.",
+    )
+
+
+class Profile(PodOptions):
     """A class of jobs, set up by the administrator. Jobs name it, never change it."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("has(self.gpuHourPrice) == has(self.currency)", _PRICE_AND_CURRENCY),
+            rule(
+                "has(self.httpsProxy) || "
+                "(!has(self.proxySecretName) && (!has(self.noProxy) || self.noProxy.size() == 0))",
+                _NEEDS_PROXY,
+            ),
+        )
+    )
 
     image: str = Field(max_length=512, description="The trainer image, preferably by digest.")
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field("IfNotPresent", description="As in a pod.")
@@ -288,28 +237,27 @@ class Profile(ApiModel):
     runtime_class_name: ObjectName | None = Field(None, description="RuntimeClass of the train pod.")
     service_account_name: ObjectName | None = Field(None, description="Service account; its token is never mounted.")
     run_as: RunAs | None = Field(None, description="User and groups of the pods; the platform's choice if not set.")
-    host_users: bool | None = Field(
-        None,
-        description="As in a pod: with false, users of a pod are no users of the node. Needs idmapped mounts in the "
-        "kernel, the runtime and the file system of each volume, and NFS has none; the cluster's default if not set.",
-    )
-    node_selector: NodeSelector = Field(
-        {}, description="Labels that the nodes must have; a job can add to them, not change them."
-    )
-    tolerations: Tolerations = Field((), description="Taints that the pods tolerate.")
     allow_job_scheduling: bool = Field(
         False,
         description="Whether a job may set nodeSelector, tolerations and priorityClassName in spec.scheduling, and so "
         "tolerate any taint and preempt others. If false, a job that sets one of them waits with the reason "
         "SchedulingNotAllowed.",
     )
-    namespaces: Annotated[tuple[NamespaceName, ...], Field(min_length=1, max_length=1000)] | None = Field(
+    allowed_namespaces: AllowedNamespaces | None = Field(
         None,
         description="Namespaces whose jobs may use the profile; all if not set. A job of another one waits with the "
         "reason ProfileNotAllowed. Not copied into the status of jobs.",
     )
     limits: Limits | None = Field(
         None, description="Limits for the jobs of one namespace; none if not set. Not copied either."
+    )
+    paused: bool | None = Field(
+        None,
+        description="If true, no pod of the profile's jobs starts, and those that run save a checkpoint and stop. The "
+        "jobs wait with the reason ProfilePaused, and continue once it is false or not set. Not copied.",
+    )
+    canary: Canary | None = Field(
+        None, description="A new trainer image for some of the new jobs; all get image if not set. Not copied."
     )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
     model_cache: ModelCache | None = Field(
@@ -387,11 +335,21 @@ class Profile(ApiModel):
     @model_validator(mode="after")
     def _price_with_currency(self) -> Self:
         if (self.gpu_hour_price is None) != (self.currency is None):
-            raise ValueError("gpuHourPrice and currency belong together: set both, or neither")
+            raise ValueError(_PRICE_AND_CURRENCY)
         return self
 
     @model_validator(mode="after")
     def _proxy_has_an_address(self) -> Self:
         if self.https_proxy is None and (self.no_proxy or self.proxy_secret_name):
-            raise ValueError("noProxy and proxySecretName are for httpsProxy: set it, or remove them")
+            raise ValueError(_NEEDS_PROXY)
         return self
+
+    @property
+    def gives_gpus(self) -> bool:
+        """Whether each train pod has GPUs of its own."""
+        return self.gpu_resource is not None or (self.resource_claims is not None and self.device == "cuda")
+
+    def admits(self, namespace: str) -> bool:
+        """Whether jobs of the namespace may use it, by names alone."""
+        allowed = self.allowed_namespaces
+        return allowed is None or namespace in (allowed.names or ())

@@ -66,6 +66,9 @@ class Resolved(ObservedModel):
 
     contract_version: int = Field(ge=1, le=1000, description="Version of the contract between operator and trainer.")
     profile: Profile = Field(description="The administrator's profile when the job started.")
+    canary: bool | None = Field(
+        None, description="Whether the image is that of the profile's canary; not set if it is the profile's."
+    )
     claim_name: str = Field(max_length=253, description="The workspace's PersistentVolumeClaim.")
     claim_created: bool = Field(description="Whether the operator creates that claim.")
     workspace_path: str = Field(max_length=256, description="The job's own folder on the claim.")

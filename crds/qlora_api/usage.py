@@ -87,6 +87,10 @@ class UsageStatus(ObservedModel):
 
     gpu_seconds: Count = Field(0, description="Seconds times GPUs, of all train pods. Never decreases.")
     gpu_hours: ShortText = Field("0.00", description='The same in hours, for people, for example "12.50".')
+    settled_gpu_seconds: Count | None = Field(
+        None,
+        description="The part of gpuSeconds that is in the profile's sums for good; set when the job has ended.",
+    )
     lost_gpu_seconds: LostGpuSeconds = Field(
         LostGpuSeconds(), description="The part of gpuSeconds that is in no checkpoint, by cause."
     )

@@ -32,7 +32,8 @@ def reject_work(kubectl: Kubectl) -> None:
         f"{item['metadata']['namespace']}/{item['metadata']['name']}"
         for definition in installed
         for item in kubectl.get(definition.partition("/")[2], "--all-namespaces")["items"]
-        if item["metadata"]["namespace"] != NAMESPACE
+        # Profiles have no namespace: an installation creates them again.
+        if item["metadata"].get("namespace", NAMESPACE) != NAMESPACE
     ]
     if found:
         shown = ", ".join([*found[:3], *(["…"] if len(found) > 3 else [])])

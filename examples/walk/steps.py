@@ -137,7 +137,7 @@ WALK = (
         UNINSTALL,
         "kubectl delete qlorasweeps,qlorajobs --all\n"
         "helm uninstall qlora-operator --namespace qlora-system --wait\n"
-        "kubectl delete crd qlorajobs.qlora.dev qlorasweeps.qlora.dev",
+        "kubectl delete crd qlorajobs.qlora.dev qlorasweeps.qlora.dev qloraprofiles.qlora.dev",
         shows=('release "qlora-operator" uninstalled',),
     ),
     Step(

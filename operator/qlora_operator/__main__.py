@@ -24,14 +24,17 @@ from qlora_operator.leadership import Election, LeaseSettings
 from qlora_operator.logs import configure_logging
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.probes import Answer, Health, PortError, serving
+from qlora_operator.reconcile.accounts import Accounts
 from qlora_operator.reconcile.isolation import Isolation
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.reconcile.profile_limit import Starts
+from qlora_operator.reconcile.profiles import ProfileReconciler
 from qlora_operator.reconcile.progress import ProgressReader
 from qlora_operator.reconcile.queue import WorkQueue
 from qlora_operator.reconcile.sweep import SweepReconciler
 from qlora_operator.settings import ENV_SETTINGS, Settings, SettingsError, find_settings, load_settings
 from qlora_operator.watch.handlers import Hooks, watch
+from qlora_operator.watch.profiles import ProfileStore
 from qlora_operator.watch.resync import Resync, look_at_all_sweeps
 from qlora_operator.watch.store import Store
 
@@ -94,7 +97,7 @@ async def _connect_and_run(settings: Settings, lease: LeaseSettings | None) -> N
     signals = Signals()
     signals.take()
     shown, health = settings.metrics, Health()
-    metrics = Metrics(shown.running_jobs, settings.profiles, shown.namespaces)
+    metrics = Metrics(shown.running_jobs, shown.namespaces)
     ports: dict[int, dict[str, Callable[[], Answer]]] = {
         settings.probe_port: {"/healthz": health.liveness, "/readyz": health.readiness},
     }
@@ -153,6 +156,19 @@ class Operator:
         self._queue: WorkQueue | None = None
         """Of jobs; None while this operator does not work, and requests nothing."""
         self._sweeps: WorkQueue | None = None
+        self._accounts = Accounts()
+        self._profiles = ProfileStore(lambda name: self._followed.changed(name))
+        self._followed = ProfileReconciler(
+            cluster,
+            self._profiles,
+            self._store,
+            namespaces=settings.namespaces,
+            enqueue=self._request,
+            enqueue_sweep=self._request_sweep,
+            on_change=metrics.transitions.expect,
+            clock=lambda: datetime.now(UTC),
+            accounts=self._accounts,
+        )
         self._resync = Resync(
             cluster,
             settings.namespaces,
@@ -175,6 +191,7 @@ class Operator:
             self._store,
             self._request_sweep,
             self._metrics.watches.event,
+            self._profiles,
         )
         self._resync.monitor.on_restart = self._metrics.watches.restarted
         async with asyncio.TaskGroup() as group:
@@ -218,15 +235,17 @@ class Operator:
         settings, (queue, sweeps) = self._settings, self._new_queues()
         with self._at_work((queue, sweeps)):
             changed = await self._resync.first()
+            await self._followed.first()
             _keep_what_is_there()
             self._queue, self._sweeps = queue, sweeps
             self._resync.request_all(changed)
             where = ", ".join(settings.namespaces) or "all namespaces"
-            logger.info("working in %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
+            logger.info("working in %s; profiles: %s", where, ", ".join(sorted(self._profiles)) or "none")
             async with asyncio.TaskGroup() as group:
                 group.create_task(queue.run())
                 group.create_task(sweeps.run())
                 group.create_task(self._resync.run())
+                group.create_task(self._followed.run())
                 known, interval = self._metrics.sweeps.known, settings.resync_seconds
                 listing = look_at_all_sweeps(self._cluster, settings.namespaces, sweeps.add, interval, known)
                 group.create_task(listing)
@@ -246,10 +265,12 @@ class Operator:
         sweeps = WorkQueue(
             SweepReconciler(
                 self._cluster,
-                settings.profiles,
+                self._profiles,
                 clock=lambda: datetime.now(UTC),
                 progress=progress,
                 metrics=metrics,
+                accounts=self._accounts,
+                note_usage=self._store.jobs.note_sweep,
             ).reconcile,
             monotonic=time.monotonic,
             workers=_SWEEP_WORKERS,
@@ -299,14 +320,15 @@ class Operator:
         network = settings.job_network_policies
         return Reconciler(
             cluster=cluster,
-            profiles=settings.profiles,
+            profiles=self._profiles,
+            accounts=self._accounts,
             progress=progress,
             metrics=self._metrics,
             clock=lambda: datetime.now(UTC),
             starts=Starts(cluster.profiles_in_use, enqueue, time.monotonic),
             store=self._store,
             dns=network.dns,
-            isolate=Isolation(cluster, network, settings.profiles, time.monotonic).apply,
+            isolate=Isolation(cluster, network, self._profiles, time.monotonic).apply,
             suspect_schema=self._check.suspect,
         )
 

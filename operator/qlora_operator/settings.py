@@ -1,20 +1,17 @@
 """Reads the administrator's settings from a YAML file."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from qlora_api.profile import DNS_LABEL, Profile
+from qlora_api.kubernetes_values import DNS_LABEL
 from qlora_api.schema import ApiModel
 from qlora_operator.decisions.manifests.network import JobNetworkPolicies, Port
-from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
-from qlora_operator.decisions.resolution import as_copied
 from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
 from qlora_operator.metrics.transitions import DEFAULT_NAMESPACES, OTHER_NAMESPACES
 
@@ -24,20 +21,6 @@ SECONDS_BETWEEN_PASSES = 2.0
 """Of a sweep: cells change their status in these seconds one after the other, and one pass covers them."""
 
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
-
-# The rest is for the other resolved values: three names, a path and a version.
-_MAX_PROFILE = MAX_RESOLVED - 2048
-
-
-def _check_length(profile: Profile) -> Profile:
-    length = len(json.dumps(as_copied(profile).dump(), separators=(",", ":")))
-    if length > _MAX_PROFILE:
-        raise ValueError(
-            f"found {length} characters as JSON, of which each job gets a copy; at most {_MAX_PROFILE} are allowed: "
-            "shorten nccl, where a character that is not ASCII counts six or twelve"
-        )
-    return profile
-
 
 # The errors of the YAML library for a value that does not match its tag, or for bytes that are not text.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -100,12 +83,9 @@ class LeaderElectionSettings(ApiModel):
 
 
 class Settings(ApiModel):
-    """The administrator's settings of the operator and, in profiles, of the jobs."""
+    """The administrator's settings of the operator."""
 
     namespaces: tuple[Name, ...] = Field((), description="Namespaces to serve; all if empty.")
-    profiles: dict[Name, Annotated[Profile, AfterValidator(_check_length)]] = Field(
-        min_length=1, description="Classes of jobs, by the name that jobs use."
-    )
     progress: ProgressSettings = Field(ProgressSettings(), description="Progress of running jobs.")
     metrics: MetricsSettings = Field(MetricsSettings(), description="What the metrics show.")
     resync_seconds: float = Field(

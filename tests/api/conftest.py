@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import pytest
 
 from devcluster.controlplane import ControlPlane, running
-from tests.support.cluster.nodeless import Nodeless, apply_definitions, nodeless
+from tests.support.cluster.nodeless import DEFAULT_PROFILE, Nodeless, apply_definitions, nodeless
 
 
 @pytest.fixture(scope="session")
 def plane() -> Iterator[ControlPlane]:
-    """Nothing else: no operator, no controllers, no webhook."""
+    """With one profile, and nothing else: no operator, no controllers, no webhook."""
     with running() as plane:
-        apply_definitions(plane)
+        apply_definitions(plane, default=DEFAULT_PROFILE)
         yield plane
 
 

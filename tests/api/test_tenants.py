@@ -47,7 +47,7 @@ PROFILES: Object = {
         "allowJobScheduling": False,
         "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2},
     },
-    "private": {"namespaces": [VICTIM]},
+    "private": {"allowedNamespaces": {"selector": {"matchLabels": {"kubernetes.io/metadata.name": VICTIM}}}},
     "nodes": {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}},
 }
 HARMLESS = {**NEEDS_NO_NODE, **FORGED}

@@ -42,7 +42,7 @@ PROFILES: Object = {
         "allowJobScheduling": True,
     },
     "small": {"allowJobScheduling": False, "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2}},
-    "private": {"namespaces": [VICTIM]},
+    "private": {"allowedNamespaces": {"selector": {"matchLabels": {"kubernetes.io/metadata.name": VICTIM}}}},
     product.SHARED_PROFILE: product.SMALL_MACHINE["profiles"][product.SHARED_PROFILE],
 }
 

@@ -60,13 +60,8 @@ spec:
 _SETTINGS = b"""\
 namespaces: [team]
 resyncSeconds: 300
-profiles:
-  default:
-    image: example.org/trainer
-    gpuResource: nvidia.com/gpu
-    nodeSelector: {pool: gpu}
-    tolerations: [{key: gpu, operator: Exists, effect: NoSchedule}]
-    registries: ["http://registry.example:5000"]
+metrics: {runningJobs: 10}
+dnsPorts: [53]
 """
 _CARD = b"""\
 ---

@@ -82,6 +82,12 @@ def job_body(status: Mapping[str, Any] | None = None, /, generation: int = 1, **
     }
 
 
+def profile_body(name: str = "default", /, generation: int = 1, version: int = 7, **spec: Any) -> dict[str, Any]:
+    """A QLoRAProfile as stored; keywords are fields of the spec."""
+    metadata = {"name": name, "uid": f"uid-{name}", "generation": generation, "resourceVersion": str(version)}
+    return {"metadata": metadata, "spec": {"image": PROFILE.image} | spec}
+
+
 def make_job(status: QLoRAJobStatus | None = None, /, generation: int = 1, **spec: Any) -> QLoRAJob:
     """The parsed job, with that stored status."""
     return parse_job(job_body(status.dump() if status else None, generation=generation, **spec))

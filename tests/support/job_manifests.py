@@ -19,6 +19,31 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+_NODES = {"matchExpressions": [{"key": "gpu", "operator": "NotIn", "values": ["old"]}]}
+_PODS = {"labelSelector": {"matchLabels": {"team": "a"}}, "topologyKey": "rack"}
+POD_OPTIONS: dict[str, Any] = {
+    "gpuResource": "nvidia.com/gpu",
+    "nodeSelector": {"pool": "gpu"},
+    "schedulerName": "gang-scheduler",
+    "podLabels": {"cost-center": "42"},
+    "podAnnotations": {"k8s.v1.cni.cncf.io/networks": "rdma"},
+    "extraResources": {"rdma/hca": 2},
+    "resourceClaims": [{"name": "nics", "resourceClaimTemplateName": "fast-nics"}],
+    "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "rack"}],
+    "affinity": {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [_NODES]},
+            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 5, "preference": _NODES}],
+        },
+        "podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [_PODS]},
+        "podAntiAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "podAffinityTerm": _PODS}]
+        },
+    },
+}
+"""Every option of a profile's pods."""
+
+
 def build(step: StepName, /, profile: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
     full = Profile.model_validate({"image": "example.org/trainer", "gpuResource": "nvidia.com/gpu"} | (profile or {}))
     return build_job(make_job(**spec), resolved(full), step, 2)

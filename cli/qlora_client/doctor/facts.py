@@ -50,6 +50,7 @@ class Facts:
     """The OpenAPI document of QLoRAJobs; None if the API server does not have the kind."""
     cli_version: str
     operators: Sequence[Operator] | Unknown
+    profiles: Sequence[Object] | Unknown
     jobs: Sequence[Object] | Unknown
     """The QLoRAJobs of the namespace."""
     nodes: Sequence[Object] | Unknown
@@ -75,12 +76,9 @@ class NamedProfile:
 
 
 def profiles_of(facts: Facts) -> list[NamedProfile]:
-    """Return the profiles of the operator's settings, or else those of existing jobs."""
-    operators = () if isinstance(facts.operators, Unknown) else facts.operators
-    for operator in operators:
-        if not isinstance(operator.settings, Unknown):
-            set_there: Mapping[str, Object] = operator.settings.get("profiles") or {}
-            return [NamedProfile(name, content) for name, content in set_there.items()]
+    """Return the QLoRAProfiles, or else the copies of existing jobs."""
+    if not isinstance(facts.profiles, Unknown):
+        return [NamedProfile(each["metadata"]["name"], each.get("spec") or {}) for each in facts.profiles]
     found: dict[str, Object] = {}
     for job in () if isinstance(facts.jobs, Unknown) else facts.jobs:
         name = ((job.get("spec") or {}).get("scheduling") or {}).get("profile", "default")

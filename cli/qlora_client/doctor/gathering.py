@@ -20,7 +20,7 @@ from qlora_client.doctor.profile_checks import check_profiles
 from qlora_client.files.claims import NEEDED as READS_CLAIMS
 from qlora_client.kube.cluster import Cluster, Object, Rights, lacking
 from qlora_client.kube.errors import ForbiddenError, MissingError, RejectedError
-from qlora_client.kube.resources import EVENTS, JOBS, LOGS, PODS, SWEEPS, Resource
+from qlora_client.kube.resources import EVENTS, JOBS, LOGS, PODS, PROFILES, SWEEPS, Resource
 
 DEPLOYMENTS = Resource("apps", "v1", "deployments")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
@@ -61,6 +61,7 @@ def gather(cluster: Cluster, operator_namespace: str) -> Facts:
         schemas=schemas,
         cli_version=version("qlora-operator"),
         operators=_operators(cluster, operator_namespace),
+        profiles=[] if schemas is None else _list(cluster, PROFILES),
         jobs=[] if schemas is None else _list(cluster, JOBS),
         nodes=_list(cluster, NODES),
         storage_classes=_list(cluster, STORAGE_CLASSES),

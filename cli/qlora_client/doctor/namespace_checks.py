@@ -5,8 +5,9 @@ from decimal import Decimal, InvalidOperation
 
 from pydantic import ValidationError
 
+from qlora_api.kubernetes_values import amount
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
-from qlora_api.profile import Profile, amount
+from qlora_api.profile import Profile
 from qlora_client.doctor.facts import Check, Facts, NamedProfile, Object, Unknown, profiles_of, selects
 
 _ENFORCED = "pod-security.kubernetes.io/enforce"

@@ -23,19 +23,11 @@ _ONE_NODE = (
 
 def check_profiles(facts: Facts) -> list[Check]:
     """The checks of every profile that is known."""
-    profiles = profiles_of(facts)
-    if not profiles:
-        return [Check("Profiles", "unknown", f"{_why_unknown(facts)}, and no job here has a copy of one yet")]
-    return [check for profile in profiles for check in _check_profile(profile, facts)]
-
-
-def _why_unknown(facts: Facts) -> str:
-    if isinstance(facts.operators, Unknown):
-        return "they are in the operator's Deployment, which you may not read"
-    if not facts.operators:
-        return "they come with the operator's chart"
-    whys = [operator.settings.why for operator in facts.operators if isinstance(operator.settings, Unknown)]
-    return f"the operator's Deployment does not show them ({whys[0]})" if whys else "the operator has none"
+    if profiles := profiles_of(facts):
+        return [check for profile in profiles for check in _check_profile(profile, facts)]
+    if isinstance(facts.profiles, Unknown):
+        return [Check("Profiles", "unknown", f"{facts.profiles.why}; no job here has a copy of one yet")]
+    return [Check("Profiles", "problem", "there is no QLoRAProfile: the operator's chart creates one, named default")]
 
 
 def _check_profile(named: NamedProfile, facts: Facts) -> Iterator[Check]:
@@ -46,15 +38,25 @@ def _check_profile(named: NamedProfile, facts: Facts) -> Iterator[Check]:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         field = ".".join(map(str, problem["loc"]))
-        yield Check(title, "problem", f"profiles.{named.name}.{field}: {problem['msg']}; correct the chart's values")
+        yield Check(title, "problem", f"QLoRAProfile {named.name}: spec.{field}: {problem['msg']}")
         return
     yield _check_image(title, profile)
-    if profile.namespaces is not None and facts.namespace not in profile.namespaces:
-        yield Check(title, "warning", f"jobs of {facts.namespace} may not use it: ask the administrator to add it")
+    if not _admits(profile, facts):
+        yield Check(title, "warning", f"jobs of {facts.namespace} may not use it: ask the administrator to admit it")
     yield _check_nodes(f"{title}: nodes", named.name, profile, facts.nodes)
     yield _check_storage(f"{title}: storage", named.name, profile, facts.storage_classes)
     if profile.runtime_class_name is not None:
         yield _check_runtime(f"{title}: runtime class", profile.runtime_class_name, facts.runtime_classes)
+
+
+def _admits(profile: Profile, facts: Facts) -> bool:
+    """Whether it admits the namespace, also if the namespace's labels are unknown."""
+    allowed = profile.allowed_namespaces
+    if allowed is None or profile.admits(facts.namespace):
+        return True
+    if allowed.selector is None or isinstance(facts.own_namespace, Unknown):
+        return allowed.selector is not None
+    return has_labels(facts.own_namespace["metadata"].get("labels") or {}, allowed.selector.match_labels)
 
 
 def _check_image(title: str, profile: Profile) -> Check:
@@ -86,7 +88,7 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
             title,
             "warning",
             f"no node has {labels} now: right only if an autoscaler adds some; otherwise label the GPU nodes, or "
-            f"change profiles.{name}.nodeSelector",
+            f"change spec.nodeSelector of QLoRAProfile {name}",
         )
     usable = [node for node in labeled if not _unusable(node, profile)]
     if not usable:
@@ -100,7 +102,7 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
             title,
             "problem",
             f"none of its nodes ({len(usable)}) offers {profile.gpu_resource}: install the vendor's device plugin, or "
-            f"change profiles.{name}.gpuResource",
+            f"change spec.gpuResource of QLoRAProfile {name}",
         )
     with_gpus = [count for count in counts if count]
     nodes_text = f"{len(with_gpus)} node{'s' if len(with_gpus) > 1 else ''}"
@@ -114,8 +116,7 @@ def _without_gpu(title: str, name: str, profile: Profile, count: int) -> Check:
         return Check(
             title,
             "warning",
-            f"it trains on cuda and requests no GPU: set profiles.{name}.gpuResource, unless its nodes give every pod "
-            "their GPUs",
+            "it trains on cuda and requests no GPU: set spec.gpuResource, unless its nodes give every pod their GPUs",
         )
     return Check(title, "ok", f"it trains on the CPU of {count} node{'s' if count > 1 else ''}")
 
@@ -141,11 +142,11 @@ def _check_storage(title: str, name: str, profile: Profile, classes: Sequence[Ob
     wanted, mode = profile.workspace.storage_class_name, profile.workspace.access_mode
     if wanted is None:
         found = [each for each in classes if (each["metadata"].get("annotations") or {}).get(_DEFAULT_CLASS) == "true"]
-        remedy = f"mark one as the default, or set profiles.{name}.workspace.storageClassName"
+        remedy = f"mark one as the default, or set spec.workspace.storageClassName of QLoRAProfile {name}"
         missing = f"the cluster has no default StorageClass: {remedy}"
     else:
         found = [each for each in classes if each["metadata"]["name"] == wanted]
-        missing = f"there is no StorageClass {wanted}: create it, or change profiles.{name}.workspace.storageClassName"
+        missing = f"there is no StorageClass {wanted}: create it, or change spec.workspace.storageClassName of {name}"
     if not found:
         return Check(title, "problem", missing)
     chosen = found[0]

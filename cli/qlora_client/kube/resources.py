@@ -51,6 +51,7 @@ def page(path: str) -> Page:
 
 JOBS = Resource("qlora.dev", "v1alpha1", "qlorajobs")
 SWEEPS = Resource("qlora.dev", "v1alpha1", "qlorasweeps")
+PROFILES = Resource("qlora.dev", "v1alpha1", "qloraprofiles", namespaced=False)
 PODS = Resource("", "v1", "pods")
 LOGS = Resource("", "v1", "pods", "log")
 EXEC = Resource("", "v1", "pods", "exec")

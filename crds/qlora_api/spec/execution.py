@@ -4,7 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.profile import DNS_LABEL, DNS_SUBDOMAIN, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
+from qlora_api.kubernetes_values import (
+    DNS_LABEL,
+    DNS_SUBDOMAIN,
+    AccessMode,
+    NodeSelector,
+    ObjectName,
+    Quantity,
+    Tolerations,
+)
 from qlora_api.retention import ClaimRetentionPolicy
 from qlora_api.schema import ApiModel, rule, rules
 

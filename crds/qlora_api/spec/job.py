@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.profile import DNS_LABEL
+from qlora_api.kubernetes_values import DNS_LABEL
 from qlora_api.retention import TtlSeconds
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.spec.dataset import DatasetSpec

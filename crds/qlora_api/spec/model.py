@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.profile import ObjectName
+from qlora_api.kubernetes_values import ObjectName
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import (
     OBJECT_STORES,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.profile import ObjectName
+from qlora_api.kubernetes_values import ObjectName
 from qlora_api.schema import ApiModel, ObservedModel, rule, rules
 from qlora_api.sources import SCHEMES, WITH_SECRET, FolderAddress, examples, prefixes, scheme_of, series
 from qlora_api.spec.model import SecretRef

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.profile import Quantity
+from qlora_api.kubernetes_values import Quantity
 from qlora_api.schema import ApiModel, Decides, rule, rules
 from qlora_api.spec.model import InitialAdapterSpec
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from qlora_api.joinable import MAX_TOGETHER, not_together, rules_of_template
-from qlora_api.profile import DNS_LABEL
+from qlora_api.kubernetes_values import DNS_LABEL
 from qlora_api.retention import TtlSeconds
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of

@@ -41,7 +41,7 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     child = facts.observed.child(step.job_name)
     if child is None:
-        if not step.job_uid or job.spec.suspend:
+        if not step.job_uid or job.stops:
             return status
         if any(_is_waited_for(pod) for pod in facts.observed.pods_of(step.job_uid)):
             return status  # its pods are about to be deleted, and what they ran counts

@@ -11,7 +11,7 @@ from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
 
 def waits_for_other_job(job: QLoRAJob) -> bool:
     """Whether to read the job in spec.continues again: this one has not started."""
-    return job.spec.continues is not None and job.status.resolved is None and not job.spec.suspend and not job.deleting
+    return job.spec.continues is not None and job.status.resolved is None and not job.stops and not job.deleting
 
 
 def is_at_rest(other: QLoRAJob) -> bool:

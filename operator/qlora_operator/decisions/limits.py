@@ -87,7 +87,7 @@ def idle_seconds(
     Returns None up to the limit of the job.
     """
     step = status.step
-    if step is None or step.name not in _REPORTING or step.progressed_at is None or job.spec.suspend:
+    if step is None or step.name not in _REPORTING or step.progressed_at is None or job.stops:
         return None
     if not any(pod.running and pod.uid == step.running_pod for pod in observed.pods_of(step.job_uid)):
         return None

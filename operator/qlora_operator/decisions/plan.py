@@ -1,7 +1,6 @@
 """Plans a job's actions from the job, its next status, its children and the time."""
 
 import dataclasses
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -14,7 +13,7 @@ from qlora_operator.decisions.continued import waits_for_other_job
 from qlora_operator.decisions.expiry import is_held_up
 from qlora_operator.decisions.observed.conditions import is_finished, is_true
 from qlora_operator.decisions.observed.facts import FIRST_JOB
-from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob
+from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, share_of
 from qlora_operator.decisions.pods.attempts import active_seconds
 from qlora_operator.decisions.pods.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.pods.deletions import next_job_at
@@ -179,8 +178,8 @@ def _on_the_way(
     job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime, *, waits: bool
 ) -> Iterator[Action]:
     step = status.step
-    wanted = None if step is None or job.spec.suspend else step.job_name
-    if job.problem and not job.spec.suspend:
+    wanted = None if step is None or job.stops else step.job_name
+    if job.problem and not job.stops:
         return
     # If a pod was detached from its Job, that Job starts another one, and both write to the workspace.
     detached = step is not None and any(pod.detached and not pod.ended for pod in observed.pods_of(step.job_uid))
@@ -240,12 +239,7 @@ def _after_waiting(job: QLoRAJob, observed: Observed) -> Iterator[datetime]:
         times = len({pod.owner_uid for pod in waited})
         pause = min(PAUSE_AFTER_REJECTED_POD * 2 ** min(times - 1, 10), LONGEST_PAUSE_AFTER_REJECTED_POD)
         # Multiplied after the cap, which would make the pauses of all jobs equal again.
-        yield max(ended) + pause * (1 + _share(job.uid))
-
-
-def _share(uid: str) -> float:
-    """Return a number from 0 to 1, constant for this job and different for others."""
-    return zlib.crc32(uid.encode()) / (2**32 - 1)
+        yield max(ended) + pause * (1 + share_of(job.uid))
 
 
 def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from qlora_api.contract import needed_contract
+from qlora_api.kubernetes_values import amount
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
-from qlora_api.profile import Limits, Profile, amount
+from qlora_api.profile import Limits, Profile
 from qlora_api.schema import replace
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.announcing import reserved_config_map
@@ -14,7 +15,7 @@ from qlora_operator.decisions.continued import continued_run, objection_of_other
 from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.manifests.volumes import reserved_claim, reserved_secret
 from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, new_step
-from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason
+from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason, share_of
 from qlora_operator.decisions.usage.budget import limit_of_hours
 
 _NOT_SHARED = "WorkspaceNotShared"
@@ -34,7 +35,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         # The operator was stopped, or has had more urgent work, since it created the first Job.
         step = replace(new_step(job, *FIRST_JOB), job_uid=first.uid)
         return replace(status, resolved=resolved, step=step)
-    if profile is None or job.spec.suspend or objection(facts) is not None:
+    if profile is None or job.stops or objection(facts) is not None:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
@@ -42,7 +43,8 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
-        profile=as_copied(profile),
+        profile=_copy_for(job, profile),
+        canary=is_canary(job, profile) or None,
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
@@ -67,7 +69,7 @@ def _with_trainer_of_its_cell(resolved: Resolved, job: QLoRAJob, cell: QLoRAJob 
         return resolved
     profile = replace(resolved.profile, image=fixed.profile.image)
     contract = min(resolved.contract_version, fixed.contract_version)
-    return replace(resolved, profile=profile, contract_version=_signed(contract, profile))
+    return replace(resolved, profile=profile, canary=fixed.canary, contract_version=_signed(contract, profile))
 
 
 def _contract_of_training(job: QLoRAJob, *, is_shared: bool) -> int:
@@ -92,7 +94,7 @@ def _may_still_change(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed,
         return False
     if step.job_uid or (step.name, step.attempt) != FIRST_JOB:
         return False
-    return _first_job(job, observed) is None and status.resolved.profile != as_copied(today)
+    return _first_job(job, observed) is None and status.resolved.profile != _copy_for(job, today)
 
 
 def _first_job(job: QLoRAJob, observed: Observed) -> ChildJob | None:
@@ -127,8 +129,8 @@ def objection_to_job(
     if profile is None:
         return Reason(
             "ProfileNotFound",
-            f"spec.scheduling.profile {scheduling.profile!r} does not exist; the profiles of namespace "
-            f"{job.namespace!r} are: {_allowed_profiles(job.namespace, profiles)}",
+            f"there is no valid QLoRAProfile {scheduling.profile!r}, which spec.scheduling.profile names; the profiles "
+            f"of namespace {job.namespace!r} are: {_allowed_profiles(job.namespace, profiles)}",
         )
     fields = {
         "priorityClassName": scheduling.priority_class_name,
@@ -193,7 +195,7 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
 def objection_to_retry(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason | None:
     """Return why current profiles block the start and a retry, or None if they do not."""
     reserved = reserved_secret(job.spec, profiles.values()) or reserved_config_map(job.spec, profiles.values())
-    return reserved or _objection_of_limits(job, profiles)
+    return reserved or _objection_of_limits(job, profiles) or job.hold
 
 
 def _objection_of_limits(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason | None:
@@ -202,7 +204,7 @@ def _objection_of_limits(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reas
     profile = profiles.get(name)
     if profile is None:
         return None
-    if profile.namespaces is not None and job.namespace not in profile.namespaces:
+    if not profile.admits(job.namespace):
         return Reason(
             "ProfileNotAllowed",
             f"spec.scheduling.profile {name!r} is not for namespace {job.namespace!r}, whose profiles are: "
@@ -251,13 +253,16 @@ def with_profile_of_today(
     profile = profiles.get(job.spec.scheduling.profile)
     if resolved is None or profile is None:
         return resolved
-    copied = as_copied(profile)
+    copied = _copy_for(job, profile)
+    canary: bool | None = is_canary(job, profile) or None
     if same_trainer:
-        copied = replace(copied, image=resolved.profile.image)
+        copied, canary = replace(copied, image=resolved.profile.image), resolved.canary
     # The trainer that began the run may implement no newer version, unless that was one for a key that is gone.
     needed = _contract_of_training(job, is_shared=is_shared)
     contract = _signed(min(resolved.contract_version, needed) if same_trainer else needed, profile)
-    today = replace(resolved, profile=copied, contract_version=contract, gpu_hours=limit_of_hours(profile))
+    today = replace(
+        resolved, profile=copied, canary=canary, contract_version=contract, gpu_hours=limit_of_hours(profile)
+    )
     return today if same_trainer else _with_trainer_of_its_cell(today, job, continued)
 
 
@@ -266,11 +271,24 @@ def as_copied(profile: Profile) -> Profile:
 
     They would name other tenants' namespaces, and count as they are today.
     """
-    return replace(profile, namespaces=None, limits=None, ttl_seconds_after_finished=None)
+    return replace(
+        profile, allowed_namespaces=None, limits=None, paused=None, canary=None, ttl_seconds_after_finished=None
+    )
+
+
+def is_canary(job: QLoRAJob, profile: Profile) -> bool:
+    """Whether the job gets the image of the profile's canary. All cells of a sweep do, or none."""
+    canary = profile.canary
+    return canary is not None and share_of(job.shares or job.uid) * 100 < canary.percent
+
+
+def _copy_for(job: QLoRAJob, profile: Profile) -> Profile:
+    copied = as_copied(profile)
+    return replace(copied, image=profile.canary.image) if profile.canary and is_canary(job, profile) else copied
 
 
 def _allowed_profiles(namespace: str, profiles: Mapping[str, Profile]) -> str:
-    allowed = (name for name, one in profiles.items() if one.namespaces is None or namespace in one.namespaces)
+    allowed = (name for name, profile in profiles.items() if profile.admits(namespace))
     return ", ".join(sorted(allowed)) or "none"
 
 

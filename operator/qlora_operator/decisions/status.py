@@ -16,6 +16,7 @@ from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, next_attem
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.pods.attempts import count_attempts, watch_pod
 from qlora_operator.decisions.pods.detached import keep_earlier_pod
+from qlora_operator.decisions.profiles.ledger import settled
 from qlora_operator.decisions.resolution import job_limit_reached, objection_to_retry, resolve, with_profile_of_today
 from qlora_operator.decisions.retry import is_to_be_taken_up, take_up
 from qlora_operator.decisions.summary import summarize
@@ -134,7 +135,8 @@ def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None =
         failed = condition(status, "Failed")
         if failed is not None and failed.status == "True":
             status = set_condition(status, job, now, "Ready", "False", held_back or not_ready(failed.reason))
-    return follow_cleanup(count_usage(status, facts), job, facts.observed, now)
+    status = settled(job, count_usage(status, facts), facts.counted_seconds)
+    return follow_cleanup(status, job, facts.observed, now)
 
 
 def _start(status: QLoRAJobStatus, now: datetime) -> QLoRAJobStatus:

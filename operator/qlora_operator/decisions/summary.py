@@ -42,8 +42,9 @@ def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if not is_finished(status):
         status = _count_nodes(status, facts.job, facts.observed)
         status = _summarize_suspension(status, facts.job, facts.observed, facts.shared, facts.now)
+        status = without_remaining(status) if facts.job.hold is not None and _is_at_rest(facts.observed) else status
         status = _summarize_running(status, facts)
-    phase = _phase(status, facts.observed, facts.shared)
+    phase = _phase(status, facts.observed, facts.shared, is_held=facts.job.hold is not None)
     return _in_phase(status, phase, facts.job.status, facts.now)
 
 
@@ -71,13 +72,13 @@ def _count_nodes(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> Q
     return replace(status, step=replace(step, nodes=nodes, running_nodes=running))
 
 
-def _phase(status: QLoRAJobStatus, observed: Observed, shared: SharedPod | None) -> Phase:
+def _phase(status: QLoRAJobStatus, observed: Observed, shared: SharedPod | None, *, is_held: bool) -> Phase:
     step = status.step
     child = observed.child(step.job_name) if step else None
     phase = phase_of(
         status,
         running=step is not None and observed.is_running(step.job_uid),
-        queued=child is not None and child.suspended,
+        queued=(child is not None and child.suspended) or (is_held and _is_at_rest(observed)),
     )
     if phase in ("Preparing", "Queued") and (waits := waits_for_sweep(status, shared)):
         return "Training" if waits.word == "Training" else "Queued"
@@ -89,7 +90,7 @@ def _summarize_suspension(
 ) -> QLoRAJobStatus:
     if not job.spec.suspend:
         return set_condition(status, job, now, "Suspended", "False", NOT_SUSPENDED)
-    if observed.live_pods or any(not child.finished for child in observed.children):
+    if not _is_at_rest(observed):
         stopping = Reason("Suspending", "the running step saves a checkpoint and stops")
         return set_condition(status, job, now, "Suspended", "False", blocking_reason(None, observed, now) or stopping)
     sweep = trained_by(status, shared)
@@ -100,6 +101,11 @@ def _summarize_suspension(
     )
     status = set_condition(status, job, now, "Suspended", "True", Reason("Suspended", sentence))
     return without_remaining(status)
+
+
+def _is_at_rest(observed: Observed) -> bool:
+    """Whether nothing of the job runs, or is about to."""
+    return not observed.live_pods and all(child.finished for child in observed.children)
 
 
 def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -155,11 +161,8 @@ def _progressing(
 def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
     """Why an unfinished job is in its phase, or what blocks it."""
     job, observed, step = facts.job, facts.observed, status.step
-    suspension = condition(status, "Suspended")
-    if job.spec.suspend and suspension is not None:
-        return Reason(suspension.reason, suspension.message)
-    if job.problem:
-        return Reason("InvalidSpec", job.problem)
+    if stop := _stop(status, job, observed):
+        return stop
     if status.resolved is None or step is None:
         return objection(facts) or Reason("Pending", _DOING["Pending"])
     if waits := waits_for_sweep(status, facts.shared):
@@ -183,6 +186,19 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
     phase = phase_of(status, running=running)
     return Reason(phase, _DOING.get(phase, ""))
+
+
+def _stop(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> Reason | None:
+    """Return why the job does not continue, or only to stop, or None if it may."""
+    suspension = condition(status, "Suspended")
+    if job.spec.suspend and suspension is not None:
+        return Reason(suspension.reason, suspension.message)
+    if job.problem:
+        return Reason("InvalidSpec", job.problem)
+    if job.hold is None or status.resolved is None:
+        return None
+    stopping = "" if _is_at_rest(observed) else "; the running step saves a checkpoint and stops"
+    return Reason(job.hold.word, job.hold.sentence + stopping)
 
 
 def _held(child: ChildJob) -> Reason:

@@ -5,7 +5,7 @@ wait, read again or report.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,12 @@ import aiohttp
 
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL, SWEEP_UID_LABEL
+from qlora_api.profile import PROFILE_KIND, PROFILE_PLURAL
 from qlora_api.spec.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_api.sweep.spec import SWEEP_KIND, SWEEP_PLURAL
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.parsing import profile_in_use
+from qlora_operator.decisions.profiles.stored_profile import StoredProfile
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, StoredSweep, parse_cell
 from qlora_operator.kube.api import Api
 from qlora_operator.kube.errors import (
@@ -237,7 +239,7 @@ class Cluster(Api):
         The operator is the only writer of the status. Raises ConflictError if the job has changed since it was read, or
         is another one of the same name.
         """
-        return await self._apply_status(KIND, PLURAL, job, status)
+        return await self._apply_status(KIND, f"/namespaces/{job.namespace}/{PLURAL}", job, status)
 
     async def get_sweep(self, namespace: str, name: str) -> Object | None:
         """Return the stored QLoRASweep, or None if it does not exist."""
@@ -252,6 +254,11 @@ class Cluster(Api):
         path = f"{_QLORA}{where}/{SWEEP_PLURAL}"
         pages = self._pages(path, [], _name_of, **_VERSIONS)
         return [name async for page in pages for name in page.items]
+
+    async def sweep_uids(self, namespace: str) -> set[str]:
+        """UID of each QLoRASweep in the namespace."""
+        pages = self._pages(f"{_QLORA}/namespaces/{namespace}/{SWEEP_PLURAL}", [], _uid_of, accept=_METADATA_ONLY)
+        return {uid async for page in pages for uid in page.items}
 
     async def list_cells(self, namespace: str, sweep_uid: str) -> list[CellJob]:
         """List the QLoRAJobs that have the sweep's label and controller, as stored now."""
@@ -274,10 +281,24 @@ class Cluster(Api):
 
     async def apply_sweep_status(self, sweep: QLoRASweep | StoredSweep, status: Object) -> None:
         """Replace the sweep's status, as `apply_status` does."""
-        await self._apply_status(SWEEP_KIND, SWEEP_PLURAL, sweep, status)
+        await self._apply_status(SWEEP_KIND, f"/namespaces/{sweep.namespace}/{SWEEP_PLURAL}", sweep, status)
+
+    async def list_profiles(self) -> tuple[list[Object], str]:
+        """List all QLoRAProfiles, without unused metadata, with the list's version."""
+        pages = [page async for page in self._pages(f"{_QLORA}/{PROFILE_PLURAL}", [], compact)]
+        return [body for page in pages for body in page.items], pages[0].version
+
+    async def namespace_labels(self) -> dict[str, Mapping[str, str]]:
+        """Read the labels of every Namespace, by its name."""
+        pages = self._pages(f"{_CORE}/namespaces", [], _labels_of, accept=_METADATA_ONLY)
+        return {name: labels async for page in pages for name, labels in page.items}
+
+    async def apply_profile_status(self, profile: StoredProfile, status: Object) -> Object:
+        """Replace the profile's status, as `apply_status` does."""
+        return await self._apply_status(PROFILE_KIND, f"/{PROFILE_PLURAL}", profile, status)
 
     async def _apply_status(
-        self, kind: str, plural: str, stored: QLoRAJob | QLoRASweep | StoredSweep, status: Object
+        self, kind: str, path: str, stored: QLoRAJob | QLoRASweep | StoredSweep | StoredProfile, status: Object
     ) -> Object:
         body = {
             "apiVersion": API_VERSION,
@@ -287,7 +308,7 @@ class Cluster(Api):
         }
         return await self._json(
             "PATCH",
-            f"{_QLORA}/namespaces/{stored.namespace}/{plural}/{stored.name}/status",
+            f"{_QLORA}{path}/{stored.name}/status",
             query=_APPLIED,
             body=body,
             content_type=_APPLY,
@@ -337,6 +358,14 @@ class Cluster(Api):
 
 def _name_of(body: Object) -> tuple[str, str]:
     return body["metadata"]["namespace"], body["metadata"]["name"]
+
+
+def _uid_of(body: Object) -> str:
+    return str(body["metadata"]["uid"])
+
+
+def _labels_of(body: Object) -> tuple[str, Mapping[str, str]]:
+    return body["metadata"]["name"], body["metadata"].get("labels") or {}
 
 
 def _labelled(label: str, value: str) -> Query:

@@ -1,6 +1,6 @@
 """Prometheus metrics of the operator."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, disable_created_metrics, generate_latest
 
@@ -22,15 +22,10 @@ class Metrics:
     """The operator's metrics.
 
     `running_jobs`: how many running jobs have series with their names. Nothing else has a job's name as a label.
-    `profiles`: the names of the profiles that exist. `namespaces`: how many namespaces are labels of histograms.
+    `namespaces`: how many namespaces are labels of histograms.
     """
 
-    def __init__(
-        self,
-        running_jobs: int = DEFAULT_RUNNING_JOBS,
-        profiles: Iterable[str] = ("default",),
-        namespaces: int = DEFAULT_NAMESPACES,
-    ) -> None:
+    def __init__(self, running_jobs: int = DEFAULT_RUNNING_JOBS, namespaces: int = DEFAULT_NAMESPACES) -> None:
         self.registry = CollectorRegistry()
         self.work = WorkMetrics(self.registry)
         self.gpu_seconds = GpuSeconds(self.registry)
@@ -50,7 +45,7 @@ class Metrics:
         )
         self.requests = RequestMetrics(self.registry)
         self.watches = WatchMetrics(self.registry)
-        self.transitions = TransitionMetrics(self.registry, profiles, namespaces)
+        self.transitions = TransitionMetrics(self.registry, namespaces)
         self.jobs = JobMetrics(running_jobs)
         self.registry.register(self.jobs)
         self.sweeps = SweepMetrics(self.registry)

@@ -1,9 +1,8 @@
 """Metrics of what a status write changes: phases, failures, ends, and the first optimizer step."""
 
-from collections.abc import Iterable
-
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from qlora_api.spec.execution import DEFAULT_PROFILE
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.observed.objects import QLoRAJob, parse_time
 from qlora_operator.metrics.shown import ENDED, FAILURE_REASONS, OTHER, as_label
@@ -19,15 +18,13 @@ UNKNOWN_PROFILE = "unknown"
 class TransitionMetrics:
     """Counts changes of jobs by their status writes.
 
-    A job may name a profile that does not exist: no label takes that name. `profiles`: the names of those that exist.
+    A job may name a profile that does not exist: no label takes that name.
     `namespaces`: how many namespaces are labels of histograms. Those that have something to count first are, until the
     process ends, as a namespace that changes its label would break rates; the others share OTHER_NAMESPACES.
     """
 
-    def __init__(
-        self, registry: CollectorRegistry, profiles: Iterable[str], namespaces: int = DEFAULT_NAMESPACES
-    ) -> None:
-        self._profiles = frozenset(profiles)
+    def __init__(self, registry: CollectorRegistry, namespaces: int = DEFAULT_NAMESPACES) -> None:
+        self._profiles = set[str]()
         self._most, self._namespaces = namespaces, set[str]()
         self.phase_duration = Histogram(
             "qlora_job_phase_duration_seconds",
@@ -51,12 +48,24 @@ class TransitionMetrics:
             registry=registry,
         )
         self.ended = Counter("qlora_jobs_ended", "Jobs that have ended.", ["phase", "profile"], registry=registry)
-        # A series that begins with its first failure has no increase: Prometheus has not seen the zero before.
-        for profile in self._profiles:
-            for reason in (*FAILURE_REASONS, OTHER):
-                self.failures.labels(profile, reason)
-            for phase in ENDED:
-                self.ended.labels(phase, profile)
+        self.canaries_ended = Counter(
+            "qlora_canary_jobs_ended",
+            "Of the jobs that have ended, those with the image of the profile's canary.",
+            ["phase", "profile"],
+            registry=registry,
+        )
+        self.expect(DEFAULT_PROFILE)
+
+    def expect(self, profile: str) -> None:
+        """Show the series of a profile that exists, at 0.
+
+        A series that begins with its first failure has no increase: Prometheus has not seen the zero before.
+        """
+        self._profiles.add(profile)
+        for reason in (*FAILURE_REASONS, OTHER):
+            self.failures.labels(profile, reason)
+        for phase in ENDED:
+            self.ended.labels(phase, profile)
 
     def written(self, before: QLoRAJob, after: QLoRAJobStatus, created: str | None) -> None:
         """Note that the status of the job, which was created at that time, has been stored."""
@@ -73,6 +82,8 @@ class TransitionMetrics:
             return
         if after.phase in ENDED:
             self.ended.labels(after.phase, profile).inc()
+            if after.resolved is not None and after.resolved.canary:
+                self.canaries_ended.labels(after.phase, profile).inc()
         seconds = None if stored.phase in ENDED else seconds_between(stored.phase_since, after.phase_since)
         if stored.phase is not None and seconds is not None:
             self.phase_duration.labels(self._label(before.namespace), stored.phase, profile).observe(seconds)

@@ -23,6 +23,7 @@ from qlora_operator.decisions.events import (
 from qlora_operator.decisions.expiry import deletion_at
 from qlora_operator.decisions.manifests.network import DEFAULT_DNS, Dns
 from qlora_operator.decisions.observed.facts import Facts
+from qlora_operator.decisions.observed.holds import hold_of
 from qlora_operator.decisions.observed.objects import Object, Observed, QLoRAJob, Reason
 from qlora_operator.decisions.observed.shared_pod import SharedPod, waits_for_sweep
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
@@ -41,12 +42,14 @@ from qlora_operator.decisions.pods.detached import (
     with_detached_pods,
 )
 from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
+from qlora_operator.decisions.profiles.ledger import is_to_be_settled
 from qlora_operator.decisions.status import Decision, next_status
 from qlora_operator.decisions.unstored import may_stay_unstored
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import ClusterError, ConflictError, NotFoundError, UnavailableError
 from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.accounts import Accounts
 from qlora_operator.reconcile.actions import Actions
 from qlora_operator.reconcile.counted import counted
 from qlora_operator.reconcile.events import post
@@ -121,6 +124,7 @@ class Reconciler:
     """Brings the NetworkPolicies of all jobs to a namespace, before a Job is created there."""
     blocked: Pauses = field(default_factory=Pauses)
     announcements: Postponed = field(default_factory=Postponed)
+    accounts: Accounts = field(default_factory=Accounts)
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server's schema lacks a field of the status."""
     _announced: dict[Key, Announced] = field(default_factory=dict)
@@ -241,6 +245,7 @@ class Reconciler:
             await post(self.cluster, key, unreadable_event(dict(body), str(error), self.clock()))
             self._let_go(key)
             return None
+        job = replace(job, hold=hold_of(job, self.profiles, self.accounts.spent_seconds(job)))
         if job.deleting:
             self.starts.place_may_be_free(key)
         # Of an earlier one no watch may have shown the deletion.
@@ -265,7 +270,8 @@ class Reconciler:
     def _unless_settled(self, key: Key, view: "_View") -> "_View | _Done":
         """Return the view, unless the job has nothing to do before its deletion."""
         now, expires = self.clock(), deletion_at(view.job, view.job.status, self.profiles)
-        settled = is_settled(view.job, view.observed) and (expires is None or now < expires)
+        is_noted = not is_to_be_settled(view.job, view.job.status, self.accounts.counted_seconds(view.job))
+        settled = is_noted and is_settled(view.job, view.observed) and (expires is None or now < expires)
         self.store.settle(key, settled)
         if not settled:
             return view
@@ -292,6 +298,7 @@ class Reconciler:
             continued_writer=writer,
             shared=shared,
             jobs_of_profile=others,
+            counted_seconds=self.accounts.counted_seconds(view.job),
         )
 
     def _decide(self, facts: Facts) -> "_Decided":

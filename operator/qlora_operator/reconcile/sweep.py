@@ -4,6 +4,7 @@ Nothing is kept between passes. There are few sweeps, and a pass for each needs 
 cellsPerPod: it reads from the API server, and so never decides from what a watch has shown late.
 """
 
+import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from qlora_api.schema import replace
 from qlora_api.sweep.spec import SWEEP_KIND, Cell
 from qlora_api.sweep.status import QLoRASweepStatus, SweepPodStatus
 from qlora_operator.decisions.events import sweep_event, unreadable_event
+from qlora_operator.decisions.observed.holds import hold_of
 from qlora_operator.decisions.observed.objects import Object, Reason, format_time
 from qlora_operator.decisions.sweeps.best_cell import ENDED, cells_to_publish, published
 from qlora_operator.decisions.sweeps.expiry import deletion_at, is_claim_to_be_deleted, is_sweep_held_up
@@ -50,6 +52,7 @@ from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, ConflictError, NotFoundError, RejectedError
 from qlora_operator.metrics.metrics import Metrics
+from qlora_operator.reconcile.accounts import Accounts
 from qlora_operator.reconcile.counted import counted
 from qlora_operator.reconcile.events import post
 from qlora_operator.reconcile.pauses import Pauses
@@ -105,6 +108,9 @@ class SweepReconciler:
     progress: ProgressReader | None = None
     metrics: Metrics = field(default_factory=Metrics)
     blocked: Pauses = field(default_factory=Pauses)
+    accounts: Accounts = field(default_factory=Accounts)
+    note_usage: Callable[[Key, str, str, int], None] = lambda _key, _uid, _profile, _seconds: None
+    """Notes the sweep's GPU seconds so far, with its key, UID and profile."""
     _denials: dict[Key, _Denial] = field(default_factory=dict)
 
     @cached_property
@@ -132,6 +138,7 @@ class SweepReconciler:
         if sweep is None or sweep.deleting:
             self._let_go(key)
             return None
+        self._note_usage(key, sweep, sweep.status)
         try:
             cells = sweep.cells()
         except ValueError as error:
@@ -271,6 +278,10 @@ class SweepReconciler:
                 await self._create_claim(sweep)
                 return await self._create(sweep, cell, cells_in_pod)
 
+    def _note_usage(self, key: Key, sweep: QLoRASweep, status: QLoRASweepStatus) -> None:
+        seconds = sum(pod.usage.gpu_seconds for pod in status.pods if pod.usage is not None)
+        self.note_usage(key, sweep.uid, sweep.spec.template.spec.scheduling.profile, seconds)
+
     async def _readable(self, key: Key, body: Object) -> QLoRASweep | None:
         try:
             return parse_sweep(body)
@@ -299,7 +310,14 @@ class SweepReconciler:
             except NotFoundError:
                 continue
             jobs |= {name: found} if found is not None else {}
-        return jobs
+        return {name: self._held(job) for name, job in jobs.items()}
+
+    def _held(self, cell: CellJob) -> CellJob:
+        """Return the cell with the reason why its profile stops it, if that does."""
+        if cell.job is None:
+            return cell
+        hold = hold_of(cell.job, self.profiles, self.accounts.spent_seconds(cell.job))
+        return dataclasses.replace(cell, job=dataclasses.replace(cell.job, hold=hold))
 
     async def _change(self, sweep: QLoRASweep, job: CellJob, change: Object, word: str) -> dict[str, CellJob]:
         """Return the cell after the change, a `word` for people.
@@ -374,6 +392,7 @@ class SweepReconciler:
         self.metrics.sweeps.written(key, sweep.status, status)
         if isinstance(sweep, QLoRASweep):
             self.metrics.gpu_seconds.note_sweep(sweep, status)
+            self._note_usage(key, sweep, status)
         if event := sweep_event(sweep, status, self.clock()):
             logger.info("phase %s, was %s", status.phase, sweep.status.phase, extra={"key": key})
             await post(self.cluster, key, event)

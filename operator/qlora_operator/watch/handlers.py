@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import kopf
 
 from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.profile import PROFILE_PLURAL
 from qlora_api.spec.job import GROUP, PLURAL, VERSION
 from qlora_api.sweep.spec import SWEEP_PLURAL
 from qlora_operator.decisions.observed.objects import Object
@@ -17,6 +18,7 @@ from qlora_operator.keys import Key
 from qlora_operator.kube.listing import ChildKind, Kind
 from qlora_operator.settings import SECONDS_BETWEEN_PASSES, Settings
 from qlora_operator.watch.embedding import EndlessPauses, NoDifferences, NoProgress, Task, keep_running
+from qlora_operator.watch.profiles import ProfileStore
 from qlora_operator.watch.resync import WatchMonitor
 from qlora_operator.watch.store import Store
 
@@ -53,6 +55,7 @@ class Hooks:
     """Requests a sweep, so many seconds from now."""
     note: Callable[[str, str | None], None] = lambda _resource, _type: None
     """Notes an event of a watch: its resource and type, None for a listed object."""
+    profiles: ProfileStore = field(default_factory=ProfileStore)
 
 
 async def watch(settings: Settings, hooks: Hooks) -> None:
@@ -135,13 +138,7 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         if hooks.store.job_changed(body, deleted=deleted, created=event["type"] == "ADDED"):
             hooks.enqueue(key, first=not deleted and "startTime" not in body.get("status", {}))
 
-    @kopf.on.event(GROUP, VERSION, SWEEP_PLURAL, registry=registry)
-    async def sweep_changed(event: kopf.RawEvent, **_: Any) -> None:
-        body, metadata = event["object"], event["object"]["metadata"]
-        hooks.note(SWEEP_PLURAL, event["type"])
-        hooks.enqueue_sweep((metadata["namespace"], metadata["name"]), 0.0)
-        for cell in hooks.store.sweeps.note(body, deleted=event["type"] == "DELETED"):
-            hooks.enqueue((metadata["namespace"], cell))
+    _register_sweeps_and_profiles(registry, hooks)
 
     @kopf.on.event("batch", "v1", "jobs", labels={JOB_UID_LABEL: kopf.PRESENT}, registry=registry)
     async def child_changed(event: kopf.RawEvent, **_: Any) -> None:
@@ -158,6 +155,23 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
             return
         for key in hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED"):
             hooks.enqueue(key)
+
+
+def _register_sweeps_and_profiles(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
+    @kopf.on.event(GROUP, VERSION, SWEEP_PLURAL, registry=registry)
+    async def sweep_changed(event: kopf.RawEvent, **_: Any) -> None:
+        body, metadata = event["object"], event["object"]["metadata"]
+        hooks.note(SWEEP_PLURAL, event["type"])
+        hooks.enqueue_sweep((metadata["namespace"], metadata["name"]), 0.0)
+        if event["type"] == "DELETED":
+            hooks.store.jobs.drop_sweep(metadata["uid"])
+        for cell in hooks.store.sweeps.note(body, deleted=event["type"] == "DELETED"):
+            hooks.enqueue((metadata["namespace"], cell))
+
+    @kopf.on.event(GROUP, VERSION, PROFILE_PLURAL, registry=registry)
+    async def profile_changed(event: kopf.RawEvent, **_: Any) -> None:
+        hooks.note(PROFILE_PLURAL, event["type"])
+        hooks.profiles.changed(event["object"], deleted=event["type"] == "DELETED")
 
 
 def _show(hooks: Hooks, kind: Kind, event: kopf.RawEvent) -> None:

@@ -27,6 +27,7 @@ from qlora_operator.kube.listing import (
     without_foreign_resolved,
 )
 from qlora_operator.watch.entries import Child, Entries, Entry, JobId
+from qlora_operator.watch.job_index import JobIndex
 from qlora_operator.watch.sweep_index import SweepIndex
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Store:
         self._ids: dict[Key, JobId] = {}
         self._homes: dict[str, Entry] = {}
         """The entry of each child, by its UID: a user who may change it can give it the label of another job."""
-        self.sweeps = SweepIndex()
+        self.sweeps, self.jobs = SweepIndex(), JobIndex()
         self._buried: dict[str, int] = {}
         self._kept: dict[str, JobId] = {}
         """The jobs of the pods whose last words were kept, by the pods' UIDs, the oldest first."""
@@ -85,6 +86,7 @@ class Store:
         key, job_id = (metadata["namespace"], metadata["name"]), (metadata["namespace"], metadata["uid"])
         version = self._version(metadata)
         if deleted:
+            self.jobs.note(body, deleted=True)
             self._bury(metadata["uid"], version)
             self._drop_job(job_id)
             return True
@@ -93,6 +95,7 @@ class Store:
         entry = self._entries.enter(job_id)
         if version <= entry.version and self._ordered:
             return False
+        self.jobs.note(body)
         kept = compact(body)
         marks = _marks(kept["metadata"])
         news = entry.marks != marks
@@ -281,6 +284,7 @@ class Store:
         if entry.key is not None and self._ids.get(entry.key) == job_id:
             del self._ids[entry.key]
         entry.key, entry.body, entry.marks = None, b"", b""
+        self.jobs.drop(job_id[1])
         if entry.empty:
             self._entries.remove(job_id)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,9 @@ import yaml
 
 from devcluster.controlplane import ControlPlane, running
 from devcluster.errors import ClusterError
-from tests.support.chart.promises import OWN_RIGHTS, TENANTS, rights, rights_of
+from tests.support.chart.promises import OWN_RIGHTS, PROFILE_RIGHTS, TENANTS, rights, rights_of
 from tests.support.chart.rendered import (
     CHART,
-    LIMIT,
     NAMESPACE,
     RELEASE,
     ROOT,
@@ -21,9 +21,7 @@ from tests.support.chart.rendered import (
     VALUES,
     Helm,
     Object,
-    only,
     settings_in,
-    settings_of_size,
 )
 from tests.support.waiting import eventually
 
@@ -41,7 +39,9 @@ def installed(helm: Helm, plane: ControlPlane) -> Helm:
     plane.kubectl("create", "namespace", NAMESPACE)
     plane.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
     connected = Helm(helm.program, plane.kubeconfig)
-    connected("install", RELEASE, str(CHART), "--namespace", NAMESPACE)
+    # Without --wait, Helm may create the profile before its kind is served, and fails.
+    install = partial(connected, "upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE)
+    eventually(install, seconds=60, what="the installation")
     return connected
 
 
@@ -73,13 +73,6 @@ def test_the_api_server_finds_no_mistake_in_the_admission_policies(installed: He
     policies = eventually(checked, seconds=60, what="the types of all expressions") or []
     assert {each["metadata"]["name"] for each in policies} >= {f"{RELEASE}-jobs", f"{RELEASE}-cells"}
     assert [each["status"]["typeChecking"] for each in policies if each["status"].get("typeChecking")] == []
-
-
-def test_the_largest_settings_fit_next_to_kubectls_annotation(helm: Helm, installed: Helm, plane: ControlPlane) -> None:
-    """`kubectl apply` copies the whole object into an annotation of up to 256 KiB."""
-    objects = helm.template(settings_of_size(helm, LIMIT))
-    arguments = ("apply", "--dry-run=server", "--filename=-")
-    assert "configured" in plane.kubectl(*arguments, input_text=yaml.safe_dump(only(objects, "Deployment")))
 
 
 def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPlane) -> None:
@@ -115,8 +108,8 @@ def test_the_api_server_grants_the_charts_rights_and_no_other(installed: Helm, p
     assert eventually(is_granted, seconds=60, what="the rights of tenants")
     accounts = f"system:serviceaccount:{NAMESPACE}"
     of_each_account = granted(f"{accounts}:default")
-    assert granted(f"{accounts}:{RELEASE}") == of_each_account | rights(VALUES)
-    assert granted(f"{accounts}:{RELEASE}", NAMESPACE) == of_each_account | rights(VALUES) | OWN_RIGHTS
+    assert granted(f"{accounts}:{RELEASE}") == of_each_account | rights(VALUES) | PROFILE_RIGHTS
+    assert granted(f"{accounts}:{RELEASE}", NAMESPACE) == of_each_account | rights(VALUES) | PROFILE_RIGHTS | OWN_RIGHTS
 
 
 def test_uninstalling_keeps_the_jobs_and_installing_again_finds_them(installed: Helm, plane: ControlPlane) -> None:
@@ -128,6 +121,31 @@ def test_uninstalling_keeps_the_jobs_and_installing_again_finds_them(installed: 
         plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)
     installed("upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE)
     assert plane.kubectl.get("qlorajobs")["items"][0]["metadata"]["name"] == "support-assistant"
+
+
+def test_a_profile_outlives_upgrade_rollback_and_uninstallation(installed: Helm, plane: ControlPlane) -> None:
+    """Its status has the GPU hours of each namespace, which no other object has."""
+
+    def upgrade(*options: str) -> None:
+        installed("upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE, *options)
+
+    def stored() -> tuple[str, int | None, Object]:
+        profile = plane.kubectl.get("qloraprofile", "default")
+        return profile["metadata"]["uid"], profile["spec"].get("finishedJobSeconds"), profile.get("status", {})
+
+    uid, _, _ = stored()
+    status = {"status": {"observedGeneration": 1}}
+    options = ("--subresource=status", "--type=merge", f"--patch={json.dumps(status)}")
+    plane.kubectl("patch", "qloraprofile", "default", *options)
+    upgrade("--set", "profiles.default.finishedJobSeconds=7200")
+    assert stored() == (uid, 7200, status["status"])
+    installed("rollback", RELEASE, "--namespace", NAMESPACE)
+    assert stored() == (uid, 86_400, status["status"])
+    installed("rollback", RELEASE, "1", "--namespace", NAMESPACE)
+    assert stored()[0] == uid, "the first revision has created it in a hook"
+    installed("uninstall", RELEASE, "--namespace", NAMESPACE)
+    upgrade()
+    assert stored()[::2] == (uid, status["status"])
 
 
 def test_upgrade_and_rollback_change_the_definition_and_no_job(

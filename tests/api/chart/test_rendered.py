@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from devcluster.product import ANY_MACHINE, SMALL_MACHINE
+from qlora_api.profile import PROFILE_KIND
 from qlora_operator.settings import Settings
 from tests.support.chart.golden import golden_texts
 from tests.support.chart.mutations import HARMLESS, mutations
@@ -53,7 +54,8 @@ def test_promise(charts: dict[str, Rendered], renamed: Rendered, promise: Promis
 
 @pytest.mark.parametrize(("value", "name"), [("nameOverride", "qlora-operator-other"), ("fullnameOverride", "other")])
 def test_the_administrator_can_replace_the_names(helm: Helm, value: str, name: str) -> None:
-    names = [each["metadata"]["name"] for each in helm.template({value: "other", "crds": {"install": False}})]
+    objects = helm.template({value: "other", "crds": {"install": False}})
+    names = [each["metadata"]["name"] for each in objects if each["kind"] != PROFILE_KIND]
     assert [each for each in names if not each.startswith(name)] == []
 
 
@@ -77,9 +79,10 @@ def test_a_change_of_any_field_breaks_a_promise_or_is_harmless(charts: dict[str,
 
 def test_the_charts_defaults_are_the_operators(charts: dict[str, Rendered]) -> None:
     default = Settings.model_validate(charts["defaults"].settings)
-    assert default == Settings.model_validate({"profiles": default.profiles, "leaderElection": {"enabled": True}})
+    assert default == Settings.model_validate({"leaderElection": {"enabled": True}})
 
 
 @pytest.mark.parametrize("values", [SMALL_MACHINE, ANY_MACHINE])
 def test_the_embedded_clusters_values_ask_for_no_label_of_a_gpu_node(helm: Helm, values: Object) -> None:
-    assert render(helm, values).settings["profiles"]["default"]["nodeSelector"] == {"kubernetes.io/os": "linux"}
+    (profile,) = (each for each in render(helm, values).of(PROFILE_KIND) if each["metadata"]["name"] == "default")
+    assert profile["spec"]["nodeSelector"] == {"kubernetes.io/os": "linux"}

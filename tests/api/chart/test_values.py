@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from devcluster.errors import ClusterError
+from qlora_api.profile import PROFILE_KIND, Profile
 from qlora_operator.settings import Settings
 from tests.support.chart.rendered import (
     CHART,
-    LIMIT,
     RELEASE,
     ROOT,
     SETTINGS,
@@ -21,7 +21,6 @@ from tests.support.chart.rendered import (
     Helm,
     Object,
     render,
-    settings_of_size,
     without,
 )
 
@@ -29,13 +28,15 @@ from tests.support.chart.rendered import (
 def with_values(helm: Helm, folder: Path, values: Object) -> list[Object]:
     """Render as `helm upgrade --reuse-values`: these are the defaults, and no others.
 
-    The settings are as the operator reads them, absent ones included.
+    Settings and profiles are as the operator reads them, absent ones included.
     """
     chart = shutil.copytree(CHART, folder / "reused", dirs_exist_ok=True)
     (chart / "values.yaml").write_text(yaml.safe_dump(values))
     rendered = render(helm, {}, chart)
     annotations = rendered.deployment["spec"]["template"]["metadata"]["annotations"]
     annotations[SETTINGS] = Settings.model_validate(rendered.settings)
+    for profile in rendered.of(PROFILE_KIND):
+        profile["spec"] = Profile.model_validate(profile["spec"])
     return rendered.objects
 
 
@@ -94,12 +95,6 @@ def test_an_upgrade_that_reuses_previous_values_names_the_missing_ones(helm: Hel
     assert ("settings", "leaderElection") in NEW_KEYS
     with pytest.raises(ClusterError, match="missing property 'leaderElection'"):
         with_values(helm, tmp_path, PREVIOUS_VALUES)
-
-
-def test_settings_too_large_for_an_annotation_are_rejected_before_installation(helm: Helm) -> None:
-    sentence = rf"the settings are {LIMIT + 1} bytes of YAML, and may be {LIMIT}: .* Define fewer or shorter profiles"
-    with pytest.raises(ClusterError, match=sentence):
-        helm.template(settings_of_size(helm, LIMIT + 1))
 
 
 @pytest.mark.parametrize(

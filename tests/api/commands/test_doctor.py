@@ -11,7 +11,9 @@ import yaml
 from click.testing import CliRunner
 
 from devcluster.controlplane import ControlPlane
+from qlora_api.profile import PROFILE_KIND
 from qlora_cli.__main__ import main
+from tests.support.cluster.nodeless import DEFAULT_PROFILE, apply_definitions
 from tests.support.cluster.reported import Reported, reported
 from tests.support.tenancy.tenancy import OPERATOR_NAMESPACE, rendered
 
@@ -28,7 +30,8 @@ RIGHTS_TO_LIST = {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs
 def team(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reported]:
     with reported(plane, tmp_path_factory.mktemp("kubelet"), NAMESPACE) as team:
         yield team
-    plane.kubectl("delete", "node/gpu-1", "storageclass/fast", "--ignore-not-found")
+    plane.kubectl("delete", "node/gpu-1", "storageclass/fast", "qloraprofile/large", "--ignore-not-found")
+    apply_definitions(plane, default=DEFAULT_PROFILE)
     for one in ("deployment/qlora-operator", "lease/qlora-operator"):
         plane.kubectl("delete", one, f"--namespace={OPERATOR_NAMESPACE}", "--ignore-not-found")
 
@@ -46,8 +49,8 @@ def examine(team: Reported, *options: str, code: int, kubeconfig: Path | None = 
 def install(plane: ControlPlane) -> None:
     """Apply the chart's objects with controllers' statuses, and a node with GPUs."""
     plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": OPERATOR_NAMESPACE}}))
-    deployment = next(each for each in rendered({"profiles": PROFILES}) if each["kind"] == "Deployment")
-    plane.kubectl.apply(yaml.safe_dump(deployment))
+    objects = [each for each in rendered({"profiles": PROFILES}) if each["kind"] in ("Deployment", PROFILE_KIND)]
+    plane.kubectl.apply(yaml.safe_dump_all(objects))
     patch_status(plane, "deployment", "qlora-operator", {"replicas": 1, "readyReplicas": 1}, OPERATOR_NAMESPACE)
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}Z"
     spec = {"holderIdentity": "pod-1", "leaseDurationSeconds": 300, "renewTime": now}

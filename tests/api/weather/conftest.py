@@ -17,6 +17,10 @@ def account(plane: ControlPlane) -> str:
     plane.kubectl("create", "namespace", OWN)
     plane.kubectl("create", "serviceaccount", "operator", f"--namespace={OWN}")
     Tenant(plane, OWN).grant(rules=LEASES)
+    for part in ("", "/status"):
+        name, verb = f"weather-profiles{part.replace('/', '-')}", "--verb=get,list,watch,patch"
+        plane.kubectl("create", "clusterrole", name, verb, f"--resource=qloraprofiles.qlora.dev{part}")
+        plane.kubectl("create", "clusterrolebinding", name, f"--clusterrole={name}", f"--serviceaccount={OWN}:operator")
     return plane.kubectl("create", "token", "operator", f"--namespace={OWN}", "--duration=1h").strip()
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import product
 
+from qlora_api.profile import PROFILE_KIND
 from qlora_api.spec.job import MUTABLE_FIELDS, QLoRAJobSpec
 from qlora_operator.settings import ENV_SETTINGS, Settings
 from tests.support.chart.rendered import NAMESPACE, RELEASE, SETTINGS, VERSION, Object, Rendered, place
@@ -24,6 +25,12 @@ _RIGHTS = {
     "services": {"create"},
     "networkpolicies.networking.k8s.io": {"create", "patch"},
     "events": {"create"},
+}
+# Further rights in the whole cluster, whatever it serves.
+PROFILE_RIGHTS = {
+    "qloraprofiles.qlora.dev": {"list", "watch"},
+    "qloraprofiles.qlora.dev/status": {"patch"},
+    "namespaces": {"list"},
 }
 # Further rights in the operator's namespace.
 OWN_RIGHTS = {
@@ -69,6 +76,11 @@ def each_has_the_rights_that_it_uses(chart: Rendered) -> Comparisons:
     account = [{"kind": "ServiceAccount", "name": chart.pod["serviceAccountName"], "namespace": NAMESPACE}]
     kinds = ("Role", "RoleBinding") if values["namespaces"] else ("ClusterRole", "ClusterRoleBinding")
     wanted: list[object] = [(each, *kinds, account, (rights(values), set())) for each in values["namespaces"] or [None]]
+    wanted.append((None, "ClusterRole", "ClusterRoleBinding", account, (PROFILE_RIGHTS, set())))
+    if readers := values["tenantRoles"].get("profileReaders"):
+        groups = [{"kind": "Group", "apiGroup": "rbac.authorization.k8s.io", "name": each} for each in readers]
+        read = {"qloraprofiles.qlora.dev": _READ}
+        wanted.append((None, "ClusterRole", "ClusterRoleBinding", groups, (read, set())))
     if values["settings"]["leaderElection"]["enabled"]:
         lease = chart.settings["leaderElection"]["leaseName"]
         own = {kind.replace("qlora-operator", lease): verbs for kind, verbs in OWN_RIGHTS.items()}
@@ -185,7 +197,17 @@ def a_profile_has_the_defaults_that_it_does_not_replace(chart: Rendered) -> Comp
         is_bound = wanted[name].get("workspace", {}).get("topology") != "shared"
         if wanted[name].get("gpuResource") == "nvidia.com/gpu" and is_bound:
             wanted[name].setdefault("nodeSelector", {"nvidia.com/gpu.present": "true"})
-    yield chart.settings["profiles"], wanted
+        wanted[name] = {field: value for field, value in wanted[name].items() if value is not None}
+    yield {each["metadata"]["name"]: each["spec"] for each in chart.of(PROFILE_KIND)}, wanted
+
+
+@promise
+def nothing_but_its_own_deletion_deletes_a_profile(chart: Rendered) -> Comparisons:
+    """Its status has the GPU hours of each namespace. Helm creates it first in a hook, and then takes it over."""
+    first = {"helm.sh/hook": "post-install,post-upgrade"}
+    first |= {"meta.helm.sh/release-name": RELEASE, "meta.helm.sh/release-namespace": NAMESPACE}
+    for profile in chart.of(PROFILE_KIND):
+        yield profile["metadata"]["annotations"], {"helm.sh/resource-policy": "keep", **first}
 
 
 @promise
@@ -196,7 +218,7 @@ def the_operator_reads_its_settings_and_writes_only_to_a_small_folder(chart: Ren
     ports = {"probePort": 8080, "metricsPort": 9090}
     same = {name: chart.values[name] for name in ("namespaces", "jobNetworkPolicies")}
     wanted = given | ports | {"leaderElection": election, **same}
-    yield {name: value for name, value in chart.settings.items() if name != "profiles"}, wanted
+    yield chart.settings, wanted
     item = {"path": "settings.yaml", "fieldRef": {"fieldPath": f"metadata.annotations['{SETTINGS}']"}}
     settings = {"name": "settings", "downwardAPI": {"items": [item]}}
     yield chart.pod["volumes"], [settings, {"name": "tmp", "emptyDir": {"sizeLimit": "16Mi"}}]

@@ -22,8 +22,6 @@ Object = dict[str, Any]
 VALUES: Object = yaml.safe_load((CHART / "values.yaml").read_text())
 VERSION: str = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
 SETS: dict[str, Object] = yaml.safe_load(Path(__file__).with_name("value_sets.yaml").read_text())
-LIMIT = 192 * 1024
-"""Bytes of the settings."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +118,3 @@ def without(values: Object, path: tuple[str, ...]) -> Object:
         part = part[name]
     del part[path[-1]]
     return left
-
-
-def settings_of_size(helm: Helm, size: int) -> Object:
-    """Values whose settings are so many bytes, without the line break at their end."""
-    profiles = {f"profile-{number:03}": {"image": "a"} for number in range(400)}
-    template = only(helm.template({"profiles": profiles}), "Deployment")["spec"]["template"]
-    missing = size - len(settings_in(template).rstrip())
-    for profile in profiles.values():
-        added = min(missing, 511)
-        profile["image"] += "a" * added
-        missing -= added
-    assert missing == 0
-    return {"profiles": profiles}

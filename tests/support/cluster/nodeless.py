@@ -1,7 +1,7 @@
 """A real API server with the real controllers and the operator, without a node."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,10 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from qlora_api.contract import ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
+from qlora_api.profile import PROFILE_KIND, PROFILE_PLURAL
+from qlora_api.spec.job import API_VERSION
 from qlora_api.status import MemoryStatus, StepName
+from tests.support.builders import PROFILE
 from tests.support.cluster.kubelet import bind, container_status, report_pod, terminated
 from tests.support.cluster.operator_process import OperatorProcess, running_operator
 from tests.support.cluster.played import ENDED, FOUND, STEPS
@@ -162,30 +165,37 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
     The profile `shared` is the same, for jobs of several nodes; `gpu` is the same with GPUs.
     """
     with running(controller_manager=True) as plane:
-        apply_definitions(plane)
+        default = {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}
+        apply_definitions(
+            plane,
+            default=default,
+            shared={**default, "workspace": _SHARED_WORKSPACE},
+            gpu={**default, "device": "cuda", "gpuResource": "nvidia.com/gpu"},
+        )
         plane.kubectl("create", "namespace", NAMESPACE)
         # Pods of a node that does not exist are taken for disrupted after a while.
         plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))
-        default = {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}
-        settings = {
-            "profiles": {
-                "default": default,
-                SHARED: {**default, "workspace": _SHARED_WORKSPACE},
-                GPU: {**default, "device": "cuda", "gpuResource": "nvidia.com/gpu"},
-            },
-            # Without a kubelet there are no logs.
-            "progress": {"enabled": False},
-        }
+        # Without a kubelet there are no logs.
+        settings = {"progress": {"enabled": False}}
         with running_operator(folder / "operator", plane.kubeconfig, settings) as operator:
             yield Nodeless(plane, operator)
 
 
+DEFAULT_PROFILE = PROFILE.model_dump(by_alias=True, exclude_defaults=True, mode="json")
 CRDS = Path(__file__).parents[3] / "crds"
 
 
-def apply_definitions(plane: ControlPlane) -> None:
-    """Return when the API server serves every kind."""
+def apply_definitions(plane: ControlPlane, **profiles: dict[str, Any]) -> None:
+    """Return when the API server serves every kind, and has these profiles."""
     for definition in sorted(CRDS.glob("*.yaml")):
         plane.kubectl.apply(definition.read_text())
-    for kind in ("qlorajobs", "qlorasweeps"):
+    for kind in ("qlorajobs", "qlorasweeps", PROFILE_PLURAL):
         eventually(partial(plane.kubectl, "get", kind, "--output=json"), seconds=60, what=kind)
+    for profile in profile_objects(profiles):
+        plane.kubectl.apply(json.dumps(profile))
+
+
+def profile_objects(profiles: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The QLoRAProfiles of these names and specs."""
+    kind = {"apiVersion": API_VERSION, "kind": PROFILE_KIND}
+    return [{**kind, "metadata": {"name": name}, "spec": spec} for name, spec in profiles.items()]

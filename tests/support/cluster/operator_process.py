@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from tests.support.builders import PROFILE
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[3]
@@ -101,9 +100,8 @@ def running_operator(folder: Path, kubeconfig: Path, settings: Mapping[str, Any]
     """Start it with these settings; it ends with the block."""
     folder.mkdir(parents=True)
     ports = {"probePort": free_port(), "metricsPort": free_port()}
-    profiles = {"default": PROFILE.model_dump(by_alias=True, exclude_defaults=True, mode="json")}
     file = folder / "settings.yaml"
-    file.write_text(yaml.safe_dump({"profiles": profiles, **settings, **ports}))
+    file.write_text(yaml.safe_dump({**settings, **ports}))
     log = folder / "log"
     path = [ROOT / "crds", ROOT / "operator"]
     environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": os.pathsep.join(map(str, path))}

@@ -26,8 +26,10 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from devcluster.layout import from_environment
 from qlora_api.naming import JOB_LABEL, STEP_LABEL
+from qlora_api.profile import PROFILE_KIND
 from tests.support.chart.rendered import Helm
 from tests.support.cluster.kubelet import add_node, bind, container_status, serve_kubelet, terminated
+from tests.support.cluster.nodeless import apply_definitions
 from tests.support.cluster.operator_process import OperatorProcess, running_operator
 from tests.support.waiting import eventually
 
@@ -247,7 +249,8 @@ def granted_to_the_operator() -> dict[str, set[str]]:
     """List the operator's verbs by resource, in the cluster and in its namespace."""
     granted: dict[str, set[str]] = {}
     for one in rendered({}):
-        own = one["kind"] == "ClusterRole" and one["metadata"]["name"] == "qlora-operator"
+        names = ("qlora-operator", "qlora-operator-profiles")
+        own = one["kind"] == "ClusterRole" and one["metadata"]["name"] in names
         for rule in one["rules"] if own or one["kind"] == "Role" else ():
             for resource in rule["resources"]:
                 granted.setdefault(resource, set()).update(rule["verbs"])
@@ -265,8 +268,10 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
     with running(controller_manager=True) as plane:
         objects = rendered({"profiles": profiles})
         roles = ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
-        admission = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
-        wanted = ("ServiceAccount", "CustomResourceDefinition", *roles, *admission)
+        wanted = ("ServiceAccount", *roles, "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
+        apply_definitions(
+            plane, **{each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == PROFILE_KIND}
+        )
         plane.kubectl("create", "namespace", OPERATOR_NAMESPACE)
         plane.kubectl.apply(yaml.safe_dump_all([one for one in objects if one["kind"] in wanted]))
         admin = client(plane, folder)

@@ -13,7 +13,7 @@ import yaml
 from docs.generate import pages
 from docs.screenshots import watch_lines
 from qlora_api.contract import ExitCode
-from qlora_api.profile import Profile
+from qlora_api.profile import PROFILE_KIND, Profile
 from qlora_api.sweep.spec import SWEEP_KIND, QLoRASweepSpec
 from qlora_cli.manifest import load_manifest
 from tests.support.sweeps import TEMPLATE
@@ -78,6 +78,9 @@ def test_every_yaml_block_is_valid_or_from_a_shipped_file(block: str, tmp_path: 
     if content.get("kind") == SWEEP_KIND or {"cells", "grid"} & content.get("spec", {}).keys():
         QLoRASweepSpec.model_validate({"template": {"spec": TEMPLATE}} | content["spec"])
         return
+    if content.get("kind") == PROFILE_KIND:
+        Profile.model_validate(content["spec"])
+        return
     if set(content) == {"spec"}:
         content = {
             "apiVersion": "qlora.dev/v1alpha1",
@@ -103,7 +106,7 @@ def reasons_of_the_operator() -> set[str]:
         "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
         "NotScheduled", "NotStalled", "NotSuspended", "Pending", "Preparing", "Progressing", "Publishing", "Queued",
         "Scheduled", "Started", "Succeeded", "Suspended", "Suspending", "TakenUp", "Training", "True", "Unknown",
-        "WithinBudget", "Announced",
+        "WithinBudget", "Announced", "Valid", "Paused",
     }  # fmt: skip
 
 

@@ -37,14 +37,14 @@ def schemas(change: Callable[[dict[str, Any]], object] = lambda _: None) -> dict
 SCHEMAS = schemas()
 
 
-def operator(profiles: dict[str, Any] | None = None, **settings: Any) -> Operator:
+def operator(**settings: Any) -> Operator:
     labels = {"app.kubernetes.io/version": "0.1.0"}
     deployment = {
         "metadata": {"name": "qlora-operator", "namespace": "qlora-system", "labels": labels},
         "spec": {"replicas": 1},
         "status": {"readyReplicas": 1},
     }
-    return Operator(deployment, {"profiles": profiles or {"default": PROFILE}, **settings}, lease(seconds=3))
+    return Operator(deployment, settings, lease(seconds=3))
 
 
 def lease(seconds: float) -> dict[str, Any]:
@@ -69,6 +69,10 @@ def storage_class(name: str = "fast", provisioner: str = "csi.example.org", **fi
     return {"metadata": {"name": name, "annotations": annotations}, "provisioner": provisioner, **binding, **fields}
 
 
+def stored(spec: dict[str, Any]) -> dict[str, Any]:
+    return {"metadata": {"name": "default"}, "spec": spec}
+
+
 READY = Facts(
     namespace="team",
     now=NOW,
@@ -76,6 +80,7 @@ READY = Facts(
     schemas=SCHEMAS,
     cli_version="0.1.0",
     operators=[operator()],
+    profiles=[stored(PROFILE)],
     jobs=[],
     nodes=[node()],
     storage_classes=[storage_class()],
@@ -194,13 +199,30 @@ def test_unreconciled_jobs_reveal_a_dead_operator_to_every_user() -> None:
 
 def profiled(**fields: Any) -> dict[str, Any]:
     """Facts with that profile."""
-    return {"operators": [operator({"default": PROFILE | fields})]}
+    return {"profiles": [stored(PROFILE | fields)]}
 
 
 def test_a_profile_with_a_field_that_is_wrong() -> None:
     found = check("Profile default", **profiled(device="tpu"))
     assert found.verdict == "problem"
-    assert found.message.startswith("profiles.default.device: ")
+    assert found.message.startswith("QLoRAProfile default: spec.device: ")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "labels", "admits"),
+    [
+        ({"names": ["other", "team"]}, {}, True),
+        ({"names": ["other"]}, {}, False),
+        ({"selector": {"matchLabels": {"tier": "gold"}}}, {"tier": "gold"}, True),
+        ({"selector": {"matchLabels": {"tier": "gold"}}}, {"tier": "free"}, False),
+        ({"selector": {"matchLabels": {"tier": "gold"}}}, None, True),
+    ],
+)
+def test_a_profile_for_other_namespaces(allowed: dict[str, Any], labels: dict[str, str] | None, admits: bool) -> None:
+    own = DENIED if labels is None else {"metadata": {"name": "team", "labels": labels}}
+    checks = examine(replace(READY, schemas=None, own_namespace=own, **profiled(allowedNamespaces=allowed)))
+    said = [each.message for each in checks if each.name == "Profile default" and each.verdict == "warning"]
+    assert said == ([] if admits else ["jobs of team may not use it: ask the administrator to admit it"])
 
 
 @pytest.mark.parametrize(
@@ -245,7 +267,7 @@ def test_a_taint_that_the_profile_tolerates() -> None:
 
 def test_a_profile_for_the_cpu_needs_no_gpu() -> None:
     cpu = {key: value for key, value in PROFILE.items() if key != "gpuResource"} | {"device": "cpu"}
-    assert check("Profile default: nodes", operators=[operator({"default": cpu})]).verdict == "ok"
+    assert check("Profile default: nodes", profiles=[stored(cpu)]).verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -274,26 +296,22 @@ def test_a_runtime_class_that_does_not_exist() -> None:
     assert_finds("Profile default: runtime class", "problem", "there is no RuntimeClass nvidia", **facts)
 
 
-def test_without_access_to_the_operator_profiles_are_those_of_the_jobs() -> None:
+def test_without_access_to_profiles_they_are_those_of_the_jobs() -> None:
     job = {
         "metadata": {"name": "a", "creationTimestamp": NOW.isoformat()},
         "spec": {"scheduling": {"profile": "a100"}},
         "status": {"phase": "Training", "resolved": {"profile": PROFILE | {"newer": 1}}},
     }
-    names = [each.name for each in examine(replace(READY, operators=DENIED, jobs=[job]))]
+    names = [each.name for each in examine(replace(READY, profiles=DENIED, jobs=[job]))]
     assert "Profile a100: nodes" in names
 
 
 @pytest.mark.parametrize(
-    ("operators", "why"),
-    [
-        (DENIED, "which you may not read"),
-        ([], "they come with the operator's chart"),
-        ([replace(operator(), settings=Unknown("no annotation"))], "does not show them (no annotation)"),
-    ],
+    ("profiles", "verdict", "why"),
+    [(DENIED, "unknown", "ClusterRole"), ([], "problem", "there is no QLoRAProfile: the operator's chart creates one")],
 )
-def test_profiles_that_cannot_be_read(operators: Any, why: str) -> None:
-    assert_finds("Profiles", "unknown", why, operators=operators)
+def test_profiles_that_do_not_exist_or_cannot_be_read(profiles: Any, verdict: str, why: str) -> None:
+    assert_finds("Profiles", verdict, why, profiles=profiles)
 
 
 def quota(hard: dict[str, str], used: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
@@ -382,7 +400,7 @@ def test_missing_rights_are_named_by_their_purpose() -> None:
 
 
 def test_a_forbidden_check_is_unknown_and_no_problem() -> None:
-    names = "operators jobs nodes storage_classes own_namespace quotas limit_ranges network_policies"
+    names = "operators profiles jobs nodes storage_classes own_namespace quotas limit_ranges network_policies"
     hidden: dict[str, Any] = dict.fromkeys(names.split(), DENIED)
     checks = examine(replace(READY, trials={}, **hidden))
     assert {each.verdict for each in checks} == {"ok", "unknown"}

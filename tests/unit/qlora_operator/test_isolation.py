@@ -19,7 +19,7 @@ from qlora_operator.settings import Settings
 from qlora_operator.watch.handlers import Hooks, watch
 from qlora_operator.watch.resync import Resync, WatchMonitor
 from qlora_operator.watch.store import Store
-from tests.support.builders import NAME, NOW, PROFILE, PROFILES, job_body, starts
+from tests.support.builders import NAME, NOW, PROFILE, job_body, starts
 from tests.unit.qlora_operator.simulation.agenda import Agenda
 from tests.unit.qlora_operator.simulation.api_server import ApiServer
 
@@ -128,5 +128,5 @@ def test_it_watches_those_namespaces_only_and_the_cluster_only_without_any(
         Store(),
     )
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(watch(Settings(profiles=PROFILES, namespaces=namespaces), hooks))
+        asyncio.run(watch(Settings(namespaces=namespaces), hooks))
     assert (given["clusterwide"], tuple(given["namespaces"])) == (not namespaces, namespaces)

@@ -256,7 +256,8 @@ def write(
 
 
 def test_the_time_in_a_phase_is_measured_when_a_job_leaves_it() -> None:
-    metrics = Metrics(profiles=("default", "h100"))
+    metrics = Metrics()
+    metrics.transitions.expect("h100")
     queued = {"phase": "Queued", "phaseSince": time(-3000)}
     write(metrics, queued, queued | {"observedGeneration": 2}, "h100")
     write(metrics, queued, {"phase": "Training", "phaseSince": time()}, "h100")
@@ -372,7 +373,7 @@ def test_every_failure_reason_of_trainer_and_operator_has_its_own_series() -> No
         ("/api/v1/namespaces/pods/persistentvolumeclaims/pods", "persistentvolumeclaims"),
         ("/apis/coordination.k8s.io/v1/namespaces/qlora-system/leases/qlora-operator", "leases"),
         ("/openapi/v3/apis/qlora.dev/v1alpha1", "openapi"),
-        ("/api/v1/namespaces/team", "other"),
+        ("/api/v1/namespaces", "namespaces"),
         ("/apis/example.org/v1/namespaces/team/gadgets", "other"),
         ("/", "other"),
         ("/api/v1/namespaces/team/configmaps/adapters", "configmaps"),

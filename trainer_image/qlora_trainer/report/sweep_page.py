@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, ValidationError, model_validator
 
 from qlora_api.contract import SWEEP_REPORT
-from qlora_api.profile import DNS_LABEL
+from qlora_api.kubernetes_values import DNS_LABEL
 from qlora_api.schema import ObservedModel, replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import Share

@@ -18,7 +18,7 @@ from qlora_api.naming import (
     other_spec_annotation,
     peers_name,
 )
-from qlora_api.profile import Profile, StepResources, Toleration
+from qlora_api.profile import Profile
 from qlora_api.schema import replace
 from qlora_api.spec.gate import GateSpec
 from qlora_api.spec.job import API_VERSION, KIND, STEP_FIELDS
@@ -32,6 +32,7 @@ from qlora_operator.decisions.manifests.environment import (
     step_environment,
 )
 from qlora_operator.decisions.manifests.network import Dns
+from qlora_operator.decisions.manifests.placement import placement, resources
 from qlora_operator.decisions.manifests.volumes import mounts_and_volumes
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
@@ -93,11 +94,13 @@ def build_job(
             "podFailurePolicy": {"rules": _failure_rules(together=nodes > 1)},
             "template": {
                 "metadata": {
-                    "labels": labels
-                    | {"sidecar.istio.io/inject": "false"}
-                    | identity_labels(resolved.profile, step)
+                    "labels": _template_labels(resolved.profile, step)
+                    | labels
                     | one_node_labels(job, resolved.profile),
-                    "annotations": _UNDISTURBED | {SPEC_ANNOTATION: _document(job, resolved)} | _documents(others),
+                    "annotations": (resolved.profile.pod_annotations or {})
+                    | _UNDISTURBED
+                    | {SPEC_ANNOTATION: _document(job, resolved)}
+                    | _documents(others),
                 },
                 "spec": _pod(job, resolved, step, attempt, others),
             },
@@ -256,6 +259,11 @@ def _labels(job: QLoRAJob, step: StepName | None = None) -> dict[str, str]:
     return labels if step is None else labels | {"app.kubernetes.io/component": step, STEP_LABEL: step}
 
 
+def _template_labels(profile: Profile, step: StepName) -> dict[str, str]:
+    """Return the pods' labels besides those of their Job."""
+    return (profile.pod_labels or {}) | {"sidecar.istio.io/inject": "false"} | identity_labels(profile, step)
+
+
 def _owner(job: QLoRAJob, *, controller: bool) -> Manifest:
     owner = {"apiVersion": API_VERSION, "kind": KIND, "name": job.name, "uid": job.uid, "blockOwnerDeletion": False}
     return owner | ({"controller": True} if controller else {})
@@ -300,30 +308,29 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
         "containers": [_container(job, resolved, step, attempt, others) | {"volumeMounts": mounts}],
         "volumes": volumes,
     }
-    optional: Manifest = {
+    optional: Manifest = placement(job, profile, step) | {
         "serviceAccountName": service_account_name(profile, step),
         "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
         "priorityClassName": job.spec.scheduling.priority_class_name,
         "runtimeClassName": profile.runtime_class_name if step == "train" else None,
         "subdomain": peers_name(job.uid) if node_count(job, step) > 1 else None,
-        "affinity": _to_one_node(one_node_labels(job, profile)),
     }
-    if step == "train" or profile.workspace.topology != "shared":
-        # All steps mount the workspace volume, which may exist in one zone or on one node only.
-        optional["nodeSelector"] = {**(job.spec.scheduling.node_selector or {}), **profile.node_selector}
-        optional["tolerations"] = _tolerations(job, profile)
+    optional["affinity"] = _with_one_node(optional.get("affinity") or {}, one_node_labels(job, profile))
     if profile.host_users is not None:
         pod["hostUsers"] = profile.host_users
     return pod | {key: value for key, value in optional.items() if value}
 
 
-def _to_one_node(labels: dict[str, str]) -> Manifest | None:
-    """Build the affinity of pods with these labels to one another, or None without any.
+def _with_one_node(affinity: Manifest, labels: dict[str, str]) -> Manifest:
+    """Add the affinity of pods with these labels to one another, unless there are none.
 
     The first goes to any node, and the others to its node as long as it runs.
     """
+    if not labels:
+        return affinity
+    pods, required = affinity.get("podAffinity", {}), "requiredDuringSchedulingIgnoredDuringExecution"
     term = {"labelSelector": {"matchLabels": labels}, "topologyKey": "kubernetes.io/hostname"}
-    return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}} if labels else None
+    return affinity | {"podAffinity": pods | {required: [*pods.get(required, ()), term]}}
 
 
 def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others: Sequence[QLoRAJob]) -> Manifest:
@@ -335,7 +342,7 @@ def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, 
         "imagePullPolicy": profile.image_pull_policy,
         "args": [step, "--job", str(contract.JOB_FILE), "--workspace", str(workspace), *_further(others)],
         "env": step_environment(job, resolved, step, attempt),
-        "resources": _resources(job, profile, step),
+        "resources": resources(job, profile, step),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -361,19 +368,6 @@ def _further(others: Sequence[QLoRAJob]) -> list[str]:
     ]
 
 
-def _resources(job: QLoRAJob, profile: Profile, step: StepName) -> Manifest:
-    wanted: StepResources = profile.resources.publish if step == "clean" else getattr(profile.resources, step)
-    cpu, memory = wanted.cpu, wanted.memory
-    limits: Manifest = {}
-    if step == "train":
-        cpu, memory = job.spec.resources.cpu or cpu, job.spec.resources.memory or memory
-        limits = {profile.gpu_resource: str(job.spec.resources.gpus)} if profile.gpu_resource else {}
-    both = {"memory": memory}
-    if wanted.ephemeral_storage is not None:
-        both["ephemeral-storage"] = wanted.ephemeral_storage
-    return {"requests": {"cpu": cpu, **both}, "limits": both | limits}
-
-
 def _pod_security(profile: Profile) -> Manifest:
     security: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     if profile.run_as is None:
@@ -385,11 +379,3 @@ def _pod_security(profile: Profile) -> Manifest:
         "fsGroupChangePolicy": "OnRootMismatch",
         **({"supplementalGroupsPolicy": policy} if (policy := profile.run_as.supplemental_groups_policy) else {}),
     }
-
-
-def _tolerations(job: QLoRAJob, profile: Profile) -> list[Manifest]:
-    tolerations: list[Toleration] = [*profile.tolerations, *(job.spec.scheduling.tolerations or ())]
-    if profile.gpu_resource:
-        # GPU nodes have this taint by convention, and not every cluster adds the toleration by itself.
-        tolerations.append(Toleration(key=profile.gpu_resource, operator="Exists", effect="NoSchedule"))
-    return [toleration.dump() for toleration in dict.fromkeys(tolerations)]

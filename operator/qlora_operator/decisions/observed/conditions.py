@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Literal, TypeVar
 
 from qlora_api.printable import one_line
+from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.schema import replace
 from qlora_api.status import MAX_MESSAGE_LENGTH, Condition, Phase, QLoRAJobStatus
 from qlora_api.sweep.status import QLoRASweepStatus
@@ -24,8 +25,8 @@ ConditionType = Literal[
     "Announced",
 ]
 Value = Literal["True", "False", "Unknown"]
-Status = QLoRAJobStatus | QLoRASweepStatus
-StatusT = TypeVar("StatusT", QLoRAJobStatus, QLoRASweepStatus)
+Status = QLoRAJobStatus | QLoRASweepStatus | QLoRAProfileStatus
+StatusT = TypeVar("StatusT", QLoRAJobStatus, QLoRASweepStatus, QLoRAProfileStatus)
 
 
 def truncate(text: str, limit: int = MAX_MESSAGE_LENGTH) -> str:

@@ -44,6 +44,8 @@ class Facts:
     """Of the cells that it trains, or has trained, those that count no GPU time any more."""
     progress_beside: ProgressRecord | None = None
     """The latest record of the other cells that the pod of a sweep trains."""
+    counted_seconds: int = 0
+    """GPU seconds of the job that the stored status of its profile includes, until the job has noted that."""
     jobs_of_profile: int = 0
     """How many other jobs of its profile and namespace have started and not ended, if its profile limits them."""
 

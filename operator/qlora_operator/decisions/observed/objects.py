@@ -1,5 +1,6 @@
 """Typed frozen values of the QLoRAJob, its child Jobs and their pods."""
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -56,6 +57,13 @@ class QLoRAJob:
     """Optimizer steps after which its sweep compares its cells, separated by commas; empty if there are none."""
     problem: str = ""
     """Why this operator must not continue the job, which it stops on request only; empty if it can."""
+    hold: Reason | None = None
+    """Why its profile stops it for now, as spec.suspend does: no pod starts, and a running one saves a checkpoint."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether no pod of it may run, by its user or its profile."""
+        return self.spec.suspend or self.hold is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +300,11 @@ def collect(children: Iterable[ChildJob], pods: Iterable[Pod], lost: ChildJob | 
         pods=tuple(sorted(pods, key=lambda pod: (pod.created, pod.name))),
         lost=lost,
     )
+
+
+def share_of(text: str) -> float:
+    """Return a number from 0 to 1, constant for this text and different for others."""
+    return zlib.crc32(text.encode()) / (2**32 - 1)
 
 
 def parse_time(text: str) -> datetime:

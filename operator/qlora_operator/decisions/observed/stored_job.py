@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora_api.contract import CONTRACT_VERSION, needed_contract
 from qlora_api.joinable import MAX_TOGETHER
+from qlora_api.kubernetes_values import DNS_LABEL
 from qlora_api.naming import (
     CELLS_IN_POD_ANNOTATION,
     QUEUE_LABEL,
@@ -16,7 +17,6 @@ from qlora_api.naming import (
     RUNGS_ANNOTATION,
     shared_folder,
 )
-from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus, Resolved

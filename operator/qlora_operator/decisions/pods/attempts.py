@@ -156,7 +156,7 @@ def is_stopped_on_purpose(child: ChildJob | None, job: QLoRAJob, pod: Pod | date
 
     `pod`: of one that has vanished, since when it ran.
     """
-    if child is None or child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:
+    if child is None or child.deleting or child.suspended or child.complete or child.expired or job.stops:
         return True
     if child.resumed is None or pod is None:
         return False

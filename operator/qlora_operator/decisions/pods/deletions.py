@@ -13,6 +13,7 @@ from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_operator.decisions.observed.conditions import condition
 from qlora_operator.decisions.observed.endings import NOT_SUSPENDED
 from qlora_operator.decisions.observed.facts import set_condition
+from qlora_operator.decisions.observed.holds import HOLDS
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.pods.attempts import charge_running
 from qlora_operator.decisions.pods.blockers import POD_DETACHED
@@ -80,11 +81,11 @@ def _gone(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, last: int) 
 
 
 def _is_own_deletion(job: QLoRAJob) -> bool:
-    """Whether the operator has deleted the Job, for a suspension or a detached pod."""
+    """Whether the operator has deleted the Job, for a stop or a detached pod."""
     suspended, shown = condition(job.status, "Suspended"), condition(job.status, "Succeeded")
     if suspended is not None and suspended.reason != NOT_SUSPENDED.word:
         return True
-    return shown is not None and shown.reason == POD_DETACHED
+    return shown is not None and shown.reason in (POD_DETACHED, *HOLDS)
 
 
 def _ran_for_long(step: StepStatus, now: datetime) -> bool:

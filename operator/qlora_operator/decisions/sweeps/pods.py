@@ -247,7 +247,7 @@ def _state(cell: CellJob | None) -> _State:
     One that cannot continue does not delay the others.
     """
     job = cell.job if cell is not None else None
-    if cell is None or job is None or job.deleting or job.spec.suspend or job.problem:
+    if cell is None or job is None or job.deleting or job.stops or job.problem:
         return "out"
     if is_finished(job.status):
         return "coming" if cell.retried else "out"

@@ -81,8 +81,8 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
 
 
 def gpus_of_a_pod(job: QLoRAJob, status: QLoRAJobStatus) -> int:
-    """Return the GPUs of one train pod, 0 if the profile requests none."""
-    if status.resolved is None or status.resolved.profile.gpu_resource is None:
+    """Return the GPUs of one train pod, 0 if the profile gives it none."""
+    if status.resolved is None or not status.resolved.profile.gives_gpus:
         return 0
     return job.spec.resources.gpus
 

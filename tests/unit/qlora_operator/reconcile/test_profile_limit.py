@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from qlora_api.kubernetes_values import amount
 from qlora_api.naming import JOB_LABEL, SPEC_ANNOTATION
-from qlora_api.profile import Profile, amount
+from qlora_api.profile import Profile
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import Resolved
 from qlora_operator.decisions.manifests.objects import build_job
@@ -41,6 +42,8 @@ from tests.support.builders import (
 from tests.unit.qlora_operator.simulation.agenda import Agenda
 from tests.unit.qlora_operator.simulation.api_server import AnswerError, ApiServer, Object
 
+OTHERS = {"names": ["other"]}
+
 
 def limited(**fields: Any) -> dict[str, Profile]:
     """The only profile, with these settings."""
@@ -50,7 +53,12 @@ def limited(**fields: Any) -> dict[str, Profile]:
 @pytest.mark.parametrize(
     ("settings", "spec", "reason", "says"),
     [
-        ({"namespaces": ["other"]}, {}, "ProfileNotAllowed", "is not for namespace 'team', whose profiles are: none"),
+        (
+            {"allowedNamespaces": OTHERS},
+            {},
+            "ProfileNotAllowed",
+            "is not for namespace 'team', whose profiles are: none",
+        ),
         ({"limits": {"gpus": 2}}, {"resources": {"gpus": 3}}, "LimitExceeded", "spec.resources.gpus is 3, and profile"),
         ({"limits": {"workspaceSize": "50Gi"}}, {"workspace": {"size": "54G"}}, "LimitExceeded", "allows 50Gi"),
         ({"limits": {"workspaceSize": "10Gi"}}, {}, "LimitExceeded", "spec.workspace.size is 50Gi"),
@@ -94,7 +102,7 @@ def test_a_spec_too_large_for_an_annotation_waits_and_names_its_long_texts() -> 
 @pytest.mark.parametrize(
     ("settings", "spec"),
     [
-        ({"namespaces": ["other", "team"]}, {}),
+        ({"allowedNamespaces": {"names": ["other", "team"]}}, {}),
         ({"limits": {"gpus": 2}}, {"resources": {"gpus": 2}}),
         ({"limits": {"workspaceSize": "50Gi"}}, {"workspace": {"size": "53G"}}),
         ({"limits": {"workspaceSize": "10Gi"}}, {"workspace": {"claimName": "own"}}),
@@ -106,14 +114,14 @@ def test_a_job_within_its_profiles_limits_starts(settings: dict[str, Any], spec:
     profiles = limited(**settings)
     status = follow(make_job(**spec), profiles=profiles, jobs_of_profile=2)
     # The names of other tenants' namespaces are not for this one, and an older release reads the status as before.
-    assert {"namespaces", "limits"}.isdisjoint(present(status.resolved).profile.dump())
+    assert {"allowedNamespaces", "limits"}.isdisjoint(present(status.resolved).profile.dump())
     # Later limits do not stop a job that has started.
-    later = follow(make_job(status_in("train")), profiles=limited(namespaces=["other"], limits={"jobs": 1}))
+    later = follow(make_job(status_in("train")), profiles=limited(allowedNamespaces=OTHERS, limits={"jobs": 1}))
     assert later.step is not None
 
 
 def test_a_namespace_learns_only_of_profiles_that_it_may_use() -> None:
-    profiles = limited() | {"secret": Profile.model_validate(PROFILE.dump() | {"namespaces": ["other"]})}
+    profiles = limited() | {"secret": Profile.model_validate(PROFILE.dump() | {"allowedNamespaces": OTHERS})}
     for asked in ("unknown", "secret"):
         status = follow(make_job(scheduling={"profile": asked}), profiles=profiles)
         assert message_of(status).split("are: ")[1].split(";")[0] == "default"
@@ -127,14 +135,14 @@ def test_a_failed_job_is_retried_only_within_the_current_limits() -> None:
     held = follow(job, profiles=profiles, jobs_of_profile=1)
     assert (held.phase, reason_of(held, "Ready"), held.retry_request) == ("Failed", "JobLimitReached", None)
     assert held_back(facts(job, profiles=profiles, jobs_of_profile=1)) is not None
-    elsewhere = limited(namespaces=["other"], limits={"jobs": 1})
+    elsewhere = limited(allowedNamespaces=OTHERS, limits={"jobs": 1})
     assert held_back(facts(job, profiles=elsewhere, jobs_of_profile=1)) is None, "nobody's end would help"
     assert follow(make_job(held, retry={"request": 1}), profiles=profiles).phase == "Publishing"
     # A request that is withdrawn leaves the failure as the reason.
     withdrawn = follow(make_job(held, generation=2, retry={"request": 0}), profiles=profiles, jobs_of_profile=1)
     assert reason_of(withdrawn, "Ready") == reason_of(stored, "Ready") == "BadConfiguration"
     assert message_of(withdrawn, "Ready") == message_of(stored, "Ready")
-    assert follow(job, profiles=limited(namespaces=["other"])).phase == "Failed"
+    assert follow(job, profiles=limited(allowedNamespaces=OTHERS)).phase == "Failed"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from qlora_api.profile import Profile
 from qlora_operator import __main__ as operator
 from qlora_operator.keys import Key
 from qlora_operator.metrics.metrics import Metrics
@@ -82,7 +81,7 @@ def test_the_only_namespace_that_is_served_may_occupy_every_worker(
         raise asyncio.CancelledError
 
     monkeypatch.setattr(operator, "WorkQueue", make)
-    settings = Settings(profiles={"default": Profile(image="trainer")}, namespaces=namespaces)
+    settings = Settings(namespaces=namespaces)
     started = operator.Operator(settings, None, MagicMock(), Metrics(), Health(), operator.Signals())
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(started._work())

@@ -11,9 +11,10 @@ from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, SWEEP_LABEL, SWEEP_UID_LA
 from qlora_operator.keys import Key
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.watch.handlers import Hooks, _configure, _register_events
+from qlora_operator.watch.profiles import ProfileStore
 from qlora_operator.watch.resync import WatchMonitor
 from qlora_operator.watch.store import Store
-from tests.support.builders import NAME, child, condition, job_body, pod, running, status_in
+from tests.support.builders import NAME, child, condition, job_body, pod, profile_body, running, status_in
 
 KEY = ("team", NAME)
 
@@ -32,6 +33,7 @@ class Watches:
         monkeypatch.setattr(kopf.on, "event", register)
         self.monitor = WatchMonitor(150)
         self.sweeps: list[tuple[Key, float]] = []
+        self.profiles = ProfileStore()
         hooks = Hooks(
             self._ask,
             self.monitor,
@@ -40,6 +42,7 @@ class Watches:
             Store(),
             lambda key, after: self.sweeps.append((key, after)),
             self.metrics.watches.event,
+            self.profiles,
         )
         _register_events(kopf.OperatorRegistry(), hooks)
         self._handlers = handlers
@@ -81,6 +84,13 @@ def test_a_sweep_is_requeued_when_it_changes_and_soon_after_a_cell_has(watches: 
     for resource, type_, count in (("qlorasweeps", "LISTED", 1), ("qlorajobs", "ADDED", 2), ("pods", "ADDED", 1)):
         labels = {"resource": resource, "type": type_}
         assert watches.metrics.registry.get_sample_value("qlora_operator_watch_events_total", labels) == count
+
+
+def test_profiles_are_those_that_the_watch_shows(watches: Watches) -> None:
+    watches.show("qloraprofiles", None, 10, profile_body())
+    assert list(watches.profiles) == ["default"]
+    watches.show("qloraprofiles", "DELETED", 11, profile_body())
+    assert list(watches.profiles) == []
 
 
 def test_a_new_job_goes_first_and_a_started_one_does_not(watches: Watches) -> None:

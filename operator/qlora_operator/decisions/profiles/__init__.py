@@ -1,0 +1,1 @@
+"""Decides about QLoRAProfiles: whether they are valid, and whom they admit."""

@@ -1,0 +1,111 @@
+"""A stored QLoRAProfile, as far as this version can read it, and its status."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from pydantic import ValidationError
+
+from qlora_api.allowed_namespaces import AllowedNamespaces
+from qlora_api.profile import Profile
+from qlora_api.profile_status import QLoRAProfileStatus
+from qlora_api.schema import replace
+from qlora_operator.decisions.observed.conditions import Value, with_condition
+from qlora_operator.decisions.observed.objects import Object, Reason
+from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
+from qlora_operator.decisions.observed.stored_job import explain
+from qlora_operator.decisions.resolution import as_copied
+
+Labels = Mapping[str, str]
+
+# The rest is for the other resolved values: three names, a path and a version.
+_LONGEST_COPY = MAX_RESOLVED - 2048
+_VALID, _PAUSED = "Valid", "Paused"
+
+
+@dataclass(frozen=True)
+class StoredProfile:
+    """The profile as stored."""
+
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    status: QLoRAProfileStatus
+    profile: Profile | None
+    problem: str = ""
+    """Why no job can start with it; empty if jobs can."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether it admits namespaces by their labels."""
+        allowed = self.profile.allowed_namespaces if self.profile is not None else None
+        return allowed is not None and allowed.selector is not None
+
+
+def parse_profile(body: Object) -> StoredProfile:
+    """Parse a QLoRAProfile, without its spec if that is invalid."""
+    metadata, profile, problem = body["metadata"], None, ""
+    try:
+        profile = Profile.model_validate(body.get("spec") or {})
+        problem = _too_long(profile)
+    except ValidationError as error:
+        problem = f"this version of the operator cannot read the spec: {explain(error)}"
+    return StoredProfile(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 0),
+        resource_version=metadata.get("resourceVersion", ""),
+        status=_parse_status(body),
+        profile=None if problem else profile,
+        problem=problem,
+    )
+
+
+def _parse_status(body: Object) -> QLoRAProfileStatus:
+    """Parse the status, which the operator writes again if it cannot be read."""
+    try:
+        return QLoRAProfileStatus.model_validate(body.get("status") or {})
+    except ValidationError:
+        return QLoRAProfileStatus()
+
+
+def _too_long(profile: Profile) -> str:
+    length = len(json.dumps(as_copied(profile).dump(), separators=(",", ":")))
+    if length <= _LONGEST_COPY:
+        return ""
+    return (
+        f"spec has {length} characters as JSON, of which each job gets a copy, and may have {_LONGEST_COPY}: shorten "
+        "nccl, where a character that is not ASCII counts six or twelve"
+    )
+
+
+def with_selected(profile: Profile, namespaces: Mapping[str, Labels]) -> Profile:
+    """Replace the selector of namespaces by the names of those that it selects."""
+    allowed = profile.allowed_namespaces
+    if allowed is None or allowed.selector is None:
+        return profile
+    wanted = allowed.selector.match_labels.items()
+    selected = {name for name, labels in namespaces.items() if wanted <= labels.items()}
+    names = tuple(sorted(selected.union(allowed.names or ())))
+    return replace(profile, allowed_namespaces=AllowedNamespaces.model_construct(names=names, selector=None))
+
+
+def judged(stored: StoredProfile, now: datetime, obstacle: str = "") -> QLoRAProfileStatus:
+    """Return the profile's status. `obstacle`: why its namespaces cannot be selected."""
+    status = replace(stored.status, observed_generation=stored.generation)
+    why = _paused_or_valid(stored)
+    if stored.problem:
+        why = Reason("InvalidSpec", stored.problem)
+    elif stored.selects and obstacle:
+        why = Reason("NamespacesNotReadable", f"spec.allowedNamespaces.selector selects nothing: {obstacle}")
+    value: Value = "True" if why.word in (_VALID, _PAUSED) else "False"
+    return with_condition(status, "Ready", value, why, generation=stored.generation, now=now)
+
+
+def _paused_or_valid(stored: StoredProfile) -> Reason:
+    if stored.profile is not None and stored.profile.paused:
+        # Still ready: tools such as `helm upgrade --wait` would wait for the end of the pause.
+        return Reason(_PAUSED, "spec.paused is true: its jobs wait until that is removed")
+    return Reason(_VALID, "jobs can start with the profile")
