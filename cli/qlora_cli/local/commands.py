@@ -16,7 +16,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
-from qlora_cli.local.forecast import GpuOfPlan, parse_price, show_forecast
+from qlora_cli.local.forecast import GpuOfPlan, gpu_of_profile, parse_price, show_forecast
 from qlora_cli.local.plan import find_config, make_plan, show_plan
 from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
 from qlora_cli.local.rows import RowAccess, show_lengths, show_rows
@@ -107,6 +107,14 @@ def _spec(document: Document) -> QLoRAJobSpec:
 @click.option(
     "--gpu-hour-price", metavar="PRICE", callback=parse_price, help="Price of a GPU hour, for example '2.50 EUR'."
 )
+@click.option(
+    "--profile",
+    type=click.File(),
+    callback=gpu_of_profile,
+    metavar="FILE",
+    help="QLoRAProfile with gpuTflops and gpuHourPrice, instead of these options; - for that of "
+    "`kubectl get qloraprofile NAME -o yaml`.",
+)
 @click.option("--tokens", type=click.IntRange(1, 10**15), help="Tokens of one epoch, for the forecast.")
 @_config_map
 @_tokenizer
@@ -118,20 +126,21 @@ def plan(
     data: bool,
     gpu_tflops: float | None,
     gpu_hour_price: tuple[str, str] | None,
+    profile: tuple[float | None, tuple[str, str] | None],
     tokens: int | None,
     config_maps: dict[str, Path],
     tokenizer: Path | None,
 ) -> None:
     """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
 
-    Of a QLoRASweep, show the cells and what each of its pods needs. With --gpu-tflops, show the GPU hours that a job is
-    expected to take. Exits with 17 if it cannot fit, as the job itself does.
+    Of a QLoRASweep, show the cells and what each of its pods needs. With --gpu-tflops or --profile, show the GPU hours
+    that a job is expected to take. Exits with 17 if it cannot fit, as the job itself does.
     """
     document, console = _load(file), Console(emoji=False)
     access = _row_access(_spec(document), claims, config_maps, tokenizer) if data else None
     try:
         config = config or find_config(_spec(document).model, Mounts(claims=claims))
-        gpu = GpuOfPlan(gpu_tflops, gpu_hour_price, tokens)
+        gpu = GpuOfPlan(gpu_tflops or profile[0], gpu_hour_price or profile[1], tokens)
         exit_code = _show_plan(document, config, gpu_memory, gpu, console)
         if access is not None:
             show_lengths(_spec(document), access, console)

@@ -3,9 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import click
+from pydantic import ValidationError
 from rich.console import Console
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from qlora_api.forecast import (
     ASSUMED_UTILIZATION,
@@ -17,6 +21,7 @@ from qlora_api.forecast import (
 )
 from qlora_api.forecast import parse_price as parse_price_text
 from qlora_api.memory.model_shape import mixes_experts
+from qlora_api.profile import Profile
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_cli.local.plan import MemoryPlan
 
@@ -43,6 +48,22 @@ def parse_price(_context: click.Context, _parameter: click.Parameter, value: str
         return parse_price_text(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def gpu_of_profile(
+    _context: click.Context, _parameter: click.Parameter, file: TextIO | None
+) -> tuple[float | None, tuple[str, str] | None]:
+    """Read the speed and the price of a profile's GPU from its manifest. Raises click.BadParameter."""
+    if file is None:
+        return None, None
+    try:
+        content = YAML(typ="safe").load(file)
+        # A newer release's profile may have fields that this one lacks.
+        profile = Profile.model_validate(content["spec"], extra="ignore")
+    except (YAMLError, ValidationError, LookupError, TypeError) as error:
+        raise click.BadParameter(f"{file.name} is no QLoRAProfile: {error}") from None
+    price = (profile.gpu_hour_price, profile.currency)
+    return profile.gpu_tflops, (price[0], price[1]) if price[0] and price[1] else None
 
 
 def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, config: Path, gpu: GpuOfPlan, console: Console) -> None:

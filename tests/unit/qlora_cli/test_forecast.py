@@ -42,6 +42,19 @@ def test_the_hours_follow_from_weights_tokens_and_speed(tmp_path: Path) -> None:
     assert done.exit_code == 0
 
 
+def test_speed_and_price_may_come_from_a_profile_of_any_release(tmp_path: Path) -> None:
+    spec = {"image": "trainer", "gpuTflops": 0.01, "gpuHourPrice": "2.50", "currency": "EUR", "newer": True}
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(yaml.safe_dump({"kind": "QLoRAProfile", "spec": spec}))
+    given = planned(tmp_path, MINIMAL, FAST, "--gpu-hour-price=2.50 EUR", "--tokens=100000")
+    assert "Forecast: about" in given.output
+    assert planned(tmp_path, MINIMAL, f"--profile={profile}", "--tokens=100000").output == given.output
+    for text in ("spec: {}", "- a", "{"):
+        profile.write_text(text)
+        done = planned(tmp_path, MINIMAL, f"--profile={profile}")
+        assert (done.exit_code, f"{profile} is no QLoRAProfile" in done.output) == (2, True)
+
+
 def test_a_number_of_steps_bounds_the_tokens_and_a_budget_is_compared(tmp_path: Path) -> None:
     training = {"maxSteps": 10, "microBatchSize": 1, "gradientAccumulationSteps": 8, "maxSequenceLength": 512}
     manifest = with_value(with_value(MINIMAL, "spec.training", training), "spec.budget", {"gpuHours": 0.001})
