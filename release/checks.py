@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from docs import trainer_image
-from qlora_api.crd import custom_resource_definition, sweep_definition
+from qlora_api.crd import definitions
 from qlora_api.spec.job import QLoRAJobDocument
 from release import changelog, chart, dockerfiles, project, workflows
 from release.project import CHART, DOCKERFILES, ROOT, ReleaseError
@@ -105,7 +105,7 @@ def _resources(annotations: Mapping[str, str]) -> Iterator[str]:
     shown = {
         (entry["name"], entry["kind"], entry["version"]) for entry in yaml.safe_load(annotations["artifacthub.io/crds"])
     }
-    defined = {_identity(definition) for definition in (custom_resource_definition(), sweep_definition())}
+    defined = {_identity(definition) for definition in definitions().values()}
     if shown != defined:
         yield f"artifacthub.io/crds: {sorted(shown)}, but the chart installs {sorted(defined)}"
     for example in yaml.safe_load(annotations["artifacthub.io/crdsExamples"]):

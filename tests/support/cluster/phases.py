@@ -68,7 +68,7 @@ def cases() -> Sequence[Case]:
             "without a profile",
             _stored(follow(make_job(scheduling=unknown)), scheduling=unknown),
             "Progressing",
-            "spec.scheduling.profile 'h100' does not exist",
+            "there is no valid QLoRAProfile 'h100', which spec.scheduling.profile names",
             "suspend",
         ),
         Case("preparing", _stored(_preparing()), "Progressing", "downloading 40%", "suspend"),
