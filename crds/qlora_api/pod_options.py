@@ -141,7 +141,7 @@ class PodSelector(ApiModel):
 
 
 class PodTerm(ApiModel):
-    """Pods, and the domain of nodes in which they are."""
+    """Pods, and the domain of their nodes."""
 
     label_selector: PodSelector = Field(description="Labels of these pods.")
     topology_key: LabelKey = Field(description="Label of nodes whose value names the domain.")

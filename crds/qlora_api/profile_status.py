@@ -17,7 +17,7 @@ class UsageOfMonth(ObservedModel):
     """The GPU time of a namespace in one month."""
 
     month: str = Field(max_length=7, description="The month in UTC, for example 2026-12.")
-    gpu_seconds: Count = Field(description="Seconds times GPUs. A second counts for the month in which it is counted.")
+    gpu_seconds: Count = Field(description="Seconds times GPUs. A second counts for the month that it is counted in.")
     gpu_hours: ShortText = Field(description='The same in hours, for people, for example "12.50".')
 
 

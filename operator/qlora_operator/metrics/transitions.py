@@ -66,6 +66,7 @@ class TransitionMetrics:
             self.failures.labels(profile, reason)
         for phase in ENDED:
             self.ended.labels(phase, profile)
+            self.canaries_ended.labels(phase, profile)
 
     def written(self, before: QLoRAJob, after: QLoRAJobStatus, created: str | None) -> None:
         """Note that the status of the job, which was created at that time, has been stored."""

@@ -162,15 +162,16 @@ class Nodeless:
 def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
     """The cluster with the namespace; `folder` gets the operator's files. `profile`: more of its keys.
 
-    The profile `shared` is the same, for jobs of several nodes; `gpu` is the same with GPUs.
+    The profile `shared` is the same, for jobs of several nodes; `gpu` is the same with GPUs, and a canary for all jobs.
     """
     with running(controller_manager=True) as plane:
         default = {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}
+        canary = {"image": default["image"], "percent": 100}
         apply_definitions(
             plane,
             default=default,
             shared={**default, "workspace": _SHARED_WORKSPACE},
-            gpu={**default, "device": "cuda", "gpuResource": "nvidia.com/gpu"},
+            gpu={**default, "device": "cuda", "gpuResource": "nvidia.com/gpu", "canary": canary},
         )
         plane.kubectl("create", "namespace", NAMESPACE)
         # Pods of a node that does not exist are taken for disrupted after a while.
