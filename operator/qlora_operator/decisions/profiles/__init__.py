@@ -1,1 +1,1 @@
-"""Decides about QLoRAProfiles: whether they are valid, and whom they admit."""
+"""Decides about QLoRAProfiles: their validity, and the GPU hours of namespaces."""

@@ -88,7 +88,7 @@ def seconds_of_month(status: QLoRAProfileStatus, namespace: str, now: datetime) 
 
 
 def unknown(status: QLoRAProfileStatus, lines: Iterable[UsageLine], over: Collection[str] = ()) -> dict[str, str]:
-    """Return the namespace of each entry without a line, by its UID, but those that are over."""
+    """Return the namespace of each entry without a line, by its UID, without those in `over`."""
     known = {line.uid for line in lines}.union(over)
     entries = ((uid, each.namespace) for each in status.namespaces for uid in each.unsettled)
     return {uid: namespace for uid, namespace in entries if uid not in known}
