@@ -28,7 +28,7 @@ def prepare_command(
     (folder / JOB).write_text(
         json.dumps(
             {
-                "apiVersion": "qlora.dev/v1alpha1",
+                "apiVersion": "qlora.dev/v1beta1",
                 "kind": "QLoRAJob",
                 "metadata": {"name": "benchmark", "uid": JOB_UID},
                 "spec": {

@@ -15,7 +15,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition, profile_definition, sweep_definition
 from qlora_api.spec.job import API_VERSION, MUTABLE_FIELDS
 from qlora_api.sweep.spec import MUTABLE_SWEEP_FIELDS
-from qlora_api.usage import LostGpuSeconds, UsageStatus
+from qlora_api.usage import LostGpuTime, UsageStatus
 from qlora_cli.__main__ import main as qlora
 from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
 from qlora_operator.metrics.metrics import Metrics
@@ -270,7 +270,7 @@ def _cardinality() -> Iterator[str]:
     )
     yield (
         "`qlora_gpu_seconds_total` has one for each namespace and profile whose jobs request GPUs, and "
-        f"`qlora_gpu_lost_seconds_total` {len(LostGpuSeconds.model_fields)}."
+        f"`qlora_gpu_lost_seconds_total` {len(LostGpuTime.model_fields)}."
     )
     yield (
         "A tenant chooses the names of a job, its profile and its claim. They are labels of the job while it runs, and "

@@ -86,7 +86,7 @@ async def connect(kubeconfig: Path) -> AsyncIterator[Client]:
 
 
 _PATHS = {
-    "qlorajobs": "/apis/qlora.dev/v1alpha1/qlorajobs",
+    "qlorajobs": "/apis/qlora.dev/v1beta1/qlorajobs",
     "jobs": "/apis/batch/v1/jobs",
     "pods": "/api/v1/pods",
 }

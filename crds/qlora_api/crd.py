@@ -47,6 +47,9 @@ _COLUMNS = [
     _column("Model", ".spec.model.source", wide=True, description="The base model."),
     _column("Adapter", ".status.adapter.uri", wide=True, description="Address of the finished adapter."),
     _column("GPU-Hours", ".status.usage.gpuHours", wide=True, description="GPU hours that its train pods have used."),
+    _column("Profile", ".spec.scheduling.profileName", wide=True, description="Its QLoRAProfile."),
+    _column("GPUs", ".spec.resources.gpus", type_="integer", wide=True, description="GPUs of each train pod."),
+    _column("Queue", ".status.resolved.queueName", wide=True, description="Kueue's LocalQueue of its train step."),
     _REASON,
     _column("Age", ".metadata.creationTimestamp", type_="date", description="Time since the job was created."),
 ]
@@ -127,7 +130,7 @@ def profile_definition() -> Schema:
             rule(
                 f"self.metadata.name.size() <= 63 && self.metadata.name.matches('{DNS_LABEL}')",
                 "metadata.name must be one DNS label (a-z, 0-9 and '-', no dots) of at most 63 characters: jobs name "
-                "it in spec.scheduling.profile",
+                "it in spec.scheduling.profileName",
             ),
         ),
         (structural_schema(Profile, defaults=True), structural_schema(QLoRAProfileStatus, defaults=False)),

@@ -18,6 +18,8 @@ LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
+GPU_MEMORY = r"^[1-9][0-9]{0,3}Gi$"
+GpuMemory = Annotated[str, Field(max_length=6, pattern=GPU_MEMORY)]
 NamespaceName = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
 LabelKey = Annotated[str, Field(max_length=253, pattern=LABEL_KEY)]
 LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE)]
@@ -31,6 +33,11 @@ def amount(quantity: str) -> Decimal:
     number = quantity.rstrip("mkMGTPi")
     unit = quantity[len(number) :]
     return Decimal(number) * (Decimal(2) ** _BINARY[unit] if unit in _BINARY else Decimal(10) ** _DECIMAL[unit])
+
+
+def gibibytes(gpu_memory: str) -> int:
+    """The GiB of a GPU's memory, for example of `24Gi`."""
+    return int(gpu_memory.removesuffix("Gi"))
 
 
 _KEY_MESSAGE = "a label key is NAME or PREFIX/NAME, as in a node's labels"

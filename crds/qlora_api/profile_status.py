@@ -5,8 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_api.schema import ObservedModel
-from qlora_api.status import Condition
-from qlora_api.status_types import Count, ShortText
+from qlora_api.status import MAX_CONDITIONS, Condition
+from qlora_api.status_types import Count, GpuTime
 
 MAX_UNSETTLED = 10_000
 """Jobs of one namespace that have begun and not ended for long. 10,000 of them take half a megabyte."""
@@ -17,8 +17,10 @@ class UsageOfMonth(ObservedModel):
     """The GPU time of a namespace in one month."""
 
     month: str = Field(max_length=7, description="The month in UTC, for example 2026-12.")
-    gpu_seconds: Count = Field(description="Seconds times GPUs. A second counts for the month that it is counted in.")
-    gpu_hours: ShortText = Field(description='The same in hours, for people, for example "12.50".')
+    gpu_seconds: GpuTime = Field(
+        alias="gpuHours",
+        description='Hours times GPUs, for example "12.50". A second counts for the month that it is counted in.',
+    )
 
 
 class NamespaceUsage(ObservedModel):
@@ -31,10 +33,10 @@ class NamespaceUsage(ObservedModel):
         description="This month and the one before, as far as something was used; also by jobs that were deleted.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["month"]},
     )
-    unsettled: dict[Uid, Count] = Field(
+    unsettled: dict[Uid, GpuTime] = Field(
         {},
         max_length=MAX_UNSETTLED,
-        description="GPU seconds of single jobs and sweeps that the sums include, by UID, until they have ended.",
+        description="GPU hours of single jobs and sweeps that the sums include, by UID, until they have ended.",
     )
 
 
@@ -46,7 +48,7 @@ class QLoRAProfileStatus(ObservedModel):
     )
     conditions: tuple[Condition, ...] = Field(
         (),
-        max_length=16,
+        max_length=MAX_CONDITIONS,
         description="Observations by type. Ready: whether jobs can start with the profile.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )

@@ -31,6 +31,7 @@ from qlora_api.usage import ForecastStatus, UsageStatus
 MAX_DOCUMENT_LENGTH = 131_072
 """Of a job's document, in UTF-8 bytes: half of what all annotations of a pod may have together."""
 MAX_MIXED_SOURCE_LENGTH = 48
+MAX_CONDITIONS = 8
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 MemorySource = Literal["DryRun"]
@@ -40,8 +41,8 @@ StepName = Literal["prepare", "train", "publish", "clean"]
 class Condition(ObservedModel):
     """One observation, as metav1.Condition.
 
-    Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Progressing (whether the running step
-    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp, Announced.
+    Types: Prepared, Succeeded, Failed, Suspended (the life of the job), Progressing (whether the running step makes
+    progress), Reconciling, Stalled (for tools that wait), CleanedUp.
     """
 
     type: str = Field(max_length=64, description="The observed property.")
@@ -89,7 +90,9 @@ class Resolved(ObservedModel):
         None, gt=0, le=1e6, description="GPU hours that the profile allows one job; not set if it has no such limit."
     )
     queue_name: ShortText | None = Field(None, description="Kueue's LocalQueue of the train step.")
-    queue_priority: ShortText | None = Field(None, description="Kueue's WorkloadPriorityClass of the train step.")
+    queue_priority_class_name: ShortText | None = Field(
+        None, description="Kueue's WorkloadPriorityClass of the train step."
+    )
     model_revision: ShortText | None = Field(
         None, description="Commit (hf://), or digest of the artifact (oci://) or the content, of the base model."
     )
@@ -163,6 +166,7 @@ class ProgressStatus(ObservedModel):
         description="The evaluations at the rungs of a sweep with spec.halving; not set for another job.",
     )
     learning_rate: Finite | None = Field(None, description="Learning rate of the latest step.")
+    outcome: Message = Field("", description="How training ended, for people; empty before.")
     tokens_per_second: Finite | None = Field(None, description="Tokens per second, without padding.")
     peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
     micro_batch_size: Count | None = Field(
@@ -254,6 +258,13 @@ class CheckpointStatus(ObservedModel):
     saved_at: Timestamp = Field(description="When it was saved.")
 
 
+class AnnouncementStatus(ObservedModel):
+    """The entry of output.announce: written, or rejected with a reason."""
+
+    entry: ShortText | None = Field(None, description="Its ConfigMap and key, CONFIGMAP/KEY; not set if rejected.")
+    rejection: Message = Field("", description="Why the entry is not written, and what to do; the operator retries.")
+
+
 class FailureStatus(ObservedModel):
     """The latest failure, also of an attempt that is retried."""
 
@@ -277,7 +288,7 @@ class QLoRAJobStatus(ObservedModel):
     )
     conditions: tuple[Condition, ...] = Field(
         (),
-        max_length=16,
+        max_length=MAX_CONDITIONS,
         description="Observations by type; `kubectl wait --for=condition=Succeeded` works.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
@@ -293,6 +304,9 @@ class QLoRAJobStatus(ObservedModel):
     merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")
     report: ReportStatus | None = Field(
         None, description="The published page of the run; not set with output.report none. The workspace has it too."
+    )
+    announcement: AnnouncementStatus | None = Field(
+        None, description="The entry of output.announce; not set without one, and before it was tried."
     )
     tracking: TrackingStatus | None = Field(
         None, description="The run on the servers of trackers; not set if the job and its profile name none."

@@ -2,9 +2,10 @@
 
 import re
 from datetime import datetime
+from decimal import Decimal
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 MAX_MESSAGE_LENGTH = 1024
 MAX_SHORT_TEXT_LENGTH = 256
@@ -18,6 +19,30 @@ def _check_time(text: str) -> str:
     return text
 
 
+_HOURS = r"^[0-9]{1,16}\.[0-9]{2,4}$"
+
+
+def seconds_of(hours: str) -> int:
+    """The seconds in hours as a status has them. Raises ValueError."""
+    if not re.fullmatch(_HOURS, hours, re.ASCII):
+        raise ValueError(f"found {hours!r}, must be hours with two to four decimals, for example 12.50")
+    return round(Decimal(hours) * 3600)
+
+
+def hours_of(seconds: int) -> str:
+    """Format seconds as hours. Four decimals tell each second from the next; two are always shown."""
+    text = f"{Decimal(seconds) / 3600:.4f}"
+    return text[:-2] + text[-2:].rstrip("0")
+
+
+GpuTime = Annotated[
+    int,
+    Field(ge=0, le=2**53),
+    BeforeValidator(lambda value: seconds_of(value) if isinstance(value, str) else value),
+    PlainSerializer(hours_of, return_type=str),
+    WithJsonSchema({"type": "string", "maxLength": 21, "pattern": _HOURS}),
+]
+"""Seconds times GPUs in Python, GPU hours in JSON: sums of seconds are exact, and the API has one unit."""
 Timestamp = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"}), AfterValidator(_check_time)]
 Message = Annotated[str, Field(max_length=MAX_MESSAGE_LENGTH)]
 Bytes = Annotated[int, Field(ge=0, le=2**53)]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qlora_api.schema import ApiModel, ObservedModel
-from qlora_api.status_types import Count, Share, ShortText, Timestamp
+from qlora_api.status_types import Count, GpuTime, Message, Share, ShortText, Timestamp
 
 MAX_COUNTED_PODS = 256
 """More than the operator lists of a job with the most nodes (`decisions/usage/usage.py`)."""
@@ -25,19 +25,19 @@ class BudgetSpec(ApiModel):
     )
 
 
-class LostGpuSeconds(ObservedModel):
-    """GPU seconds that are in no checkpoint, by their cause. Each second counts once."""
+class LostGpuTime(ObservedModel):
+    """GPU hours that are in no checkpoint, by their cause. Each second counts once."""
 
-    startup: Count = Field(
+    startup: GpuTime = Field(
         0, description="From when a pod had its GPUs until it began to train, or gave up waiting for other nodes."
     )
-    disruption: Count = Field(
+    disruption: GpuTime = Field(
         0,
         description="Since its last checkpoint, or all of it if it had not begun to train, of a pod that was evicted, "
         "preempted or deleted.",
     )
-    failure: Count = Field(0, description="The same of a pod that failed.")
-    suspension: Count = Field(
+    failure: GpuTime = Field(0, description="The same of a pod that failed.")
+    suspension: GpuTime = Field(
         0, description="The same of a pod whose Job was stopped: by spec.suspend, a queue, or a limit of the job."
     )
 
@@ -85,18 +85,22 @@ class UsageStatus(ObservedModel):
     While a pod runs, its time is brought up to date with each report of progress, and every five minutes without.
     """
 
-    gpu_seconds: Count = Field(0, description="Seconds times GPUs, of all train pods. Never decreases.")
-    gpu_hours: ShortText = Field("0.00", description='The same in hours, for people, for example "12.50".')
-    settled_gpu_seconds: Count | None = Field(
-        None,
-        description="The part of gpuSeconds that is in the profile's sums for good; set when the job has ended.",
+    gpu_seconds: GpuTime = Field(
+        0,
+        alias="gpuHours",
+        description='Hours times GPUs, of all train pods, for example "12.50"; exact to a second. Never decreases.',
     )
-    lost_gpu_seconds: LostGpuSeconds = Field(
-        LostGpuSeconds(), description="The part of gpuSeconds that is in no checkpoint, by cause."
+    settled_gpu_seconds: GpuTime | None = Field(
+        None,
+        alias="settledGpuHours",
+        description="The part of gpuHours that is in the profile's sums for good; set when the job has ended.",
+    )
+    lost_gpu_seconds: LostGpuTime = Field(
+        LostGpuTime(), alias="lostGpuHours", description="The part of gpuHours that is in no checkpoint, by cause."
     )
     cost: ShortText | None = Field(
         None,
-        description='Cost of gpuSeconds at the profile\'s price, for example "31.25 EUR"; not set without a price.',
+        description='Cost of gpuHours at the profile\'s price, for example "31.25 EUR"; not set without a price.',
     )
     pods: tuple[PodUsage, ...] = Field(
         (),
@@ -131,3 +135,7 @@ class ForecastStatus(ObservedModel):
         None, description="With basis Flops: the share of the GPU's speed that was assumed to be reached."
     )
     cost: ShortText | None = Field(None, description="Cost of these at the profile's price; not set without one.")
+    within_budget: bool | None = Field(
+        None, description="Whether these are within spec.budget and the profile's limit; not set without both."
+    )
+    message: Message = Field("", description="If they are not: the budget, what happens then, and what to do.")

@@ -57,7 +57,7 @@ def test_a_profile_has_a_name_that_jobs_can_use(plane: ControlPlane) -> None:
 
 def submit(cluster: Nodeless, name: str, profile: str) -> None:
     job = MINIMAL | {"metadata": {"name": name, "namespace": NAMESPACE}}
-    job["spec"] = job["spec"] | {"scheduling": {"profile": profile}}
+    job["spec"] = job["spec"] | {"scheduling": {"profileName": profile}}
     cluster.kubectl.apply(json.dumps(job))
 
 

@@ -130,7 +130,7 @@ CHANGES = {
     "output": without(without(FULL, "spec.workspace.persistentVolumeClaimRetentionPolicy"), "spec.output"),
     "workspace": with_value(FULL, "spec.workspace.size", "200Gi"),
     "resources": without(FULL, "spec.resources.gpuMemory"),
-    "scheduling": with_value(FULL, "spec.scheduling.profile", "small"),
+    "scheduling": with_value(FULL, "spec.scheduling.profileName", "small"),
     "cpu": with_value(FULL, "spec.resources.cpu", "3"),
     "nodes": with_value(FULL, "spec.resources.nodes", 3),
     "queue": with_value(FULL, "spec.scheduling.queueName", "gpus"),

@@ -78,7 +78,7 @@ def reason(sweep: Object) -> str:
 
 def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps) -> None:
     cluster = sweeps.cluster
-    template = {"scheduling": {"profile": SHARED}, "workspace": {"size": "3Gi"}}
+    template = {"scheduling": {"profileName": SHARED}, "workspace": {"size": "3Gi"}}
     sweeps.create("life", template, grid={"rank": [8, 16, 32]}, parallelism=2)
     first, second = sweeps.wait_for_cells("life", 2)
     sweeps.wait("life", phase="Running", running=2, pending=1, summary="0/3")
@@ -150,7 +150,7 @@ def test_the_best_adapter_alone_is_published_by_a_job_that_takes_up_its_run(swee
 def together(sweeps: Sweeps, name: str, count: int, **spec: Any) -> list[str]:
     """The cells of a sweep that one pod is to train, once all are prepared."""
     grid = {"rank": [8, 16, 32, 64][:count]}
-    sweeps.create(name, {"scheduling": {"profile": SHARED}}, grid=grid, **{"cellsPerPod": count} | spec)
+    sweeps.create(name, {"scheduling": {"profileName": SHARED}}, grid=grid, **{"cellsPerPod": count} | spec)
     cells = sweeps.wait_for_cells(name, min(count, spec.get("cellsPerPod", count)))
     for cell in cells:
         sweeps.cluster.succeed(cell, "prepare")
@@ -277,7 +277,7 @@ def test_a_cell_that_cannot_be_created_keeps_the_sweep_waiting_with_the_reason(s
 
 def test_a_job_of_the_name_of_a_cell_is_left_alone(sweeps: Sweeps) -> None:
     metadata = {"name": "taken-00", "namespace": NAMESPACE}
-    job = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": TEMPLATE}
+    job = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": metadata, "spec": TEMPLATE}
     sweeps.cluster.kubectl("create", "--filename=-", input_text=json.dumps(job))
     sweeps.create("taken")
     eventually(lambda: reason(sweeps.wait("taken", phase="Pending")) == "NameTaken", seconds=60, every=0.2)

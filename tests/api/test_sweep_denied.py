@@ -19,7 +19,7 @@ from tests.support.builders import PROFILES
 from tests.support.cluster.played import NAMESPACE, Api, prepared
 from tests.support.sweeps import SWEEP
 
-PATH = f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}"
+PATH = f"/apis/qlora.dev/v1beta1/namespaces/{NAMESPACE}"
 Object = dict[str, Any]
 
 

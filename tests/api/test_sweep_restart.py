@@ -19,7 +19,7 @@ from tests.support.builders import ADAPTER, PROFILES
 from tests.support.cluster.played import NAMESPACE, Api, prepared
 from tests.support.sweeps import SWEEP, TEMPLATE
 
-PATH = f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}"
+PATH = f"/apis/qlora.dev/v1beta1/namespaces/{NAMESPACE}"
 SHARED_WORKSPACE = {"topology": "shared", "accessMode": "ReadWriteMany"}
 LOSSES = {"00": 1.5, "01": 1.25}
 Moment = Literal["before", "after"]

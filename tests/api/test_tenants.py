@@ -154,7 +154,7 @@ def require_turns(attacked: Attacked, count: int, name: str) -> None:
     tenants = attacked.tenants
     tenants.operator.send(signal.SIGSTOP)
     for number in range(count):
-        submit(tenants, f"{name}-flood-{number}", scheduling={"profile": "small"})
+        submit(tenants, f"{name}-flood-{number}", scheduling={"profileName": "small"})
     since = tenants.audit_size()
     tenants.victim.create(VICTIM, "qlorajobs", MINIMAL | {"metadata": {"name": name}})
     tenants.operator.send(signal.SIGCONT)
@@ -209,7 +209,7 @@ def test_the_operators_rights_are_those_that_it_uses(attacked: Attacked) -> None
         tenants.tenant.patch(TENANT, "qlorajobs", name, {"spec": {"suspend": False}})
     tenants.wait("exercise-name", reason="NameTaken")
     tenants.wait("exercise-claim", reason="ClaimNameTaken")
-    several = submit(tenants, "exercise-nodes", resources={"nodes": 2}, scheduling={"profile": "nodes"})
+    several = submit(tenants, "exercise-nodes", resources={"nodes": 2}, scheduling={"profileName": "nodes"})
     prepare = tenants.wait_for_pod("exercise-nodes", "prepare")
     tenants.end(prepare, result(several, prepare))
     tenants.wait_for_pod("exercise-nodes", "train")

@@ -264,7 +264,7 @@ class Tenant:
 def tiny_job(name: str, *, steps: int = SHORT, **spec: object) -> Manifest:
     """A job over the tenant's inputs; `spec` replaces whole fields of the spec."""
     return {
-        "apiVersion": "qlora.dev/v1alpha1",
+        "apiVersion": "qlora.dev/v1beta1",
         "kind": "QLoRAJob",
         "metadata": {"name": name},
         "spec": {
@@ -291,7 +291,7 @@ def tiny_job(name: str, *, steps: int = SHORT, **spec: object) -> Manifest:
 def tiny_sweep(name: str, **spec: object) -> Manifest:
     """A sweep over two learning rates of the tiny job."""
     return {
-        "apiVersion": "qlora.dev/v1alpha1",
+        "apiVersion": "qlora.dev/v1beta1",
         "kind": "QLoRASweep",
         "metadata": {"name": name},
         "spec": {"template": {"spec": tiny_job(name)["spec"]}, "grid": {"learningRate": [1e-5, 5e-3]}, **spec},

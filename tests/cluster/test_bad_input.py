@@ -55,7 +55,7 @@ CASES = {
     "no-model": ({"model": {"source": f"pvc://{INPUTS}/nothing"}}, "ModelUnavailable", "nothing"),
     "pickled": ({"model": {"source": f"pvc://{INPUTS}/pickled"}}, "UnsafeArtifact", "safetensors"),
     "too-large": (
-        {"model": {"source": f"pvc://{INPUTS}/big"}, "resources": {"cpu": "500m", "gpuMemory": 24}},
+        {"model": {"source": f"pvc://{INPUTS}/big"}, "resources": {"cpu": "500m", "gpuMemory": "24Gi"}},
         "DoesNotFit",
         "24 GiB",
     ),

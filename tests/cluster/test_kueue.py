@@ -36,7 +36,7 @@ def queues(installed: Cluster, tenant: Tenant, tmp_path_factory: pytest.TempPath
 
 
 def queued_job(name: str, priority: str, queue: str) -> dict[str, object]:
-    return tiny_job(name, steps=LONG, scheduling={"queueName": queue, "queuePriority": priority})
+    return tiny_job(name, steps=LONG, scheduling={"queueName": queue, "queuePriorityClassName": priority})
 
 
 def said(tenant: Tenant, name: str) -> str:

@@ -54,7 +54,7 @@ def deleted(tenant: Tenant) -> Object:
     sweep["spec"]["template"]["spec"] |= {
         "lora": {"rank": 4, "alpha": 8},
         "workspace": {"claimName": SWEEP},
-        "scheduling": {"profile": SHARED_PROFILE},
+        "scheduling": {"profileName": SHARED_PROFILE},
     }
     tenant.apply(sweep)
     return tenant.held_until_asked(INTERRUPTED, tenant.delete_pod)

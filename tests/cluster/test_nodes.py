@@ -41,7 +41,7 @@ def job_of_two(name: str, workspace: str, steps: int = LONG) -> Manifest:
         steps=steps,
         resources={"cpu": "500m", "nodes": 2},
         workspace={"claimName": workspace},
-        scheduling={"profile": SHARED_PROFILE},
+        scheduling={"profileName": SHARED_PROFILE},
     )
 
 

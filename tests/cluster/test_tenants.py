@@ -191,7 +191,7 @@ def test_the_operators_rights_are_those_that_it_uses(tenants: Tenants, attacker:
         steps=ENDLESS,
         resources={"cpu": "500m", "nodes": 2},
         workspace={"claimName": "shared"},
-        scheduling={"profile": product.SHARED_PROFILE},
+        scheduling={"profileName": product.SHARED_PROFILE},
     )
     attacker.wait_for_phase(attacker.apply(several), "Queued", "Training")
     requests = tenants.audited(since)

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from tests.support.commands.installed import install, python, qlora
 
-JOB = """apiVersion: qlora.dev/v1alpha1
+JOB = """apiVersion: qlora.dev/v1beta1
 kind: QLoRAJob
 metadata: {name: job}
 spec:

@@ -48,7 +48,7 @@ _PUBLISHED = f"""\
  "files": {{"adapter_model.safetensors": {{"sha256": "{"0" * 64}", "size": 7}}}}}}""".encode()
 _MANIFEST = b"""\
 # A job.
-apiVersion: qlora.dev/v1alpha1
+apiVersion: qlora.dev/v1beta1
 kind: QLoRAJob
 metadata: {name: tune, labels: &labels {team: "a"}, annotations: {<<: *labels}}
 spec:

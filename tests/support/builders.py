@@ -114,10 +114,7 @@ def step_status(step: StepName, attempt: int = 1, **fields: Any) -> StepStatus:
 
 def status_in(step: StepName, attempt: int = 1, /, **fields: Any) -> QLoRAJobStatus:
     """Return the status of a job that has reached `step` and has the Job of this step."""
-    conditions: list[dict[str, Any]] = []
-    for done, kind in (("train", "Prepared"), ("publish", "Trained")):
-        if step in (done, "publish"):
-            conditions.append(condition(kind, "True"))
+    conditions = [condition("Prepared", "True")] if step in ("train", "publish") else []
     start: dict[str, Any] = {
         "startTime": time(-3600),
         "conditions": conditions,

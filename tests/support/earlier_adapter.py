@@ -49,7 +49,7 @@ class Place:
             "output": {"destination": f"pvc://adapters/{name}"},
         }
         document = {
-            "apiVersion": "qlora.dev/v1alpha1",
+            "apiVersion": "qlora.dev/v1beta1",
             "kind": "QLoRAJob",
             "metadata": {"name": name, "uid": JOB_UID},
             "spec": merged(default, spec or {}),

@@ -6,14 +6,14 @@ from typing import Any
 Manifest = dict[str, Any]
 
 MINIMAL: Manifest = {
-    "apiVersion": "qlora.dev/v1alpha1",
+    "apiVersion": "qlora.dev/v1beta1",
     "kind": "QLoRAJob",
     "metadata": {"name": "tune", "namespace": "default"},
     "spec": {"model": {"source": "hf://org/model"}, "dataset": {"source": "pvc://data/train.jsonl"}},
 }
 
 FULL: Manifest = {
-    "apiVersion": "qlora.dev/v1alpha1",
+    "apiVersion": "qlora.dev/v1beta1",
     "kind": "QLoRAJob",
     "metadata": {"name": "full", "namespace": "default"},
     "spec": {
@@ -78,9 +78,9 @@ FULL: Manifest = {
             "accessModes": ["ReadWriteOnce"],
             "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete", "whenFinished": "Retain"},
         },
-        "resources": {"gpuMemory": 24, "nodes": 2, "cpu": "8", "memory": "32Gi"},
+        "resources": {"gpuMemory": "24Gi", "nodes": 2, "cpu": "8", "memory": "32Gi"},
         "scheduling": {
-            "profile": "large",
+            "profileName": "large",
             "priorityClassName": "low",
             "nodeSelector": {"zone": "a"},
             "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],

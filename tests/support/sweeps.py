@@ -5,7 +5,7 @@ from tests.support.manifests import MINIMAL, Manifest, with_value
 TEMPLATE: Manifest = with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://data/held-out.jsonl"})["spec"]
 
 SWEEP: Manifest = {
-    "apiVersion": "qlora.dev/v1alpha1",
+    "apiVersion": "qlora.dev/v1beta1",
     "kind": "QLoRASweep",
     "metadata": {"name": "rates", "namespace": "default"},
     "spec": {"template": {"spec": TEMPLATE}, "grid": {"rank": [8, 16], "learningRate": [1e-4, 2e-4]}},

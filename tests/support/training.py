@@ -55,7 +55,7 @@ def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
     }
     return QLoRAJobDocument.model_validate(
         {
-            "apiVersion": "qlora.dev/v1alpha1",
+            "apiVersion": "qlora.dev/v1beta1",
             "kind": "QLoRAJob",
             "metadata": {"name": "tiny", "uid": JOB_UID},
             "spec": merged(default, spec or {}),

@@ -154,7 +154,7 @@ def make_context(tmp_path: Path, tiny_llama: Path) -> MakeContext:
         }
         document = QLoRAJobDocument.model_validate(
             {
-                "apiVersion": "qlora.dev/v1alpha1",
+                "apiVersion": "qlora.dev/v1beta1",
                 "kind": "QLoRAJob",
                 "metadata": {"name": "tiny", "namespace": "default", "uid": JOB_UID},
                 "spec": merged(default, spec or {}),

@@ -58,8 +58,14 @@ _OPTIONS = (
         "SECRET",
     ),
     _Option("--gpus", "resources.gpus", int, "GPUs."),
-    _Option("--gpu-memory", "resources.gpuMemory", int, "GPU memory in GiB, for the check that the job fits."),
-    _Option("--profile", "scheduling.profile", str, "The administrator's profile."),
+    _Option(
+        "--gpu-memory",
+        "resources.gpuMemory",
+        str,
+        "Memory of each GPU, for example 24Gi, for the check that the job fits.",
+        "MEMORY",
+    ),
+    _Option("--profile", "scheduling.profileName", str, "The QLoRAProfile."),
     _Option("--queue", "scheduling.queueName", str, "LocalQueue of Kueue."),
 )
 _REQUIRED = ("--model", "--data")

@@ -16,7 +16,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
-from qlora_cli.local.forecast import GpuOfPlan, gpu_of_profile, parse_price, show_forecast
+from qlora_cli.local.forecast import GpuOfPlan, gpu_of_profile, parse_gpu_memory, parse_price, show_forecast
 from qlora_cli.local.plan import find_config, make_plan, show_plan
 from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
 from qlora_cli.local.rows import RowAccess, show_lengths, show_rows
@@ -91,7 +91,10 @@ def _spec(document: Document) -> QLoRAJobSpec:
 @_volume
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The model's config.json.")
 @click.option(
-    "--gpu-memory", type=click.IntRange(1, 1024), help="GPU memory in GiB, instead of spec.resources.gpuMemory."
+    "--gpu-memory",
+    callback=parse_gpu_memory,
+    metavar="MEMORY",
+    help="Memory of each GPU, for example 24Gi, instead of spec.resources.gpuMemory.",
 )
 @click.option(
     "--data",
@@ -301,7 +304,7 @@ def _sweep(document: QLoRASweepDocument, options: _Options, earlier: Sequence[Lo
     if options.continues is not None:
         _fail("--continues is for a job that names another one in spec.continues, and FILE is a sweep: remove it")
     cell = QLoRAJobDocument(
-        api_version="qlora.dev/v1alpha1",
+        api_version="qlora.dev/v1beta1",
         kind="QLoRAJob",
         metadata=ObjectMeta(name=document.metadata.name),
         spec=document.spec.template.spec,

@@ -1,6 +1,7 @@
 """Shows the GPU hours that a job is expected to take, and what they cost, before it is applied."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -20,6 +21,7 @@ from qlora_api.forecast import (
     training_flops,
 )
 from qlora_api.forecast import parse_price as parse_price_text
+from qlora_api.kubernetes_values import GPU_MEMORY, gibibytes
 from qlora_api.memory.model_shape import mixes_experts
 from qlora_api.profile import Profile
 from qlora_api.spec.job import QLoRAJobSpec
@@ -48,6 +50,13 @@ def parse_price(_context: click.Context, _parameter: click.Parameter, value: str
         return parse_price_text(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def parse_gpu_memory(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    """The GiB of --gpu-memory. Raises click.BadParameter."""
+    if value is not None and not re.fullmatch(GPU_MEMORY, value, re.ASCII):
+        raise click.BadParameter(f"found {value!r}, must be whole GiB up to 9999Gi, for example 24Gi")
+    return None if value is None else gibibytes(value)
 
 
 def gpu_of_profile(

@@ -107,7 +107,7 @@ def make_plan(
         f"{spec.training.micro_batch_size} × {spec.training.max_sequence_length} tokens",
         job=job,
         training=training,
-        gpu_gib=gpu_gib if gpu_gib is not None else spec.resources.gpu_memory,
+        gpu_gib=gpu_gib if gpu_gib is not None else spec.resources.gpu_gib,
         nodes=spec.resources.node_count,
         unknown=unknown,
         weights=weights,

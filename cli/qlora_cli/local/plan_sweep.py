@@ -94,7 +94,7 @@ def make_sweep_plan(
         if key not in known:
             known[key] = _pod_plan(pod, config, measured, measure_passes)
         planned.append(replace(known[key], cells=tuple(pod)))
-    return SweepPlan(document, tuple(planned), gpu_gib if gpu_gib is not None else template.resources.gpu_memory)
+    return SweepPlan(document, tuple(planned), gpu_gib if gpu_gib is not None else template.resources.gpu_gib)
 
 
 def _require_rows_apart(document: QLoRASweepDocument, config: Path) -> None:

@@ -78,7 +78,7 @@ class LocalSweep:
 def as_job(cell: Cell) -> QLoRAJobDocument:
     """The QLoRAJob of the cell."""
     metadata = ObjectMeta(name=cell.name)
-    return QLoRAJobDocument(api_version="qlora.dev/v1alpha1", kind="QLoRAJob", metadata=metadata, spec=cell.spec)
+    return QLoRAJobDocument(api_version="qlora.dev/v1beta1", kind="QLoRAJob", metadata=metadata, spec=cell.spec)
 
 
 def earlier_sweep(root: Path) -> tuple[QLoRASweepDocument, list[LocalRun]] | None:

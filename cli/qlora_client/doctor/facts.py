@@ -81,7 +81,7 @@ def profiles_of(facts: Facts) -> list[NamedProfile]:
         return [NamedProfile(each["metadata"]["name"], each.get("spec") or {}) for each in facts.profiles]
     found: dict[str, Object] = {}
     for job in () if isinstance(facts.jobs, Unknown) else facts.jobs:
-        name = ((job.get("spec") or {}).get("scheduling") or {}).get("profile", "default")
+        name = ((job.get("spec") or {}).get("scheduling") or {}).get("profileName", "default")
         resolved = (job.get("status") or {}).get("resolved")
         if resolved is not None:
             found[str(name)] = resolved["profile"]

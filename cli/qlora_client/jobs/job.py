@@ -79,8 +79,8 @@ class Job:
     @property
     def gpu_hours(self) -> float | None:
         """Hours with GPUs, times their number; None if the operator does not report them."""
-        seconds = (self.status.get("usage") or {}).get("gpuSeconds")
-        return None if seconds is None else float(seconds) / 3600
+        hours = (self.status.get("usage") or {}).get("gpuHours")
+        return None if hours is None else float(hours)
 
     @property
     def cost(self) -> str | None:

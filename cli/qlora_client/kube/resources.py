@@ -49,9 +49,9 @@ def page(path: str) -> Page:
     return Page("", "", path, namespaced=False)
 
 
-JOBS = Resource("qlora.dev", "v1alpha1", "qlorajobs")
-SWEEPS = Resource("qlora.dev", "v1alpha1", "qlorasweeps")
-PROFILES = Resource("qlora.dev", "v1alpha1", "qloraprofiles", namespaced=False)
+JOBS = Resource("qlora.dev", "v1beta1", "qlorajobs")
+SWEEPS = Resource("qlora.dev", "v1beta1", "qlorasweeps")
+PROFILES = Resource("qlora.dev", "v1beta1", "qloraprofiles", namespaced=False)
 PODS = Resource("", "v1", "pods")
 LOGS = Resource("", "v1", "pods", "log")
 EXEC = Resource("", "v1", "pods", "exec")

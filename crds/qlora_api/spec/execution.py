@@ -85,12 +85,12 @@ class SchedulingSpec(ApiModel):
         )
     )
 
-    profile: str = Field(
+    profile_name: str = Field(
         default=DEFAULT_PROFILE,
         min_length=1,
         max_length=63,
         pattern=DNS_LABEL,
-        description="The administrator's profile: image, nodes, limits.",
+        description="The QLoRAProfile: image, nodes, limits.",
     )
     priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods.")
     node_selector: NodeSelector | None = Field(default=None, description="Additional labels that the nodes must have.")
@@ -100,7 +100,7 @@ class SchedulingSpec(ApiModel):
         description="LocalQueue of Kueue where train waits for its GPUs; that of the QLoRAJob's label "
         "kueue.x-k8s.io/queue-name if not set, else none. Prepare and publish need no GPU and do not wait.",
     )
-    queue_priority: QueueName | None = Field(
+    queue_priority_class_name: QueueName | None = Field(
         default=None,
         description="WorkloadPriorityClass of Kueue; that of the QLoRAJob's label kueue.x-k8s.io/priority-class if not "
         "set.",

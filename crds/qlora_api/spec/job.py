@@ -1,4 +1,4 @@
-"""The QLoRAJob resource, version v1alpha1: what a user writes (spec)."""
+"""The QLoRAJob resource, version v1beta1: what a user writes (spec)."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +16,7 @@ from qlora_api.spec.training import LoraSpec, QuantizationSpec, ResourcesSpec, T
 from qlora_api.usage import BudgetSpec
 
 GROUP = "qlora.dev"
-VERSION = "v1alpha1"
+VERSION = "v1beta1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "QLoRAJob"
 PLURAL = "qlorajobs"
@@ -307,7 +307,7 @@ class ObjectMeta(ApiModel):
 class QLoRAJobDocument(ApiModel):
     """The manifest: what a user applies, what a pod reads, what `qlora run` takes."""
 
-    api_version: Literal["qlora.dev/v1alpha1"]
+    api_version: Literal["qlora.dev/v1beta1"]
     kind: Literal["QLoRAJob"]
     metadata: ObjectMeta
     spec: QLoRAJobSpec

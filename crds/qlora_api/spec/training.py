@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.kubernetes_values import Quantity
+from qlora_api.kubernetes_values import GpuMemory, Quantity, gibibytes
 from qlora_api.schema import ApiModel, Decides, rule, rules
 from qlora_api.spec.model import InitialAdapterSpec
 
@@ -314,16 +314,20 @@ class ResourcesSpec(ApiModel):
         description="Train pods, each with these gpus, cpu and memory, that train one adapter together; 1 if not "
         "set. Several need a workspace that is ReadWriteMany, and a profile whose workspace.topology is shared.",
     )
-    gpu_memory: int | None = Field(
+    gpu_memory: GpuMemory | None = Field(
         default=None,
-        ge=1,
-        le=1024,
-        description="Memory of each GPU in GiB. If set, prepare, which has no GPU, rejects a job that cannot fit.",
+        description="Memory of each GPU, for example 24Gi. If set, prepare, which has no GPU, rejects a job that "
+        "cannot fit.",
     )
     cpu: Quantity | None = Field(default=None, description="CPU cores of each train pod; the profile's if not set.")
     memory: Quantity | None = Field(
         default=None, description="Host memory of each train pod; the profile's if not set."
     )
+
+    @property
+    def gpu_gib(self) -> int | None:
+        """Memory of each GPU in GiB, if it is set."""
+        return None if self.gpu_memory is None else gibibytes(self.gpu_memory)
 
     @property
     def node_count(self) -> int:

@@ -1,4 +1,4 @@
-"""The QLoRASweep resource, version v1alpha1: the user's spec, and its QLoRAJobs.
+"""The QLoRASweep resource, version v1beta1: the user's spec, and its QLoRAJobs.
 
 A cell is a QLoRAJob with the spec of the template and other values of a closed list of fields. With `select: best` no
 cell may change the held-out rows, whose loss compares them; with `select: all` cells may differ in data and output.
@@ -315,7 +315,7 @@ class SweepMeta(ObjectMeta):
 class QLoRASweepDocument(ApiModel):
     """The manifest: what a user applies, and what `qlora plan` takes."""
 
-    api_version: Literal["qlora.dev/v1alpha1"]
+    api_version: Literal["qlora.dev/v1beta1"]
     kind: Literal["QLoRASweep"]
     metadata: SweepMeta
     spec: QLoRASweepSpec

@@ -7,6 +7,7 @@ from pydantic import Field
 from qlora_api.joinable import MAX_TOGETHER
 from qlora_api.schema import ObservedModel
 from qlora_api.status import (
+    MAX_CONDITIONS,
     Condition,
     Count,
     FailureStatus,
@@ -18,7 +19,7 @@ from qlora_api.status import (
     Timestamp,
     Uri,
 )
-from qlora_api.status_types import MAX_RUNGS
+from qlora_api.status_types import MAX_RUNGS, GpuTime
 from qlora_api.usage import UsageStatus
 
 SweepPhase = Literal["Pending", "Running", "Suspended", "Succeeded", "Failed"]
@@ -61,8 +62,8 @@ class CellStatus(ObservedModel):
     loss: Finite | None = Field(None, description="Training loss in the latest step.")
     eval_loss: Finite | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
     score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
-    gpu_seconds: Count = Field(0, description="GPU seconds that its train pods have had.")
-    lost_gpu_seconds: Count = Field(0, description="Of these, those that are in no checkpoint.")
+    gpu_seconds: GpuTime = Field(0, alias="gpuHours", description="GPU hours that its train pods have had.")
+    lost_gpu_seconds: GpuTime = Field(0, alias="lostGpuHours", description="Of these, those that are in no checkpoint.")
     cost: ShortText | None = Field(None, description="Their cost; not set without a price in the profile.")
     rank: int | None = Field(
         None,
@@ -107,8 +108,8 @@ class PublishedCell(ObservedModel):
         description="Its phase. Deleted: a user has deleted it before its end, or that cell before it had started."
     )
     uid: str = Field(max_length=64, description="Its UID; empty if that cell was deleted before it had started.")
-    gpu_seconds: Count = Field(0, description="GPU seconds that its train pods have had.")
-    lost_gpu_seconds: Count = Field(0, description="Of these, those that are in no checkpoint.")
+    gpu_seconds: GpuTime = Field(0, alias="gpuHours", description="GPU hours that its train pods have had.")
+    lost_gpu_seconds: GpuTime = Field(0, alias="lostGpuHours", description="Of these, those that are in no checkpoint.")
     cost: ShortText | None = Field(None, description="Their cost; not set without a price in the profile.")
     adapter: Uri = Field("", description="Where it has published the adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors there.")
@@ -152,9 +153,12 @@ class SweepPodStatus(ObservedModel):
 class SweepUsage(ObservedModel):
     """GPU time of all cells, also deleted ones, and of publishing the best adapter."""
 
-    gpu_seconds: Count = Field(description="Seconds times GPUs, of all their train pods.")
-    gpu_hours: ShortText = Field(description='The same in hours, for people, for example "12.50".')
-    lost_gpu_seconds: Count = Field(description="Of these, those that are in no checkpoint; each cell reports why.")
+    gpu_seconds: GpuTime = Field(
+        alias="gpuHours", description='Hours times GPUs, of all their train pods, for example "12.50".'
+    )
+    lost_gpu_seconds: GpuTime = Field(
+        alias="lostGpuHours", description="Of these, those that are in no checkpoint; each cell reports why."
+    )
     cost: ShortText | None = Field(
         None, description="Their cost; not set without a price, or if prices are in several currencies."
     )
@@ -169,7 +173,7 @@ class QLoRASweepStatus(ObservedModel):
     phase: SweepPhase | None = Field(None, description="Summary of the conditions, for people.")
     conditions: tuple[Condition, ...] = Field(
         (),
-        max_length=16,
+        max_length=MAX_CONDITIONS,
         description="Observations by type; `kubectl wait --for=condition=Succeeded` works.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )

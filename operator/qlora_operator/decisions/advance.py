@@ -8,7 +8,7 @@ from qlora_api.schema import replace
 from qlora_api.spec.output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import is_finished
-from qlora_operator.decisions.observed.endings import DONE, fail, failure_of, succeed
+from qlora_operator.decisions.observed.endings import fail, failure_of, succeed
 from qlora_operator.decisions.observed.facts import Facts, new_step, next_attempt, set_condition
 from qlora_operator.decisions.observed.objects import ChildJob, Pod, QLoRAJob, Reason
 from qlora_operator.decisions.pods.attempts import count_attempts, describe_failure
@@ -176,7 +176,7 @@ def _fail_unsigned(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, record:
         return None
     message = (
         f"the adapter is published at {adapter.uri}, and it is not signed, although profile "
-        f"{job.spec.scheduling.profile!r} has a signingKey: the trainer of this run is of a release that does "
+        f"{job.spec.scheduling.profile_name!r} has a signingKey: the trainer of this run is of a release that does "
         "not sign, and no other goes on with it; create the job again to train it with the profile's image of today"
     )
     return fail(status, job, now, failure_of(record.step, "AdapterNotSigned", message, now))
@@ -194,8 +194,9 @@ def _complete(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, record: Resu
         status = status if record.work is None else forecast_of_work(status, record.work)
     else:
         status = with_training_facts(status, record)
-    done = Reason("Done", record.message or f"the {step} step has succeeded")
-    status = set_condition(status, job, now, DONE[step], "True", done)
+    if step == "prepare":
+        done = Reason("Done", record.message or "model and data are prepared")
+        status = set_condition(status, job, now, "Prepared", "True", done)
     return replace(status, step=new_step(job, _NEXT[step], status.first_attempt))
 
 

@@ -3,17 +3,16 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from qlora_api.artifact_status import AdapterStatus
 from qlora_api.profile import Profile
+from qlora_api.schema import replace
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import ANNOUNCEMENTS_LABEL, entry_key
-from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.observed.conditions import is_true
-from qlora_operator.decisions.observed.facts import set_condition
+from qlora_api.status import AnnouncementStatus, QLoRAJobStatus
+from qlora_operator.decisions.observed.conditions import is_true, truncate
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 
 
@@ -21,7 +20,11 @@ def is_to_be_announced(job: QLoRAJob, status: QLoRAJobStatus) -> bool:
     """Whether the entry of a job that has succeeded is not known to be written."""
     if job.problem or job.spec.output.announce is None or status.adapter is None:
         return False
-    return is_true(status, "Succeeded") and not is_true(status, "Announced")
+    return is_true(status, "Succeeded") and not _has_entry(status)
+
+
+def _has_entry(status: QLoRAJobStatus) -> bool:
+    return status.announcement is not None and status.announcement.entry is not None
 
 
 def config_map_name(job: QLoRAJob) -> str:
@@ -98,7 +101,7 @@ class Announced:
 def announced(job: QLoRAJob) -> Announced | None:
     """Return the entry that was written for the job, None without one."""
     adapter = job.status.adapter
-    if job.problem or job.spec.output.announce is None or adapter is None or not is_true(job.status, "Announced"):
+    if job.problem or job.spec.output.announce is None or adapter is None or not _has_entry(job.status):
         return None
     return Announced(job.uid, config_map_name(job), entry_key(job.name), entry(job.name, adapter))
 
@@ -109,15 +112,15 @@ def build_withdrawal(found: Announced) -> list[Object]:
     return [_OURS, _operation("test", path, found.content), {"op": "remove", "path": path}]
 
 
-def with_announcement(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
+def with_announcement(status: QLoRAJobStatus, job: QLoRAJob) -> QLoRAJobStatus:
     """The status after the entry was written."""
-    done = Reason("Announced", f"ConfigMap {config_map_name(job)} has the entry {entry_key(job.name)}")
-    return set_condition(status, job, now, "Announced", "True", done)
+    entry = f"{config_map_name(job)}/{entry_key(job.name)}"
+    return replace(status, announcement=AnnouncementStatus(entry=entry))
 
 
-def without_announcement(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, why: str) -> QLoRAJobStatus:
+def without_announcement(status: QLoRAJobStatus, why: str) -> QLoRAJobStatus:
     """Return the status without the entry of the published adapter."""
-    return set_condition(status, job, now, "Announced", "False", Reason("AnnouncementRejected", why))
+    return replace(status, announcement=AnnouncementStatus(rejection=truncate(why)))
 
 
 def rejection_of_entry(job: QLoRAJob, message: str) -> str:

@@ -53,22 +53,22 @@ def tracking_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
 
 def announcement_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
     """Build the Event of an adapter that cannot be announced, or None otherwise."""
-    found, before = condition(status, "Announced"), condition(job.status, "Announced")
-    if found is None or found.status != "False" or (before is not None and before.status == "False"):
+    found, before = status.announcement, job.status.announcement
+    if found is None or not found.rejection or (before is not None and before.rejection):
         return None
-    name = _digest(f"{job.uid} not announced {found.last_transition_time}")
-    return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
+    name = _digest(f"{job.uid} {job.resource_version} not announced")
+    return _build(_metadata(job), "AnnouncementRejected", found.rejection, now, warning=True, name=name)
 
 
 def budget_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
     """Build the Event of a job that is newly expected to exceed its budget."""
-    found, before = condition(status, "WithinBudget"), condition(job.status, "WithinBudget")
-    if found is None or found.status != "False" or (before is not None and before.status == "False"):
+    found, before = status.forecast, job.status.forecast
+    if found is None or found.within_budget is not False or (before is not None and before.within_budget is False):
         return None
     if status.phase == "Failed":
         return None  # the Event of that phase has the same content
-    name = _digest(f"{job.uid} {job.resource_version} {found.reason}")
-    return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
+    name = _digest(f"{job.uid} {job.resource_version} ForecastExceedsBudget")
+    return _build(_metadata(job), "ForecastExceedsBudget", found.message, now, warning=True, name=name)
 
 
 def sweep_event(sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, now: datetime) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ def deletion_at(job: QLoRAJob, status: QLoRAJobStatus, profiles: Mapping[str, Pr
     """
     if job.sweep or job.problem or job.deleting or not is_finished(status) or is_to_be_taken_up(job):
         return None
-    profile = profiles.get(job.spec.scheduling.profile)
+    profile = profiles.get(job.spec.scheduling.profile_name)
     ttl = effective_ttl(job.spec.ttl_seconds_after_finished, profile, announces=job.spec.output.announce is not None)
     return expires(status, ttl)
 
@@ -56,7 +56,7 @@ def is_held_up(job: QLoRAJob, due: datetime) -> bool:
     status = job.status
     if is_to_be_taken_up(job) or still_counts(job) or is_claim_to_be_deleted(job, status):
         return True
-    if is_to_be_announced(job, status) and condition(status, "Announced") is None:
+    if is_to_be_announced(job, status) and status.announcement is None:
         return True
     cleanup, cleaned_up = cleanup_at(job, status), condition(status, "CleanedUp")
     has_failed = cleaned_up is not None and cleaned_up.reason == "CleanupFailed"

@@ -14,7 +14,7 @@ def limit_of_jobs(job: QLoRAJob, profiles: Mapping[str, Profile]) -> int | None:
 
     Returns None if the job does not want to start, or the number is not limited.
     """
-    profile = profiles.get(job.spec.scheduling.profile)
+    profile = profiles.get(job.spec.scheduling.profile_name)
     if profile is None or profile.limits is None or not _needs_a_place(job):
         return None
     return profile.limits.jobs

@@ -25,7 +25,7 @@ _ROOM_FOR_A_GATE = 1024
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """Fix everything that the pods depend on, as soon as the job may start."""
-    job, profile = facts.job, facts.profiles.get(facts.job.spec.scheduling.profile)
+    job, profile = facts.job, facts.profiles.get(facts.job.spec.scheduling.profile_name)
     if status.resolved is not None and status.step is None:
         # Another client has written to the status. Steps that are done report their results again.
         return replace(status, step=new_step(job, "prepare", status.highest_attempt + 1))
@@ -42,7 +42,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         contract_version=_signed(_contract_of_training(job, is_shared=facts.shared is not None), profile),
         document=document(job),
         queue_name=job.queue_name,
-        queue_priority=job.queue_priority,
+        queue_priority_class_name=job.queue_priority_class_name,
         profile=_copy_for(job, profile),
         canary=is_canary(job, profile) or None,
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
@@ -125,12 +125,12 @@ def objection_to_job(
     `writer`: a pod or Job that may still save a checkpoint of that.
     """
     scheduling = job.spec.scheduling
-    profile = profiles.get(scheduling.profile)
+    profile = profiles.get(scheduling.profile_name)
     if profile is None:
         return Reason(
             "ProfileNotFound",
-            f"there is no valid QLoRAProfile {scheduling.profile!r}, which spec.scheduling.profile names; the profiles "
-            f"of namespace {job.namespace!r} are: {_allowed_profiles(job.namespace, profiles)}",
+            f"there is no valid QLoRAProfile {scheduling.profile_name!r}, which spec.scheduling.profileName names; the "
+            f"profiles of namespace {job.namespace!r} are: {_allowed_profiles(job.namespace, profiles)}",
         )
     fields = {
         "priorityClassName": scheduling.priority_class_name,
@@ -141,8 +141,8 @@ def objection_to_job(
     if denied and not profile.allow_job_scheduling:
         return Reason(
             "SchedulingNotAllowed",
-            f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{denied}: create the job again "
-            "without it, or with another profile",
+            f"profile {scheduling.profile_name!r} does not let a job set spec.scheduling.{denied}: create the job "
+            "again without it, or with another profile",
         )
     return (
         reserved_claim(job.spec, profiles.values())
@@ -173,7 +173,7 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
     """
     if job.spec.resources.node_count == 1:
         return None
-    nodes, name = job.spec.resources.node_count, job.spec.scheduling.profile
+    nodes, name = job.spec.resources.node_count, job.spec.scheduling.profile_name
     if profile.workspace.topology != "shared":
         return Reason(
             _NOT_SHARED,
@@ -200,14 +200,14 @@ def objection_to_retry(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason
 
 def _objection_of_limits(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason | None:
     """Return why the profile's limits block a start or a retry here."""
-    name = job.spec.scheduling.profile
+    name = job.spec.scheduling.profile_name
     profile = profiles.get(name)
     if profile is None:
         return None
     if not profile.admits(job.namespace):
         return Reason(
             "ProfileNotAllowed",
-            f"spec.scheduling.profile {name!r} is not for namespace {job.namespace!r}, whose profiles are: "
+            f"spec.scheduling.profileName {name!r} is not for namespace {job.namespace!r}, whose profiles are: "
             f"{_allowed_profiles(job.namespace, profiles)}; create the job again with one of them",
         )
     limits = profile.limits or Limits()
@@ -225,7 +225,7 @@ def _objection_of_limits(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reas
 
 def job_limit_reached(job: QLoRAJob, profiles: Mapping[str, Profile], jobs_of_profile: int) -> Reason | None:
     """Return why the job waits for others of its profile, or None if there is a place."""
-    namespace, name = job.namespace, job.spec.scheduling.profile
+    namespace, name = job.namespace, job.spec.scheduling.profile_name
     profile = profiles.get(name)
     limit = profile.limits.jobs if profile is not None and profile.limits is not None else None
     if limit is None or jobs_of_profile < limit:
@@ -250,7 +250,7 @@ def with_profile_of_today(
 
     `is_shared`: whether a pod of its sweep trains it. `same_trainer`: except for the image.
     """
-    profile = profiles.get(job.spec.scheduling.profile)
+    profile = profiles.get(job.spec.scheduling.profile_name)
     if resolved is None or profile is None:
         return resolved
     copied = _copy_for(job, profile)

@@ -8,8 +8,7 @@ from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.cleanup import clean_job_name
 from qlora_operator.decisions.manifests.objects import with_gate
-from qlora_operator.decisions.observed.conditions import is_true
-from qlora_operator.decisions.observed.endings import DONE
+from qlora_operator.decisions.observed.conditions import has_trained, is_true
 from qlora_operator.decisions.observed.facts import Facts, new_step, set_condition
 from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
@@ -35,7 +34,7 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     again = cleaned or _lacks_what_prepare_leaves(job, facts.profiles)
     first_attempt = max(status.highest_attempt, step.attempt) + 1
     name: StepName = "prepare" if again else step.name
-    forgotten = {"CleanedUp", *(DONE.values() if again else ()), *([DONE[name]] if name in DONE else ())}
+    forgotten = {"CleanedUp", *(["Prepared"] if name == "prepare" else ())}
     conditions = tuple(entry for entry in status.conditions if entry.type not in forgotten)
     status = replace(
         status,
@@ -58,7 +57,7 @@ def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:
 
     A clean-up keeps the adapter.
     """
-    return is_true(status, "Trained") or (is_true(status, "Prepared") and not cleaned)
+    return has_trained(status) or (is_true(status, "Prepared") and not cleaned)
 
 
 def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) -> Resolved | None:
@@ -83,7 +82,7 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
 
 def _lacks_what_prepare_leaves(job: QLoRAJob, profiles: Mapping[str, Profile]) -> bool:
     """Whether base model or prepared rows have changed: only prepare restores them."""
-    status, today = job.status, profiles.get(job.spec.scheduling.profile)
+    status, today = job.status, profiles.get(job.spec.scheduling.profile_name)
     lost = (ExitCode.MODEL_UNAVAILABLE.reason, ExitCode.BAD_DATASET.reason)
     if status.last_failure is not None and status.last_failure.reason in lost:
         return True

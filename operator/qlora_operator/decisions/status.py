@@ -11,7 +11,6 @@ from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.cleanup import follow_cleanup
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
 from qlora_operator.decisions.observed.conditions import condition, is_finished, is_true
-from qlora_operator.decisions.observed.endings import not_ready
 from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, next_attempt, set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.pods.attempts import count_attempts, watch_pod
@@ -134,7 +133,8 @@ def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None =
         status = replace(status, observed_generation=job.generation)
         failed = condition(status, "Failed")
         if failed is not None and failed.status == "True":
-            status = set_condition(status, job, now, "Ready", "False", held_back or not_ready(failed.reason))
+            why = held_back or Reason(failed.reason, failed.message)
+            status = set_condition(status, job, now, "Stalled", "True", why)
     status = settled(job, count_usage(status, facts), facts.counted_seconds)
     return follow_cleanup(status, job, facts.observed, now)
 

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from qlora_api.figures import without_remaining
 from qlora_api.schema import replace
-from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
+from qlora_api.status import Phase, QLoRAJobStatus, StepStatus
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
 from qlora_operator.decisions.observed.conditions import (
     ConditionType,
@@ -15,7 +15,7 @@ from qlora_operator.decisions.observed.conditions import (
     is_true,
     phase_of,
 )
-from qlora_operator.decisions.observed.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
+from qlora_operator.decisions.observed.endings import NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.observed.facts import Facts, set_condition
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.observed.shared_pod import SharedPod, trained_by, waits_for_sweep
@@ -112,9 +112,8 @@ def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     job, now, step, reason = facts.job, facts.now, status.step, _reason(status, facts)
     suspended = is_true(status, "Suspended")
     started = step is not None and (bool(step.job_uid) or step.attempt > 1 or step.name != "prepare")
-    for name, kind in DONE.items():
-        if not is_true(status, kind):
-            status = set_condition(status, job, now, kind, "Unknown", _unmet(name, step))
+    if not is_true(status, "Prepared"):
+        status = set_condition(status, job, now, "Prepared", "Unknown", _unprepared(step))
     is_accepted = started or suspended
     accepted = Reason("Pending", reason.sentence)
     if suspended:
@@ -126,7 +125,6 @@ def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         ("Failed", "False", NOT_FAILED),
         ("Progressing", *_progressing(status, job, facts.observed, now, log_read=facts.log_read)),
         ("Reconciling", "False" if is_accepted else "True", accepted),
-        ("Ready", "True" if is_accepted else "False", accepted),
         ("Stalled", "False", NOT_STALLED),
     )
     for kind, value, why in conditions:
@@ -134,14 +132,9 @@ def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     return status
 
 
-def _unmet(name: StepName, current: StepStatus | None) -> Reason:
-    """Return why the step has not succeeded in an unfinished job.
-
-    The condition Succeeded has what blocks it.
-    """
-    if current is not None and current.name == name:
-        return Reason("NotEnded", f"the {name} step has not ended")
-    return Reason("NotReached", f"the {name} step has not been reached")
+def _unprepared(current: StepStatus | None) -> Reason:
+    """Return why prepare has not succeeded. The condition Succeeded has what blocks it."""
+    return Reason("NotReached", "prepare has not begun") if current is None else Reason("NotEnded", "prepare goes on")
 
 
 def _progressing(

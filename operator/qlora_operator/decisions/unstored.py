@@ -57,7 +57,7 @@ def _without_running_seconds(usage: UsageStatus | None, stored: UsageStatus | No
     if usage is None or stored is None or len(usage.pods) != len(stored.pods):
         return usage
     pods = (replace(entry, seconds=old.seconds) for entry, old in zip(usage.pods, stored.pods, strict=True))
-    sums = replace(usage, gpu_seconds=stored.gpu_seconds, gpu_hours=stored.gpu_hours, cost=stored.cost)
+    sums = replace(usage, gpu_seconds=stored.gpu_seconds, cost=stored.cost)
     return replace(sums, pods=tuple(pods))
 
 

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.sweep.status import QLoRASweepStatus
-from qlora_api.usage import LostGpuSeconds, UsageStatus
+from qlora_api.usage import LostGpuTime, UsageStatus
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.sweeps.sweep import QLoRASweep
 from qlora_operator.keys import Key
@@ -54,7 +54,7 @@ class JobMetrics(Collector):
     def show_unstored(self, job: QLoRAJob, status: Object) -> None:
         """Note figures of a running job that are not stored."""
         metadata = {"namespace": job.namespace, "name": job.name, "uid": job.uid}
-        spec = {"scheduling": {"profile": job.spec.scheduling.profile}}
+        spec = {"scheduling": {"profileName": job.spec.scheduling.profile_name}}
         self.show({"metadata": metadata, "spec": spec, "status": status})
 
     def gone(self, key: Key, *, replaced_by: str = "") -> None:
@@ -179,20 +179,20 @@ class GpuSeconds:
         """Count the usage that a stored status adds to the job's earlier one."""
         if written.usage is not None:
             before = job.status.usage or UsageStatus()
-            self.add(job.namespace, job.spec.scheduling.profile, written.usage, before)
+            self.add(job.namespace, job.spec.scheduling.profile_name, written.usage, before)
 
     def note_sweep(self, sweep: QLoRASweep, written: QLoRASweepStatus) -> None:
         """Count the added usage of the sweep itself: the parts of cells that have ended."""
         before = {pod.number: pod.usage for pod in sweep.status.pods}
         for pod in written.pods:
             if pod.usage is not None:
-                profile = sweep.spec.template.spec.scheduling.profile
+                profile = sweep.spec.template.spec.scheduling.profile_name
                 self.add(sweep.namespace, profile, pod.usage, before.get(pod.number))
 
     def add(self, namespace: str, profile: str, usage: UsageStatus, before: UsageStatus | None = None) -> None:
         """Count what the usage has more than `before`."""
         before = before or UsageStatus()
         self._used.labels(namespace, profile).inc(max(0, usage.gpu_seconds - before.gpu_seconds))
-        for cause in LostGpuSeconds.model_fields:
+        for cause in LostGpuTime.model_fields:
             more = getattr(usage.lost_gpu_seconds, cause) - getattr(before.lost_gpu_seconds, cause)
             self._lost.labels(namespace, profile, cause).inc(max(0, more))

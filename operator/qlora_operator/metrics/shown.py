@@ -128,7 +128,7 @@ def read_shown(body: Object) -> ShownJob | None:
         phase=phase,
         phase_since=_number(status, ("phaseSince",)),
         progresses=_condition(status, "Progressing").get("status") != "False",
-        profile=str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or "default"),
+        profile=str(((body.get("spec") or {}).get("scheduling") or {}).get("profileName") or "default"),
         claim=str(resolved.get("claimName") or ""),
         has_gpus=bool((resolved.get("profile") or {}).get("gpuResource")),
         started=math.inf if started is None else started,

@@ -70,7 +70,7 @@ class TransitionMetrics:
 
     def written(self, before: QLoRAJob, after: QLoRAJobStatus, created: str | None) -> None:
         """Note that the status of the job, which was created at that time, has been stored."""
-        profile, stored = before.spec.scheduling.profile, before.status
+        profile, stored = before.spec.scheduling.profile_name, before.status
         profile = profile if profile in self._profiles else UNKNOWN_PROFILE
         if after.last_failure is not None and after.last_failure != stored.last_failure:
             self.failures.labels(profile, as_label(after.last_failure.reason)).inc()

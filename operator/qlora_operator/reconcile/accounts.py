@@ -20,9 +20,9 @@ class Accounts:
 
     def counted_seconds(self, job: QLoRAJob) -> int:
         """Return the GPU seconds of the job that the stored sums include; 0 without an entry."""
-        status = self.stored.get(job.spec.scheduling.profile)
+        status = self.stored.get(job.spec.scheduling.profile_name)
         return 0 if status is None else counted_seconds(status, job.namespace, job.uid)
 
     def spent_seconds(self, job: QLoRAJob) -> int:
         """Return the GPU seconds of the job's namespace with its profile in this month."""
-        return self.spent.get((job.spec.scheduling.profile, job.namespace), 0)
+        return self.spent.get((job.spec.scheduling.profile_name, job.namespace), 0)

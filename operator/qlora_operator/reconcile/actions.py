@@ -242,7 +242,7 @@ class Actions:
         if status.adapter is None:
             raise AssertionError("a job without an adapter has nothing to announce")
         if (reserved := reserved_config_map(job.spec, facts.profiles.values())) is not None:
-            return without_announcement(status, job, facts.now, reserved.sentence), False
+            return without_announcement(status, reserved.sentence), False
         if (due := self.announcements.due(key)) is not None and facts.now < due:
             return status, False
         try:
@@ -251,11 +251,11 @@ class Actions:
             logger.warning("ConfigMap %s: %s", name, error, extra={"key": key})
             self.announcements.postpone(key, facts.now)
             if isinstance(error, RejectedError):
-                status = without_announcement(status, job, facts.now, rejection_of_entry(job, str(error)))
+                status = without_announcement(status, rejection_of_entry(job, str(error)))
             return status, False
         self.announcements.end(key)
         logger.info("announced in ConfigMap %s", name, extra={"key": key})
-        return with_announcement(status, job, facts.now), True
+        return with_announcement(status, job), True
 
     async def _write_entry(self, job: QLoRAJob, adapter: AdapterStatus) -> None:
         """Write the adapter's entry.

@@ -95,4 +95,4 @@ class Starts:
 
 
 def _group(job: QLoRAJob) -> Group:
-    return job.namespace, job.spec.scheduling.profile
+    return job.namespace, job.spec.scheduling.profile_name

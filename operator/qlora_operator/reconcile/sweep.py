@@ -280,7 +280,7 @@ class SweepReconciler:
 
     def _note_usage(self, key: Key, sweep: QLoRASweep, status: QLoRASweepStatus) -> None:
         seconds = sum(pod.usage.gpu_seconds for pod in status.pods if pod.usage is not None)
-        self.note_usage(key, sweep.uid, sweep.spec.template.spec.scheduling.profile, seconds)
+        self.note_usage(key, sweep.uid, sweep.spec.template.spec.scheduling.profile_name, seconds)
 
     async def _readable(self, key: Key, body: Object) -> QLoRASweep | None:
         try:
@@ -365,7 +365,7 @@ class SweepReconciler:
         if template.workspace.claim_name is not None:
             return
         try:
-            manifest = build_sweep_claim(sweep, self.profiles[template.scheduling.profile])
+            manifest = build_sweep_claim(sweep, self.profiles[template.scheduling.profile_name])
             await self.cluster.create_claim(sweep.namespace, manifest)
             logger.info("created PersistentVolumeClaim %s", name, extra={"key": (sweep.namespace, sweep.name)})
         except RejectedError as error:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_api.spec.execution import DEFAULT_PROFILE
+from qlora_api.status_types import seconds_of
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.profiles.ledger import UsageLine
 from qlora_operator.keys import Key
@@ -38,8 +39,8 @@ class JobIndex:
         usage, uid = status.get("usage") or {}, metadata["uid"]
         if deleted and uid not in self._jobs:
             return  # a list has shown that already, and its GPU time may be in the sums
-        seconds, settled = _count(usage.get("gpuSeconds")), _count(usage.get("settledGpuSeconds"))
-        profile = str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or DEFAULT_PROFILE)
+        seconds, settled = _seconds(usage.get("gpuHours")), _seconds(usage.get("settledGpuHours"))
+        profile = str(((body.get("spec") or {}).get("scheduling") or {}).get("profileName") or DEFAULT_PROFILE)
         line = UsageLine(uid, metadata["namespace"], seconds, settled)
         phase = str(status.get("phase") or "Pending")
         self._jobs[uid] = JobLine((metadata["namespace"], metadata["name"]), profile, phase, line)
@@ -83,5 +84,9 @@ class JobIndex:
         return {uid: line.profile for uid, line in self._gone.items()}
 
 
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+def _seconds(hours: Any) -> int:
+    """Return the seconds in hours, 0 if another version has written something else."""
+    try:
+        return seconds_of(hours) if isinstance(hours, str) else 0
+    except ValueError:
+        return 0

@@ -38,6 +38,6 @@ def test_an_installation_of_a_suspended_job_ends(operated: Nodeless, tmp_path: P
 
 
 def test_an_installation_of_a_job_that_cannot_start_fails_and_names_it(operated: Nodeless, tmp_path: Path) -> None:
-    unknown = with_value(named("helm-waiting"), "spec.scheduling.profile", "h100")
+    unknown = with_value(named("helm-waiting"), "spec.scheduling.profileName", "h100")
     with pytest.raises(ClusterError, match=r"QLoRAJob/team/helm-waiting not ready. status: InProgress"):
         install(operated, tmp_path, unknown, timeout="3s")

@@ -98,7 +98,7 @@ def job(operated: Nodeless) -> Iterator[str]:
 
 def apply(operated: Nodeless, name: str) -> None:
     manifest = MINIMAL | {"metadata": {"name": name, "namespace": NAMESPACE}}
-    operated.kubectl.apply(json.dumps(with_value(manifest, "spec.scheduling.profile", GPU)))
+    operated.kubectl.apply(json.dumps(with_value(manifest, "spec.scheduling.profileName", GPU)))
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def test_a_cell_has_its_part_of_the_log_of_the_pod_that_trains_it_with_others(te
     sweep, cell = team.job("rates"), team.job("rates-00")
     log = team.pod(sweep, "rates-p00-train-1", "train")
     team.kubectl("annotate", "pod", "rates-p00-train-1", f"--namespace={team.namespace}", "qlora.dev/cells=rates-00,x")
-    owner = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "controller": True}
+    owner = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": "rates", "controller": True}
     marks = {"annotations": {"qlora.dev/cells-in-pod": "2"}}
     metadata = marks | {"ownerReferences": [owner | {"uid": sweep["metadata"]["uid"]}]}
     change = f"--patch={json.dumps({'metadata': metadata})}"

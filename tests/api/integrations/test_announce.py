@@ -93,7 +93,7 @@ def test_the_entry_of_a_deleted_job_is_removed(namespace: ControlPlane) -> None:
             await succeed(api, name, "served")
         reconciler = operator(Cluster(api.client))
         await settle(reconciler, (NAMESPACE, "deleted"))
-        await api.send("DELETE", f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs/deleted")
+        await api.send("DELETE", f"/apis/qlora.dev/v1beta1/namespaces/{NAMESPACE}/qlorajobs/deleted")
         reconciler.store.gone((NAMESPACE, "deleted"))
         await settle(reconciler, (NAMESPACE, "deleted"))
         assert set(await data_of(api, "served")) == {"kept.json"}

@@ -29,7 +29,7 @@ class Queued:
 
     def apply(self, name: str, nodes: int = 1, **scheduling: str) -> str:
         manifest = {**MINIMAL, "metadata": {"name": name, "namespace": NAMESPACE}}
-        scheduling |= {"profile": SHARED} if nodes > 1 else {}
+        scheduling |= {"profileName": SHARED} if nodes > 1 else {}
         spec = {**MINIMAL["spec"], "scheduling": scheduling, "resources": {"nodes": nodes}}
         self.cluster.kubectl.apply(json.dumps(manifest | {"spec": spec}))
         return name
@@ -99,10 +99,10 @@ def test_a_quota_of_one_runs_three_jobs_one_after_the_other(queued: Queued) -> N
 
 def test_a_preempted_job_waits_with_kueues_message_and_continues_in_the_same_job(queued: Queued) -> None:
     queued.kueue.queue("preempting", 1)
-    low = queued.start("preempted", queueName="preempting", queuePriority="low")
+    low = queued.start("preempted", queueName="preempting", queuePriorityClassName="low")
     queued.cluster.run(low, "train")
     queued.cluster.wait_for_phase(low, "Training")
-    high = queued.start("preemptor", queueName="preempting", queuePriority="high")
+    high = queued.start("preemptor", queueName="preempting", queuePriorityClassName="high")
     queued.wait_for(low, "Queued", "due to prioritization in the ClusterQueue")
     assert queued.sentence(low).startswith("Kueue: Preempted to accommodate a workload")
     queued.wait_for_pod(high)
@@ -114,15 +114,15 @@ def test_a_preempted_job_waits_with_kueues_message_and_continues_in_the_same_job
 
 def test_a_job_of_two_nodes_gets_both_pods_or_none_and_is_preempted_as_a_whole(queued: Queued) -> None:
     queued.kueue.queue("gang", 2)
-    alone = queued.start("alone", queueName="gang", queuePriority="low")
+    alone = queued.start("alone", queueName="gang", queuePriorityClassName="low")
     queued.wait_for_pod(alone)
-    pair = queued.start("pair", nodes=2, queueName="gang", queuePriority="low")
+    pair = queued.start("pair", nodes=2, queueName="gang", queuePriorityClassName="low")
     queued.wait_for(pair, "Queued", NO_QUOTA)
     queued.cluster.wait_for_no_pod(pair, "train")
     queued.finish(alone)
     both = started_pair(queued, pair)
 
-    high = queued.start("preemptor-of-two", queueName="gang", queuePriority="high")
+    high = queued.start("preemptor-of-two", queueName="gang", queuePriorityClassName="high")
     queued.wait_for(pair, "Queued", "due to prioritization in the ClusterQueue")
     for pod in both:
         queued.cluster.stop_pod(pod, 143)
@@ -150,11 +150,11 @@ def started_pair(queued: Queued, name: str) -> list[dict[str, Any]]:
 
 def test_a_preempted_pod_that_is_killed_before_it_has_saved_is_no_failure(queued: Queued) -> None:
     queued.kueue.queue("killing", 1)
-    low = queued.start("killed", queueName="killing", queuePriority="low")
+    low = queued.start("killed", queueName="killing", queuePriorityClassName="low")
     pod = queued.wait_for_pod(low)
     queued.cluster.start_pod(pod)
     queued.cluster.wait_for_phase(low, "Training")
-    high = queued.start("killer", queueName="killing", queuePriority="high")
+    high = queued.start("killer", queueName="killing", queuePriorityClassName="high")
     queued.cluster.stop_pod(pod, 137)
     queued.finish(high)
     queued.wait_for_pod(low)
@@ -193,7 +193,7 @@ def test_an_inactive_queue_and_a_deactivated_job_are_reported(queued: Queued) ->
 
 def test_an_unknown_priority_makes_no_workload_and_the_status_names_it(queued: Queued) -> None:
     queued.kueue.queue("ordered", 1)
-    name = queued.start("unordered", queueName="ordered", queuePriority="nosuch")
+    name = queued.start("unordered", queueName="ordered", queuePriorityClassName="nosuch")
     queued.wait_for(name, "Queued", "has no Workload: Kueue must run, manage this namespace, and have the Workload")
     queued.kueue.priority("nosuch", 5)
     queued.finish(name)

@@ -42,7 +42,7 @@ def wait_for_message(cluster: Nodeless, name: str, part: str) -> None:
 
 
 def test_a_job_in_a_queue_is_created_suspended_and_only_the_queue_resumes_it(operated: Nodeless) -> None:
-    name = start(operated, "queued", queueName="gpus", queuePriority="high")
+    name = start(operated, "queued", queueName="gpus", queuePriorityClassName="high")
     operated.succeed(name, "prepare")
     operated.wait_for_phase(name, "Queued")
     train = operated.kubectl.get("job", f"{name}-train-1", IN_NAMESPACE)

@@ -74,7 +74,7 @@ def _prove(accept: Accept, count: int) -> None:
 
 def _of_job(spec: Manifest) -> Iterator[Manifest]:
     """The job, and all that is created for it."""
-    body = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": _LONGEST_NAME}, "spec": spec}
+    body = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": {"name": _LONGEST_NAME}, "spec": spec}
     yield body
     if (job := _started(body)) is not None and (resolved := job.status.resolved) is not None:
         yield from (build_job(job, resolved, step, _ATTEMPT) for step in STEPS)
@@ -102,5 +102,5 @@ def _started(body: Manifest) -> QLoRAJob | None:
     """The job as it starts, or None if its status has the reason why not."""
     metadata = {"uid": UID, "namespace": NAMESPACE, "generation": 1}
     job = parse_job(body | {"metadata": body["metadata"] | metadata})
-    status = follow(job, profiles={job.spec.scheduling.profile: _PROFILE})
+    status = follow(job, profiles={job.spec.scheduling.profile_name: _PROFILE})
     return replace(job, status=status) if status.resolved is not None else None

@@ -73,7 +73,7 @@ class Life:
 
     async def patch(self, spec: Object) -> None:
         await self.api.send(
-            "PATCH", f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs/{self.name}", {"spec": spec}
+            "PATCH", f"/apis/qlora.dev/v1beta1/namespaces/{NAMESPACE}/qlorajobs/{self.name}", {"spec": spec}
         )
 
 
@@ -133,7 +133,7 @@ LIVES: dict[str, tuple[Act, ...]] = {
         ends("publish"),
     ),
 }
-SPECS: dict[int, dict[str, Any]] = {2: {"resources": {"nodes": 2}, "scheduling": {"profile": SHARED}}}
+SPECS: dict[int, dict[str, Any]] = {2: {"resources": {"nodes": 2}, "scheduling": {"profileName": SHARED}}}
 """Of the lives that are not those of the smallest job, by number."""
 
 

@@ -44,7 +44,7 @@ def create(plane: ControlPlane, *objects: dict[str, Any]) -> None:
 def job(name: str, *, suspend: bool = True, **annotations: str) -> dict[str, Any]:
     """Suspended by default, so that nothing is created for it."""
     return {
-        "apiVersion": "qlora.dev/v1alpha1",
+        "apiVersion": "qlora.dev/v1beta1",
         "kind": "QLoRAJob",
         "metadata": {"name": name, "namespace": NAMESPACE, "annotations": annotations},
         "spec": {"suspend": suspend, "model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}},

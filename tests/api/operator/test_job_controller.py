@@ -14,7 +14,7 @@ OF_THE_JOB = "batch.kubernetes.io/controller-uid"
 
 def train(operated: Nodeless, name: str) -> dict[str, Any]:
     """The running train pod of a new job."""
-    job = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": name, "namespace": NAMESPACE}}
+    job = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": {"name": name, "namespace": NAMESPACE}}
     spec = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
     operated.kubectl.apply(json.dumps({**job, "spec": spec}))
     operated.succeed(name, "prepare")

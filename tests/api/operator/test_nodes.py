@@ -17,7 +17,7 @@ PEER_LOST, INTERRUPTED, KILLED = 201, 143, 137
 def start(operated: Nodeless, name: str, **scheduling: str) -> str:
     """A job of two nodes whose data are prepared."""
     manifest = {**MINIMAL, "metadata": {"name": name, "namespace": NAMESPACE}}
-    spec = {**MINIMAL["spec"], "resources": {"nodes": 2}, "scheduling": {"profile": SHARED, **scheduling}}
+    spec = {**MINIMAL["spec"], "resources": {"nodes": 2}, "scheduling": {"profileName": SHARED, **scheduling}}
     operated.kubectl.apply(json.dumps(manifest | {"spec": spec}))
     operated.succeed(name, "prepare")
     return name

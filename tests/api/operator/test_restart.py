@@ -16,7 +16,7 @@ from tests.support.waiting import eventually
 NAMESPACE = "restarted"
 SPECS: dict[str, dict[str, Any]] = {
     "ended": {},
-    "waits": {"scheduling": {"profile": "unknown"}},
+    "waits": {"scheduling": {"profileName": "unknown"}},
     "runs": {},
 }
 PHASES = {"ended": "Succeeded", "waits": "Pending", "runs": "Preparing"}
@@ -31,7 +31,7 @@ def test_a_restart_reconciles_every_job_and_writes_nothing(plane: ControlPlane, 
     plane.kubectl("create", "namespace", NAMESPACE)
     jobs = [
         {
-            "apiVersion": "qlora.dev/v1alpha1",
+            "apiVersion": "qlora.dev/v1beta1",
             "kind": "QLoRAJob",
             "metadata": {"name": name, "namespace": NAMESPACE},
             "spec": {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}, **spec},

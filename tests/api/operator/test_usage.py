@@ -88,7 +88,7 @@ def test_a_budget_ends_a_job_at_a_checkpoint_and_a_larger_one_continues_it(names
 
             status = (await api.job(name))["status"]
             assert (status["phase"], status["lastFailure"]["reason"]) == ("Failed", "BudgetExceeded")
-            assert status["usage"]["gpuSeconds"] == pytest.approx(2 * _HOURS.total_seconds(), rel=0.2)
+            assert float(status["usage"]["gpuHours"]) == pytest.approx(2 * _HOURS / timedelta(hours=1), rel=0.2)
             # Its Job is deleted, and the pod has its GPUs until it has saved.
             assert [each["metadata"]["name"] for each in await api.children(name)] == [f"{name}-prepare-1"]
             until = parse_time(format_time(since)) + timedelta(seconds=8000)
@@ -96,15 +96,15 @@ def test_a_budget_ends_a_job_at_a_checkpoint_and_a_larger_one_continues_it(names
             for _ in range(2):
                 await settle(new_operator(api), key)
             usage = (await api.job(name))["status"]["usage"]
-            assert (usage["gpuSeconds"], usage["gpuHours"]) == (16_000, "4.44")
-            lost = {"startup": 120, "disruption": 0, "failure": 0, "suspension": 0}
-            assert usage["lostGpuSeconds"] == lost
+            assert usage["gpuHours"] == "4.4444"
+            lost = {"startup": "0.0333", "disruption": "0.00", "failure": "0.00", "suspension": "0.00"}
+            assert usage["lostGpuHours"] == lost
 
             await _change(api, name, {"budget": {"gpuHours": 9}, "retry": {"request": 1}})
             await settle(new_operator(api), key)
             status = (await api.job(name))["status"]
             assert (status["step"]["name"], status["step"]["attempt"]) == ("train", 2)
-            assert status["usage"]["gpuSeconds"] == 16_000
+            assert status["usage"]["gpuHours"] == "4.4444"
             again = await train_job(api, name, 2)
             await api.end(again, uid)
             await settle(new_operator(api), key)
@@ -116,7 +116,7 @@ def test_a_budget_ends_a_job_at_a_checkpoint_and_a_larger_one_continues_it(names
 
 
 async def _change(api: Api, name: str, spec: dict[str, Any]) -> None:
-    await api.send("PATCH", f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs/{name}", {"spec": spec})
+    await api.send("PATCH", f"/apis/qlora.dev/v1beta1/namespaces/{NAMESPACE}/qlorajobs/{name}", {"spec": spec})
 
 
 def test_kubectl_shows_the_gpu_hours(namespace: ControlPlane) -> None:
@@ -135,4 +135,4 @@ def test_kubectl_shows_the_gpu_hours(namespace: ControlPlane) -> None:
     assert "GPU-HOURS" in head
     assert any(re.fullmatch(r"1\.\d\d", word) for word in row)
     assert "BudgetExceeded" in namespace.kubectl("explain", "qlorajob.spec.budget.gpuHours")
-    assert "is in no checkpoint" in namespace.kubectl("explain", "qlorajob.status.usage.lostGpuSeconds")
+    assert "is in no checkpoint" in namespace.kubectl("explain", "qlorajob.status.usage.lostGpuHours")

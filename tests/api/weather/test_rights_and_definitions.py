@@ -91,7 +91,7 @@ def test_an_older_definition_stops_status_writes_until_the_right_one_is_back(sit
             site.tenant.create("during")
             eventually(lambda: operator.metric("qlora_operator_schema_outdated") == 1, seconds=60, every=0.2)
             status, text = operator.get("/readyz")
-            assert (status, "qlora.dev/v1alpha1) lacks status.resolved" in text) == (503, True)
+            assert (status, "qlora.dev/v1beta1) lacks status.resolved" in text) == (503, True)
             assert (operator.get("/healthz")[0], site.tenant.status("during").get("phase")) == (200, None)
             written = site.proxy.count("PATCH", "/status")
             site.tenant.suspend("before")

@@ -50,7 +50,7 @@ def _preparing() -> QLoRAJobStatus:
 
 def cases() -> Sequence[Case]:
     """Every phase, and its obstacles."""
-    unknown = {"profile": "h100"}
+    unknown = {"profileName": "h100"}
     ended = follow(
         make_job(status_in("prepare")),
         child("prepare", Failed="PodFailurePolicy"),
@@ -68,7 +68,7 @@ def cases() -> Sequence[Case]:
             "without a profile",
             _stored(follow(make_job(scheduling=unknown)), scheduling=unknown),
             "Progressing",
-            "there is no valid QLoRAProfile 'h100', which spec.scheduling.profile names",
+            "there is no valid QLoRAProfile 'h100', which spec.scheduling.profileName names",
             "suspend",
         ),
         Case("preparing", _stored(_preparing()), "Progressing", "downloading 40%", "suspend"),

@@ -55,7 +55,7 @@ class Api:
         return await self.send("POST", path, body)
 
     async def job(self, name: str) -> dict[str, Any]:
-        return await self.send("GET", f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs/{name}")
+        return await self.send("GET", f"/apis/qlora.dev/v1beta1/namespaces/{NAMESPACE}/qlorajobs/{name}")
 
     async def children(self, name: str, kind: str = "/apis/batch/v1", plural: str = "jobs") -> list[dict[str, Any]]:
         selector = f"labelSelector=qlora.dev%2Fjob%3D{name}"
@@ -64,12 +64,12 @@ class Api:
 
     async def apply(self, name: str, **spec: Any) -> None:
         body = {
-            "apiVersion": "qlora.dev/v1alpha1",
+            "apiVersion": "qlora.dev/v1beta1",
             "kind": "QLoRAJob",
             "metadata": {"name": name},
             "spec": {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}, **spec},
         }
-        await self.create(f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs", body)
+        await self.create(f"/apis/qlora.dev/v1beta1/namespaces/{NAMESPACE}/qlorajobs", body)
 
     async def run(self, job: dict[str, Any]) -> None:
         """Act as Job controller and kubelet for a step that runs on all of its nodes."""

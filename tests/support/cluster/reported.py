@@ -138,7 +138,7 @@ class Reported:
         content = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}, **(spec or {})}
         metadata = {"name": name, "labels": labels}
         return self.create(
-            {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": content}
+            {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": metadata, "spec": content}
         )
 
     def stored(self, name: str) -> Object:

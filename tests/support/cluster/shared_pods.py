@@ -22,7 +22,7 @@ SWEEP, SWEEP_UID = "rates", "99999999-0000-4000-8000-000000000000"
 POD = f"{SWEEP}-p00"
 NAMES = tuple(f"{SWEEP}-{number:02}" for number in range(3))
 UIDS = {name: f"{number}aaaaaaa-0000-4000-8000-000000000000" for number, name in enumerate(NAMES, 1)}
-OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": SWEEP, "uid": SWEEP_UID, "controller": True}
+OWNER = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": SWEEP, "uid": SWEEP_UID, "controller": True}
 DOCUMENT = json.dumps({"metadata": {}, "spec": {}})
 Doing = str
 
@@ -38,7 +38,7 @@ def cell_status(doing: Doing, name: str = NAMES[0], **fields: Any) -> QLoRAJobSt
     began = doing in ("preparing", "training", "trained", "failed")
     job_name = f"{name}-{step}-1"
     phase = {"training": "Training", "failed": "Failed", "suspended": "Suspended", "preparing": "Preparing"}
-    true = {"failed": ["Failed"], "preparing": [], "trained": ["Prepared", "Trained"]}.get(doing, ["Prepared"])
+    true = {"failed": ["Failed"], "preparing": []}.get(doing, ["Prepared"])
     current = {"name": step, "jobName": job_name, "jobUid": f"uid-{job_name}" if began else "", "attempt": 1}
     return QLoRAJobStatus.model_validate(
         {

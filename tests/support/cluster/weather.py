@@ -50,7 +50,7 @@ class Tenant:
     def create(self, name: str, **spec: Any) -> None:
         self.apply(
             {
-                "apiVersion": "qlora.dev/v1alpha1",
+                "apiVersion": "qlora.dev/v1beta1",
                 "kind": "QLoRAJob",
                 "metadata": {"name": name},
                 "spec": {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}, **spec},

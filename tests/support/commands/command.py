@@ -52,7 +52,7 @@ SPEC: dict[str, Any] = {
     },
 }
 MANIFEST = """\
-apiVersion: qlora.dev/v1alpha1
+apiVersion: qlora.dev/v1beta1
 kind: QLoRAJob
 metadata:
   name: tiny
@@ -120,7 +120,7 @@ class Files:
     def document(self) -> dict[str, Any]:
         """A user's manifest, with the UID that the API server gives it."""
         metadata = {"name": "tiny", "uid": JOB_UID}
-        return {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": self.spec}
+        return {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": metadata, "spec": self.spec}
 
     def with_spec(self, changes: dict[str, Any]) -> "Files":
         """The same files with another spec."""

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from tests.support.services.api_proxy import Reply, Request
 
-_PATH = re.compile(r"/apis/qlora\.dev/v1alpha1(/namespaces/(?P<namespace>[^/]+))?/qlorajobs(/(?P<name>[^/]+))?")
+_PATH = re.compile(r"/apis/qlora\.dev/v1beta1(/namespaces/(?P<namespace>[^/]+))?/qlorajobs(/(?P<name>[^/]+))?")
 _SPEC = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
 
 Object = dict[str, Any]

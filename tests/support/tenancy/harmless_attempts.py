@@ -148,7 +148,7 @@ def a_registry_at_the_address_of_the_metadata_server(t: Tenants) -> None:
 @attempt
 def a_job_that_the_job_of_another_controls(t: Tenants) -> None:
     """No owner exists in the namespace, so the garbage collector deletes the object."""
-    owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
+    owner = controller(victims_job(t), "qlora.dev/v1beta1", "QLoRAJob")
     metadata = forged("tune-train-1", victims_job(t), "train", ownerReferences=owner)
     t.tenant.create(TENANT, "jobs", batch_job(metadata | {"name": "tune-forged-1"}))
 
@@ -160,7 +160,7 @@ def a_job_that_the_job_of_another_controls(t: Tenants) -> None:
 
 @attempt
 def a_job_that_the_job_of_another_owns(t: Tenants) -> None:
-    owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
+    owner = controller(victims_job(t), "qlora.dev/v1beta1", "QLoRAJob")
     submit(t, "owned", metadata={"ownerReferences": owner}, suspend=True)
     eventually(lambda: t.admin.send("GET", path_of(TENANT, "qlorajobs", "owned"))[0] == 404, seconds=30)
 
@@ -170,7 +170,7 @@ def a_job_that_says_it_is_a_step(t: Tenants) -> None:
     """The operator stops it: it is not the Job that it has created."""
     job, _ = running(t, "forged-step")
     t.wait("forged-step", phase="Preparing")
-    owner = controller(job, "qlora.dev/v1alpha1", "QLoRAJob")
+    owner = controller(job, "qlora.dev/v1beta1", "QLoRAJob")
     t.tenant.create(TENANT, "jobs", batch_job(forged("forged-step-publish-1", job, "publish", ownerReferences=owner)))
     eventually(lambda: len(t.admin.list(TENANT, "jobs", f"{JOB_LABEL}=forged-step")) == 1, seconds=30)
     assert t.job("forged-step")["status"]["step"]["name"] == "prepare"
@@ -189,7 +189,7 @@ def a_job_with_the_name_of_the_next_step(t: Tenants) -> None:
 @attempt
 def a_first_job_that_nobody_watches(t: Tenants) -> None:
     """It has the name and owner of the operator's Job, but no label to find it by."""
-    owner = controller(submit(t, "unwatched", suspend=True), "qlora.dev/v1alpha1", "QLoRAJob")
+    owner = controller(submit(t, "unwatched", suspend=True), "qlora.dev/v1beta1", "QLoRAJob")
     t.tenant.create(TENANT, "jobs", batch_job({"name": "unwatched-prepare-1", "ownerReferences": owner}))
     t.tenant.patch(TENANT, "qlorajobs", "unwatched", {"spec": {"suspend": False}})
     t.wait("unwatched", reason="NameTaken", phase="Pending")
@@ -229,7 +229,7 @@ def a_finalizer_that_never_goes(t: Tenants) -> None:
 def an_event_in_the_name_of_the_operator(t: Tenants) -> None:
     job, _ = running(t, "forged-event")
     t.wait("forged-event", phase="Preparing")
-    about = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "namespace": TENANT, "name": "forged-event"}
+    about = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "namespace": TENANT, "name": "forged-event"}
     body = {
         "metadata": {"name": "forged-event.0"},
         "involvedObject": about | {"uid": job["metadata"]["uid"]},
@@ -299,7 +299,7 @@ def a_retry_of_a_job_that_has_not_failed(t: Tenants) -> None:
 
 @attempt
 def a_profile_of_another(t: Tenants) -> None:
-    submit(t, "foreign-profile", scheduling={"profile": "private"})
+    submit(t, "foreign-profile", scheduling={"profileName": "private"})
     message = _message(t.wait("foreign-profile", reason="ProfileNotAllowed", phase="Pending"))
     assert VICTIM not in message
     assert t.admin.list(TENANT, "jobs", f"{JOB_LABEL}=foreign-profile") == []
@@ -307,26 +307,26 @@ def a_profile_of_another(t: Tenants) -> None:
 
 @attempt
 def a_profile_that_is_none(t: Tenants) -> None:
-    submit(t, "no-profile", scheduling={"profile": "unlimited"})
+    submit(t, "no-profile", scheduling={"profileName": "unlimited"})
     assert "private" not in _message(t.wait("no-profile", reason="ProfileNotFound", phase="Pending"))
 
 
 @attempt
 def more_gpus_than_the_profile_allows(t: Tenants) -> None:
-    submit(t, "many-gpus", scheduling={"profile": "small"}, resources={"gpus": 2})
+    submit(t, "many-gpus", scheduling={"profileName": "small"}, resources={"gpus": 2})
     t.wait("many-gpus", reason="LimitExceeded", phase="Pending")
 
 
 @attempt
 def a_larger_workspace_than_the_profile_allows(t: Tenants) -> None:
-    submit(t, "large-workspace", scheduling={"profile": "small"}, workspace={"size": "1Ti"})
+    submit(t, "large-workspace", scheduling={"profileName": "small"}, workspace={"size": "1Ti"})
     t.wait("large-workspace", reason="LimitExceeded", phase="Pending")
     assert t.admin.list(TENANT, "persistentvolumeclaims", f"{JOB_LABEL}=large-workspace") == []
 
 
 @attempt
 def nodes_that_the_profile_does_not_let_it_choose(t: Tenants) -> None:
-    scheduling = {"profile": "small", "tolerations": [{"operator": "Exists"}]}
+    scheduling = {"profileName": "small", "tolerations": [{"operator": "Exists"}]}
     submit(t, "chosen-nodes", scheduling=scheduling)
     t.wait("chosen-nodes", reason="SchedulingNotAllowed", phase="Pending")
 
@@ -335,7 +335,7 @@ def nodes_that_the_profile_does_not_let_it_choose(t: Tenants) -> None:
 def more_jobs_at_a_time_than_the_profile_allows(t: Tenants) -> None:
     names = [f"flood-{number}" for number in range(12)]
     for name in names:
-        submit(t, name, scheduling={"profile": "small"})
+        submit(t, name, scheduling={"profileName": "small"})
 
     def reasons() -> list[object]:
         return [summary(t.job(name))["reason"] for name in names]

@@ -80,7 +80,7 @@ _EVENT = {
     "reason": "Succeeded",
     "message": "the adapter is at s3://mallory/adapter",
     "source": {"component": "qlora-operator"},
-    "involvedObject": {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "namespace": VICTIM, "name": "tune"},
+    "involvedObject": {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "namespace": VICTIM, "name": "tune"},
 }
 
 MANIFESTS = {
@@ -135,7 +135,7 @@ MANIFESTS = {
     "an option for a revision": manifest("spec.model.revision", "--upload-pack=sh", "spec.model.revision"),
     "a path for the key of a Secret": manifest("spec.model.tokenSecretRef", {"name": "a", "key": "../a"}, "key"),
     "a path for a claim": manifest("spec.workspace.claimName", "../../victim", "spec.workspace.claimName"),
-    "a path for a profile": manifest("spec.scheduling.profile", "../default", "spec.scheduling.profile"),
+    "a path for a profile": manifest("spec.scheduling.profileName", "../default", "spec.scheduling.profileName"),
     "a path for a queue": manifest("spec.scheduling.queueName", "victim/queue", "spec.scheduling.queueName"),
     "a priority of the cluster": manifest(
         "spec.scheduling.priorityClassName", "system-node-critical", "reserved for the cluster"
@@ -216,8 +216,8 @@ RIGHTS = {
     "list the Secrets of all": forbidden("GET", "/api/v1/secrets"),
     "read the data of another": forbidden("GET", path_of(VICTIM, "configmaps", "rows")),
     "read the job of another": forbidden("GET", _JOB),
-    "list the jobs of all": forbidden("GET", "/apis/qlora.dev/v1alpha1/qlorajobs"),
-    "watch the jobs of all": forbidden("GET", "/apis/qlora.dev/v1alpha1/qlorajobs?watch=true"),
+    "list the jobs of all": forbidden("GET", "/apis/qlora.dev/v1beta1/qlorajobs"),
+    "watch the jobs of all": forbidden("GET", "/apis/qlora.dev/v1beta1/qlorajobs?watch=true"),
     "change the job of another": forbidden("PATCH", _JOB, {"spec": {"suspend": True}}),
     "delete the job of another": forbidden("DELETE", _JOB),
     "delete all jobs of another": forbidden("DELETE", path_of(VICTIM, "qlorajobs")),

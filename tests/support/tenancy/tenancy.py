@@ -45,8 +45,8 @@ QUOTA = {"pods": "2", "persistentvolumeclaims": "3", "count/jobs.batch": "3"}
 Object = dict[str, Any]
 
 PATHS = {
-    "qlorajobs": "/apis/qlora.dev/v1alpha1",
-    "qlorasweeps": "/apis/qlora.dev/v1alpha1",
+    "qlorajobs": "/apis/qlora.dev/v1beta1",
+    "qlorasweeps": "/apis/qlora.dev/v1beta1",
     "jobs": "/apis/batch/v1",
     "roles": "/apis/rbac.authorization.k8s.io/v1",
     "rolebindings": "/apis/rbac.authorization.k8s.io/v1",

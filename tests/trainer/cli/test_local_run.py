@@ -167,7 +167,7 @@ def test_the_paths_of_a_workspace_are_shown_as_they_are(tmp_path: Path, monkeypa
     assert re.search(rf"Report +{re.escape(str(files.workspace / 'report' / 'report.html'))}\n", shown.output)
 
 
-@pytest.mark.parametrize("leftover", [None, "{", '{"apiVersion": "qlora.dev/v1alpha1"}'])
+@pytest.mark.parametrize("leftover", [None, "{", '{"apiVersion": "qlora.dev/v1beta1"}'])
 def test_resume_without_a_run_is_rejected(tmp_path: Path, leftover: str | None) -> None:
     records = tmp_path / "work" / "records"
     if leftover is not None:

@@ -93,7 +93,7 @@ def planned(
 
 
 def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "24")
+    done = planned(tmp_path, "--gpu-memory", "24Gi")
     assert done.returncode == 0, done.stderr
     rows = [re.fullmatch(r"[│|] (.+?) +[│|] +([\d.]+) [│|] (.*?) *[│|]", line) for line in done.stdout.splitlines()]
     sizes = {row[1]: float(row[2]) for row in rows if row and row[3] != "not at the peak"}
@@ -105,7 +105,7 @@ def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
 
 def test_a_plan_that_does_not_fit_advises_changes(tmp_path: Path) -> None:
     done = planned(
-        tmp_path, "--gpu-memory", "7", manifest=MANIFEST + "    maxSequenceLength: 8192\n    microBatchSize: 4\n"
+        tmp_path, "--gpu-memory", "7Gi", manifest=MANIFEST + "    maxSequenceLength: 8192\n    microBatchSize: 4\n"
     )
     assert done.returncode == 17
     assert "exceeds: the run cannot fit on a GPU of 7 GiB" in done.stdout
@@ -113,7 +113,7 @@ def test_a_plan_that_does_not_fit_advises_changes(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_barely_fits_reports_the_margin_and_the_first_advice(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "4", manifest=MANIFEST + "    maxSequenceLength: 4352\n")
+    done = planned(tmp_path, "--gpu-memory", "4Gi", manifest=MANIFEST + "    maxSequenceLength: 4352\n")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "fits: the run fits on a GPU of 4 GiB" in said
@@ -125,7 +125,7 @@ def test_a_plan_that_barely_fits_reports_the_margin_and_the_first_advice(tmp_pat
 @pytest.mark.slow
 def test_the_plan_of_a_65b_job_on_48_gb_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
     job = MANIFEST.replace("rank: 8", "rank: 64") + "    maxSequenceLength: 512\n"
-    done = planned(tmp_path, "--gpu-memory", "48", manifest=job, config=LLAMA_65B)
+    done = planned(tmp_path, "--gpu-memory", "48Gi", manifest=job, config=LLAMA_65B)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "tight: the run may fit" in said
@@ -194,7 +194,7 @@ STARCODER_3B = {
 
 
 def test_a_plan_of_a_model_whose_layers_are_not_listed_is_from_a_dry_run(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "24", config=STARCODER_3B)
+    done = planned(tmp_path, "--gpu-memory", "24Gi", config=STARCODER_3B)
     assert done.returncode == 0, done.stderr
     assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
     assert "spec.training.microBatchSize: 1 → 8" in done.stdout

@@ -34,7 +34,7 @@ def qlora(tmp_path: Path, tiny_llama: Path) -> Any:
 
     def run(command: str, rows: list[dict[str, Any]], *options: str, **dataset: Any) -> Result:
         write_rows(tmp_path / "data" / "train.jsonl", rows)
-        document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}}
+        document = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}}
         spec = spec_of(**dataset)
         if "columns" in dataset:
             spec["gate"] = {"score": {"check": "regex"}}
@@ -185,7 +185,7 @@ def test_the_rows_of_a_sweep_are_those_of_its_template(
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [*ROWS, chat_row("Which jobs?", "kubectl get jobs")])
     spec = {"template": {"spec": spec_of(eval={"fraction": 0.5})}, "grid": {"rank": [8, 16]}}
-    sweep = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "metadata": {"name": "ranks"}, "spec": spec}
+    sweep = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "metadata": {"name": "ranks"}, "spec": spec}
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     volumes = ("--volume", f"models={tiny_llama.parent}", "--volume", f"data={tmp_path / 'data'}")
     done = CliRunner().invoke(main, [*command, str(tmp_path / "sweep.yaml"), *volumes])

@@ -113,7 +113,7 @@ def test_17_a_run_that_cannot_fit_the_card(tmp_path: Path, files: Files, records
     config = json.loads((models / "model" / "config.json").read_text())
     # Of its weights nothing is read before.
     (models / "model" / "config.json").write_text(json.dumps(config | {"hidden_size": 4096, "vocab_size": 128_000}))
-    spec = {"resources": {"gpuMemory": 1}, "training": {"microBatchSize": 4}}
+    spec = {"resources": {"gpuMemory": "1Gi"}, "training": {"microBatchSize": 4}}
     with failing(ExitCode.DOES_NOT_FIT, "spec.resources.gpuMemory", "spec.training.microBatchSize"):
         prepare(context(replace(files, models=models).with_spec(spec)), records)
     assert records.findings.memory is not None

@@ -38,7 +38,7 @@ def test_an_address_that_means_another_place_is_rejected_by_the_schema(field: st
         spec["output"] = {"destination": address}
     else:
         spec[field] = {"source": address}
-    document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "a"}, "spec": spec}
+    document = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": {"name": "a"}, "spec": spec}
     with pytest.raises(ValidationError):
         QLoRAJobDocument.model_validate(document)
 

@@ -163,7 +163,7 @@ def test_changed_data_is_prepared_again(jobs: Jobs, tmp_path: Path) -> None:
 
 def test_a_setting_that_does_not_affect_the_data_changes_the_estimate_only(jobs: Jobs) -> None:
     first = jobs.prepare()
-    second = jobs.prepare({"lora": {"rank": 64}, "resources": {"gpuMemory": 24}})
+    second = jobs.prepare({"lora": {"rank": 64}, "resources": {"gpuMemory": "24Gi"}})
     assert second.fingerprint == first.fingerprint
     assert (second.memory.estimate_bytes or 0) > (first.memory.estimate_bytes or 0) > 0
     assert (first.memory.verdict, second.memory.verdict) == ("unknown", "fits")

@@ -22,7 +22,7 @@ from tests.support.models.tiny import Recorded, chat_row, write_rows
 from tests.support.services.hub_jobs import MODEL, rejection, tiny_hub
 from tests.trainer.conftest import MakeContext
 
-LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": 80}}
+LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": "80Gi"}}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def test_a_finished_step_succeeds_again_without_the_hub(jobs: HubJobs) -> None:
 
 
 def test_a_model_that_exceeds_the_gpu_is_rejected_before_its_weights(jobs: HubJobs) -> None:
-    spec = {"resources": {"gpuMemory": 8}, "training": {"maxSequenceLength": 512, "microBatchSize": 8}}
+    spec = {"resources": {"gpuMemory": "8Gi"}, "training": {"maxSequenceLength": 512, "microBatchSize": 8}}
     config = jobs.repository / "config.json"
     # Few blocks, each of billions of parameters: the dry run takes time for each block, whatever its size.
     large = {"hidden_size": 16384, "intermediate_size": 57344, "num_hidden_layers": 5, "num_attention_heads": 128}

@@ -21,7 +21,7 @@ from tests.trainer.conftest import MakeContext
 
 # Biases and norms are 2 % of anything smaller.
 WIDE = SHAPE | {"hidden_size": 128, "intermediate_size": 512}
-LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": 24}}
+LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": "24Gi"}}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_a_model_that_no_gpu_of_this_size_holds_is_rejected_with_measured_advice
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE | {"num_hidden_layers": 1}))
-    spec = {"resources": {"gpuMemory": 1}, "training": {"microBatchSize": 512, "maxSequenceLength": 512}}
+    spec = {"resources": {"gpuMemory": "1Gi"}, "training": {"microBatchSize": 512, "maxSequenceLength": 512}}
     with failing(ExitCode.DOES_NOT_FIT, match=r"GiB of GPU memory .* set spec\.training\.microBatchSize: "):
         prepare(make_context(spec, model=model), records)
 

@@ -83,7 +83,7 @@ def test_every_yaml_block_is_valid_or_from_a_shipped_file(block: str, tmp_path: 
         return
     if set(content) == {"spec"}:
         content = {
-            "apiVersion": "qlora.dev/v1alpha1",
+            "apiVersion": "qlora.dev/v1beta1",
             "kind": "QLoRAJob",
             "metadata": {"name": "part"},
             "spec": {**SMALLEST_SPEC, **content["spec"]},
@@ -106,7 +106,7 @@ def reasons_of_the_operator() -> set[str]:
         "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
         "NotScheduled", "NotStalled", "NotSuspended", "Pending", "Preparing", "Progressing", "Publishing", "Queued",
         "Scheduled", "Started", "Succeeded", "Suspended", "Suspending", "TakenUp", "Training", "True", "Unknown",
-        "WithinBudget", "Announced", "Valid", "Paused",
+        "Valid", "Paused",
     }  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def rows(table: str) -> list[list[str]]:
 def test_the_list_shows_progress_loss_and_gpu_hours(team: Team) -> None:
     done_at = {"step": 100, "totalSteps": 100, "percent": 100, "loss": 1.25, "summary": "100% 100/100", "remaining": ""}
     forecast = {"gpuHours": "12.50", "basis": "Measured", "cost": "31.25 EUR"}
-    spent: dict[str, Any] = {"usage": {"gpuSeconds": 9000, "cost": "6.25 EUR"}, "forecast": forecast}
+    spent: dict[str, Any] = {"usage": {"gpuHours": "2.50", "cost": "6.25 EUR"}, "forecast": forecast}
     team.jobs.add("done", "Succeeded", kind="listed", progress=done_at, failures=1, disruptions=2, **spent)
     team.jobs.add("new", kind="listed")
     team.jobs.add("other", kind="other")

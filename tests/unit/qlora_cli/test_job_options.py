@@ -17,6 +17,7 @@ def test_each_option_sets_its_field_of_the_schema() -> None:
     for option in _OPTIONS:
         names_something = option.metavar != "ADDRESS" and option.kind is str
         value = "word" if names_something else A_VALUE[option.kind]
+        value = "24Gi" if option.metavar == "MEMORY" else value
         needed = {"destination": "hf://org/adapter"} if option.name == "--destination-secret" else {}
         body = job_of("job", {**SMALLEST, **needed, option.parameter: value}, "")
         field = body["spec"]

@@ -15,7 +15,7 @@ from tests.support.manifests import with_value, without
 from tests.support.rejected.inputs import FIELDS
 
 JOB: dict[str, Any] = {
-    "apiVersion": "qlora.dev/v1alpha1",
+    "apiVersion": "qlora.dev/v1beta1",
     "kind": "QLoRAJob",
     "metadata": {"name": "tiny"},
     "spec": {

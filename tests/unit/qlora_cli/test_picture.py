@@ -109,7 +109,7 @@ def test_the_end_has_the_address_of_the_adapter_or_a_remedy() -> None:
 
 
 def test_the_table_draws_progress_on_a_terminal_only() -> None:
-    jobs = [job("Training", progress=PROGRESS, failures=1, disruptions=1, usage={"gpuSeconds": 9000}), job("Pending")]
+    jobs = [job("Training", progress=PROGRESS, failures=1, disruptions=1, usage={"gpuHours": "2.50"}), job("Pending")]
     for terminal in (True, False):
         console = Console(file=io.StringIO(), width=120, force_terminal=terminal, no_color=True, color_system=None)
         console.print(job_table(jobs, CREATED + timedelta(days=1), namespaces=False, bars=terminal))
@@ -121,7 +121,7 @@ def test_the_table_draws_progress_on_a_terminal_only() -> None:
 
 
 def test_the_wide_table_has_cost_forecast_and_budget() -> None:
-    usage, forecast = {"gpuSeconds": 9000, "cost": "6.25 EUR"}, {"gpuHours": "12.50", "cost": "31.25 EUR"}
+    usage, forecast = {"gpuHours": "2.50", "cost": "6.25 EUR"}, {"gpuHours": "12.50", "cost": "31.25 EUR"}
     limited = job("Training", usage=usage, forecast=forecast, resolved={"gpuHours": 10.0})
     own = Job({**job("Pending", forecast={"gpuHours": "3.00"}).body, "spec": {"budget": {"gpuHours": 24}}})
     console = Console(file=io.StringIO(), width=200, no_color=True, color_system=None)

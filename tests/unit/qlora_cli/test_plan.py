@@ -23,7 +23,7 @@ SPEC = QLoRAJobSpec.model_validate(
     {
         "model": {"source": "hf://acme/model"},
         "dataset": {"source": "hf://acme/rows"},
-        "resources": {"gpuMemory": 24},
+        "resources": {"gpuMemory": "24Gi"},
     }
 )
 

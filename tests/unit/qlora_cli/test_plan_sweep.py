@@ -109,14 +109,14 @@ def test_the_cells_of_a_pod_are_estimated_together(tmp_path: Path) -> None:
 
 def test_a_pod_that_cannot_fit_is_marked_and_ends_the_plan_as_a_job_that_cannot_fit(tmp_path: Path) -> None:
     config = str(written(tmp_path, LLAMA_3_8B))
-    content = manifest(cellsPerPod=4, template=template(resources={"gpuMemory": 10}))
+    content = manifest(cellsPerPod=4, template=template(resources={"gpuMemory": "10Gi"}))
     done = invoked(tmp_path, "plan", content, "--config", config)
     assert done.exit_code == ExitCode.DOES_NOT_FIT
     assert row(done.output, "support-rates-00")[-1] == "exceeds"
     assert row(done.output, "support-rates-04")[-1] == "tight"
     assert "1 of 2 pods cannot fit on a GPU of 10 GiB: lower spec.cellsPerPod," in done.output
     # Alone each of them may.
-    assert invoked(tmp_path, "plan", manifest(), "--config", config, "--gpu-memory", "10").exit_code == ExitCode.DONE
+    assert invoked(tmp_path, "plan", manifest(), "--config", config, "--gpu-memory", "10Gi").exit_code == ExitCode.DONE
 
 
 def test_without_the_size_of_a_gpu_each_cell_has_the_smallest_on_which_it_fits(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_a_plan_checks_the_gpu_and_forecasts_its_hours(
 ) -> None:
     stand_in(monkeypatch)
     client = scripted()
-    fits = changed(resources=ResourcesSpec(gpu_memory=24), training=TrainingSpec(epochs=2))
+    fits = changed(resources=ResourcesSpec(gpu_memory="24Gi"), training=TrainingSpec(epochs=2))
     plan = client.plan(fits, config=config, gpu_tflops=312, tokens=1_000_000, gpu_hour_price="2.50 EUR")
     assert (plan.memory.verdict, plan.memory.source, plan.objection) == ("fits", "DryRun", None)
     assert plan.memory.estimate_bytes is not None
@@ -239,7 +239,7 @@ def test_a_plan_checks_the_gpu_and_forecasts_its_hours(
     assert float(plan.forecast.gpu_hours) == pytest.approx(hours, abs=0.01)
     assert plan.forecast.cost is not None
     assert float(plan.forecast.cost.removesuffix(" EUR")) == pytest.approx(2.5 * hours, abs=0.02)
-    tight = changed(resources=ResourcesSpec(gpu_memory=8), training=TrainingSpec(max_sequence_length=8192))
+    tight = changed(resources=ResourcesSpec(gpu_memory="8Gi"), training=TrainingSpec(max_sequence_length=8192))
     objection = client.plan(tight, config=config).objection
     assert objection is not None
     assert "a GPU of 8 GiB" in objection
@@ -249,7 +249,7 @@ def test_without_the_trainer_a_plan_has_a_forecast_and_no_memory(
     scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    job = changed(resources=ResourcesSpec(gpu_memory=4))
+    job = changed(resources=ResourcesSpec(gpu_memory="4Gi"))
     plan = scripted().plan(job, config=config, gpu_tflops=312, tokens=1_000_000)
     assert (plan.memory.verdict, plan.objection) == ("unknown", None)
     assert "the trainer is not installed: run `pip install '.[cli,trainer]'`" in plan.memory.message

@@ -57,7 +57,7 @@ def test_results_of_an_ended_and_a_running_job() -> None:
         "a",
         phase="Succeeded",
         progress={"step": 100, "totalSteps": 100, "loss": 1.23456, "evalLoss": 1.5, "tokensPerSecond": 1234.5},
-        usage={"gpuSeconds": 5400, "cost": "3.75 EUR"},
+        usage={"gpuHours": "1.50", "cost": "3.75 EUR"},
         startTime="2026-01-02T03:00:00Z",
         completionTime="2026-01-02T04:12:00Z",
         disruptions=2,

@@ -299,7 +299,7 @@ def test_a_runtime_class_that_does_not_exist() -> None:
 def test_without_access_to_profiles_they_are_those_of_the_jobs() -> None:
     job = {
         "metadata": {"name": "a", "creationTimestamp": NOW.isoformat()},
-        "spec": {"scheduling": {"profile": "a100"}},
+        "spec": {"scheduling": {"profileName": "a100"}},
         "status": {"phase": "Training", "resolved": {"profile": PROFILE | {"newer": 1}}},
     }
     names = [each.name for each in examine(replace(READY, profiles=DENIED, jobs=[job]))]

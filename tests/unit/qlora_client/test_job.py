@@ -46,8 +46,8 @@ def test_the_exit_code_is_that_of_the_step_that_failed(status: dict[str, Any], c
 
 def test_gpu_hours_appear_once_the_operator_reports_them() -> None:
     assert job().gpu_hours is None
-    assert job(usage={"gpuSeconds": 5400}).gpu_hours == 1.5
-    assert job(usage={"gpuSeconds": 0}).gpu_hours == 0
+    assert job(usage={"gpuHours": "1.50"}).gpu_hours == 1.5
+    assert job(usage={"gpuHours": "0.00"}).gpu_hours == 0
 
 
 def test_a_cell_is_trained_by_its_sweep_with_others_if_that_says_so() -> None:

@@ -196,7 +196,7 @@ def test_gpu_seconds_start_at_zero_before_a_job_has_used_any() -> None:
     cpu, none = Metrics(), resolved(PROFILE.model_copy(update={"gpu_resource": None})).dump()
     cpu.show(job_body(training() | {"resolved": none}))
     cpu.show(job_body(training()), deleted=True)
-    cpu.show(job_body({"phase": "Pending"}, scheduling={"profile": "made-up"}))
+    cpu.show(job_body({"phase": "Pending"}, scheduling={"profileName": "made-up"}))
     assert "qlora_gpu_seconds_total{" not in page(cpu)
 
 
@@ -250,7 +250,7 @@ def write(
     namespace: str = "team",
 ) -> None:
     """The operator stores that status of a job that is an hour old."""
-    job = make_job(QLoRAJobStatus.model_validate(before), scheduling={"profile": profile})
+    job = make_job(QLoRAJobStatus.model_validate(before), scheduling={"profileName": profile})
     job = dataclasses.replace(job, namespace=namespace)
     metrics.transitions.written(job, QLoRAJobStatus.model_validate(after), time(-3600))
 
@@ -366,13 +366,13 @@ def test_every_failure_reason_of_trainer_and_operator_has_its_own_series() -> No
 @pytest.mark.parametrize(
     ("path", "resource"),
     [
-        ("/apis/qlora.dev/v1alpha1/namespaces/team/qlorajobs/tune/status", "qlorajobs/status"),
-        ("/apis/qlora.dev/v1alpha1/namespaces/team/qlorajobs/status", "qlorajobs"),
-        ("/apis/qlora.dev/v1alpha1/qlorasweeps", "qlorasweeps"),
+        ("/apis/qlora.dev/v1beta1/namespaces/team/qlorajobs/tune/status", "qlorajobs/status"),
+        ("/apis/qlora.dev/v1beta1/namespaces/team/qlorajobs/status", "qlorajobs"),
+        ("/apis/qlora.dev/v1beta1/qlorasweeps", "qlorasweeps"),
         ("/api/v1/namespaces/team/pods/tune-train-1/log", "pods/log"),
         ("/api/v1/namespaces/pods/persistentvolumeclaims/pods", "persistentvolumeclaims"),
         ("/apis/coordination.k8s.io/v1/namespaces/qlora-system/leases/qlora-operator", "leases"),
-        ("/openapi/v3/apis/qlora.dev/v1alpha1", "openapi"),
+        ("/openapi/v3/apis/qlora.dev/v1beta1", "openapi"),
         ("/api/v1/namespaces", "namespaces"),
         ("/apis/example.org/v1/namespaces/team/gadgets", "other"),
         ("/", "other"),
@@ -394,7 +394,7 @@ def test_every_resource_of_the_operators_role_has_a_name_in_its_metrics() -> Non
 def test_no_path_and_no_answer_makes_more_than_a_bounded_number_of_series() -> None:
     metrics = Metrics()
     for number in range(600):
-        metrics.requests.observe("GET", f"/apis/qlora.dev/v1alpha1/namespaces/n{number}/qlorajobs/j", number, 0.1)
+        metrics.requests.observe("GET", f"/apis/qlora.dev/v1beta1/namespaces/n{number}/qlorajobs/j", number, 0.1)
         metrics.requests.observe("GET", f"/apis/example.org/v1/things{number}", None, 0.1)
     labels = {"method": "GET", "resource": "other", "code": "none"}
     assert metrics.registry.get_sample_value("qlora_operator_api_requests_total", labels) == 600

@@ -107,7 +107,7 @@ def test_without_checkpointing_all_kept_tensors_are_the_working_set() -> None:
 def test_a_dry_run_is_not_repeated_unless_something_that_it_depends_on_changes(config: Path) -> None:
     measuring = Measuring()
     first = plan(config, job(), measuring)
-    same = job(training={"learningRate": 1e-3}, resources={"gpuMemory": 24})
+    same = job(training={"learningRate": 1e-3}, resources={"gpuMemory": "24Gi"})
     again = plan(config, same, measuring, first)
     assert again.measured == first.measured
     assert measuring.sizes == [StepSize(1, 512, True)]

@@ -85,7 +85,7 @@ def fit(
 ) -> MemoryFit:
     """The verdict on a job."""
     (folder / "config.json").write_text(json.dumps(config))
-    spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": gpu_gib}} | (settings or {}))
+    spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": f"{gpu_gib}Gi"}} | (settings or {}))
     return MemoryFit.from_config(
         folder / "config.json", spec, targets, **{"measure": measure, "measure_passes": measure_passes} | more
     )

@@ -243,7 +243,7 @@ def _queue(resolved: Resolved) -> dict[str, str]:
     """Return Kueue's labels for the Job: on a pod they would add a second workload."""
     if not resolved.queue_name:
         return {}
-    priority = {QUEUE_PRIORITY_LABEL: resolved.queue_priority} if resolved.queue_priority else {}
+    priority = {QUEUE_PRIORITY_LABEL: resolved.queue_priority_class_name} if resolved.queue_priority_class_name else {}
     return {QUEUE_LABEL: resolved.queue_name} | priority
 
 

@@ -12,17 +12,14 @@ from qlora_operator.decisions.observed.objects import Reason, format_time
 
 ConditionType = Literal[
     "Prepared",
-    "Trained",
     "Succeeded",
     "Failed",
     "Suspended",
     "Progressing",
-    "WithinBudget",
     "Reconciling",
-    "Ready",
     "Stalled",
     "CleanedUp",
-    "Announced",
+    "Ready",  # of profiles only
 ]
 Value = Literal["True", "False", "Unknown"]
 Status = QLoRAJobStatus | QLoRASweepStatus | QLoRAProfileStatus
@@ -55,6 +52,11 @@ def is_false(status: QLoRAJobStatus, kind: ConditionType) -> bool:
 def is_finished(status: QLoRAJobStatus) -> bool:
     """Whether the job has ended."""
     return is_true(status, "Succeeded") or is_true(status, "Failed")
+
+
+def has_trained(status: QLoRAJobStatus) -> bool:
+    """Whether the train step has succeeded, in a run whose data and base are still there."""
+    return status.step is not None and status.step.name == "publish"
 
 
 def has_begun(status: QLoRAJobStatus) -> bool:

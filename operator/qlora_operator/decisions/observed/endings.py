@@ -14,7 +14,6 @@ NOT_FAILED = Reason("NotFailed", "")
 NOT_STALLED = Reason("NotStalled", "")
 NOT_SUSPENDED = Reason("NotSuspended", "")
 _FINISHED = Reason("Finished", "the job has ended")
-DONE: dict[StepName, ConditionType] = {"prepare": "Prepared", "train": "Trained"}
 
 
 def succeed(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
@@ -29,7 +28,6 @@ def succeed(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobSta
         ("Suspended", "False", NOT_SUSPENDED),
         ("Progressing", "Unknown", _FINISHED),
         ("Reconciling", "False", _FINISHED),
-        ("Ready", "True", done),
         ("Stalled", "False", NOT_STALLED),
     )
     for kind, value, why in ends:
@@ -40,26 +38,19 @@ def succeed(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobSta
 def fail(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, failure: FailureStatus) -> QLoRAJobStatus:
     """The end of the job, with both summary conditions decided: neither stays Unknown."""
     reason = Reason(failure.reason, failure.message)
-    if failure.step in DONE:
-        brief = Reason(failure.reason, f"the {failure.step} step has failed")
-        status = set_condition(status, job, now, DONE[failure.step], "False", brief)
+    if failure.step == "prepare":
+        status = set_condition(status, job, now, "Prepared", "False", Reason(failure.reason, "prepare has failed"))
     ends: tuple[tuple[ConditionType, Value, Reason], ...] = (
         ("Succeeded", "False", reason),
         ("Failed", "True", reason),
         ("Suspended", "False", NOT_SUSPENDED),
         ("Progressing", "Unknown", _FINISHED),
         ("Reconciling", "False", _FINISHED),
-        ("Ready", "False", not_ready(failure.reason)),
         ("Stalled", "True", reason),
     )
     for kind, value, why in ends:
         status = set_condition(status, job, now, kind, value, why)
     return without_remaining(replace(status, last_failure=failure, completion_time=format_time(now)))
-
-
-def not_ready(word: str) -> Reason:
-    """Why a job that has failed for that reason is not ready."""
-    return Reason(word, "the job has failed: the condition Failed reports why")
 
 
 def failure_of(step: StepName, reason: str, message: str, now: datetime) -> FailureStatus:

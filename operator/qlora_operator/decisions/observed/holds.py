@@ -16,7 +16,7 @@ def hold_of(job: QLoRAJob, profiles: Mapping[str, Profile], spent_seconds: int =
 
     `spent_seconds`: GPU seconds of its namespace with the profile in this month.
     """
-    name, step = job.spec.scheduling.profile, job.status.step
+    name, step = job.spec.scheduling.profile_name, job.status.step
     profile = profiles.get(name)
     if profile is None:
         return None

@@ -43,7 +43,7 @@ class QLoRAJob:
     status: QLoRAJobStatus
     queue_name: str | None = None
     """Kueue's LocalQueue: of the spec, else of the label."""
-    queue_priority: str | None = None
+    queue_priority_class_name: str | None = None
     """Kueue's WorkloadPriorityClass: of the spec, else of the label."""
     orphans: bool = False
     """Whether its children stay when it is deleted, as `kubectl delete --cascade=orphan` asks for."""

@@ -59,7 +59,7 @@ def parse_job(body: Object) -> QLoRAJob:
         spec=spec,
         status=status,
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
-        queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
+        queue_priority_class_name=spec.scheduling.queue_priority_class_name or labels.get(QUEUE_PRIORITY_LABEL),
         shares=None if sweep is None else shared_folder(*sweep),
         sweep="" if sweep is None else sweep[0],
         cells_in_pod=_cells_in_pod(metadata),

@@ -2,7 +2,7 @@
 
 A job's usage only grows, and its status has it. The profile's status has, for each job, how much of that the sums
 include: `unsettled`. One write changes both, so that no second counts twice, whatever is lost or repeated. When a job
-has ended and all of its usage is in the sums, its own status notes that (`settledGpuSeconds`), and only then does the
+has ended and all of its usage is in the sums, its own status notes that (`settledGpuHours`), and only then does the
 entry go: from then on the job's status has the number. So the entries are bounded by the jobs that run, and not by
 those that exist. The entry of a deleted job goes with a later write than the one that counts its last seconds: if the
 answer to that is lost, it is repeated, and must find the entry.
@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from qlora_api.forecast import hours_text
 from qlora_api.profile_status import MAX_UNSETTLED, NamespaceUsage, QLoRAProfileStatus, UsageOfMonth
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
@@ -71,9 +70,7 @@ def _months(before: NamespaceUsage, more: int, now: datetime) -> tuple[UsageOfMo
     seconds |= {this: seconds.get(this, 0) + more} if more else {}
     last = month_of(now.replace(day=1) - timedelta(days=1))
     kept = {month: seconds[month] for month in (last, this) if month in seconds}
-    return tuple(
-        UsageOfMonth(month=month, gpu_seconds=used, gpu_hours=hours_text(used)) for month, used in kept.items()
-    )
+    return tuple(UsageOfMonth(month=month, gpu_seconds=used) for month, used in kept.items())
 
 
 def month_of(now: datetime) -> str:

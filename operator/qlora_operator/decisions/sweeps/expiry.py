@@ -15,7 +15,7 @@ def is_claim_to_be_deleted(
 ) -> bool:
     """Whether the claim of all cells is deleted now, as the sweep has succeeded."""
     template = sweep.spec.template.spec
-    profile = profiles.get(template.scheduling.profile)
+    profile = profiles.get(template.scheduling.profile_name)
     if status.phase != "Succeeded" or status.claim_deletion_time is not None or profile is None:
         return False
     outside = sweep.spec.is_outside_workspace
@@ -31,7 +31,7 @@ def deletion_at(
     announces = template.output.announce is not None or any(
         overrides.output is not None and overrides.output.announce is not None for overrides in sweep.spec.overrides()
     )
-    profile = profiles.get(template.scheduling.profile)
+    profile = profiles.get(template.scheduling.profile_name)
     ttl = effective_ttl(sweep.spec.ttl_seconds_after_finished, profile, announces=announces)
     return expires(status, ttl)
 

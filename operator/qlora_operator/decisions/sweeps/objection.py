@@ -35,7 +35,7 @@ def objection_to_sweep(sweep: QLoRASweep, cells: Sequence[Cell], profiles: Mappi
     if not missing:
         # At most the one job that publishes is left to create.
         return None
-    profile = profiles[job.spec.scheduling.profile]
+    profile = profiles[job.spec.scheduling.profile_name]
     return _too_few_jobs(sweep, profile) or _not_shared(sweep, profile) or _of_cells(job, missing, profiles)
 
 
@@ -57,9 +57,9 @@ def _too_few_jobs(sweep: QLoRASweep, profile: Profile) -> Reason | None:
         return None
     return Reason(
         "LimitExceeded",
-        f"spec.cellsPerPod is {sweep.spec.cells_per_pod}, and profile {sweep.spec.template.spec.scheduling.profile!r} "
-        f"allows {limit} jobs at a time: create the sweep again with cellsPerPod of at most {limit}, or with another "
-        "profile",
+        f"spec.cellsPerPod is {sweep.spec.cells_per_pod}, and profile "
+        f"{sweep.spec.template.spec.scheduling.profile_name!r} allows {limit} jobs at a time: create the "
+        f"sweep again with cellsPerPod of at most {limit}, or with another profile",
     )
 
 
@@ -75,7 +75,7 @@ def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
     if topology == "node-local" or (parallelism == 1 and (size == 1 or topology == "zonal")):
         return None
     modes = template.workspace.access_modes or (profile.workspace.access_mode,)
-    found = f"workspace.topology of profile {template.scheduling.profile!r} is {topology}, and must be shared"
+    found = f"workspace.topology of profile {template.scheduling.profile_name!r} is {topology}, and must be shared"
     if topology == "shared":
         if template.workspace.claim_name is not None or "ReadWriteMany" in modes:
             return None

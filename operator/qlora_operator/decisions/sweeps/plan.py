@@ -7,7 +7,7 @@ from datetime import datetime
 
 from qlora_api.contract import SWEEP_REPORT, ExitCode
 from qlora_api.figures import short_loss
-from qlora_api.forecast import hours_text, sum_of_costs
+from qlora_api.forecast import sum_of_costs
 from qlora_api.schema import replace
 from qlora_api.status import MAX_SHORT_TEXT_LENGTH
 from qlora_api.sweep.halving import HalvingSpec
@@ -271,7 +271,6 @@ def _usage(jobs: Sequence[CellStatus | PublishedCell], pods: Sequence[SweepPodSt
     used = [job.cost for job in (*jobs, *own) if job.gpu_seconds]
     return SweepUsage(
         gpu_seconds=seconds,
-        gpu_hours=hours_text(seconds),
         lost_gpu_seconds=sum(job.lost_gpu_seconds for job in jobs) + sum(each.lost_gpu_seconds.total for each in own),
         # A price that one profile lacks, or got later, would make the sum of the others too low.
         cost=None if None in used else sum_of_costs(used),
@@ -325,11 +324,6 @@ def _with_conditions(
             "Reconciling",
             "False" if accepted else "True",
             Reason("Started", "the sweep has been started") if accepted else reason,
-        ),
-        (
-            "Ready",
-            "True" if accepted and not failed else "False",
-            Reason("Started", "the sweep has been started") if accepted and not failed else reason,
         ),
         ("Stalled", "True" if failed else "False", reason if failed else Reason("NotStalled", "")),
     )

@@ -137,7 +137,7 @@ def as_job(
         spec=spec,
         status=QLoRAJobStatus(resolved=resolved, **stored),
         queue_name=cell.queue_name,
-        queue_priority=cell.queue_priority,
+        queue_priority_class_name=cell.queue_priority_class_name,
     )
 
 
@@ -310,7 +310,7 @@ def _fitting(jobs: Sequence[QLoRAJob]) -> Sequence[QLoRAJob]:
 def _fit_gpu(jobs: Sequence[QLoRAJob]) -> bool:
     """Whether the cells fit the GPU together, as far as that is known."""
     shares = [share for job in jobs if (share := ShareOfMemory.from_status(job.status.memory)) is not None]
-    gpu_gib = jobs[0].spec.resources.gpu_memory
+    gpu_gib = jobs[0].spec.resources.gpu_gib
     return len(shares) < len(jobs) or gpu_gib is None or verdict(add_up(shares), gpu_gib) != "exceeds"
 
 

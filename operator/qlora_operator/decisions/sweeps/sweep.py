@@ -26,7 +26,7 @@ from qlora_api.sweep.cells import FoundRun
 from qlora_api.sweep.spec import SWEEP_KIND, Cell, QLoRASweepSpec, cells
 from qlora_api.sweep.status import CellPhase, QLoRASweepStatus
 from qlora_api.usage import UsageStatus
-from qlora_operator.decisions.observed.conditions import condition, is_true
+from qlora_operator.decisions.observed.conditions import condition, has_trained, is_true
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
 from qlora_operator.decisions.observed.parsing import controller_uid, is_of_kind
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain, parse_job
@@ -236,7 +236,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         # Also if this version cannot read it.
         started="resolved" in (body.get("status") or {}),
         waits=_waits(status),
-        trained=is_true(status, "Trained"),
+        trained=has_trained(status),
         spec=spec,
         run=_run(status),
         job=_readable_job(body),

@@ -10,7 +10,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import ForecastStatus, WorkStatus
 from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.endings import fail, failure_of
-from qlora_operator.decisions.observed.facts import Facts, set_condition
+from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
 from qlora_operator.decisions.observed.shared_pod import trained_by
 from qlora_operator.decisions.pods.attempts import charge_running
@@ -65,8 +65,7 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     # Count the time until now, for a later retry: the pods have not ended yet.
     counted = charge_running(counted, facts.observed, now)
     reason = Reason(BUDGET_EXCEEDED, _exceeded(counted, job, allowed))
-    failed = fail(counted, job, now, failure_of(step.name, reason.word, reason.sentence, now))
-    return set_condition(failed, job, now, "WithinBudget", "False", reason)
+    return fail(counted, job, now, failure_of(step.name, reason.word, reason.sentence, now))
 
 
 def budget_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> datetime | None:
@@ -107,7 +106,7 @@ def follow_forecast(
         return status
     if record is not None and record.remaining_seconds is not None and _is_steady(status, record):
         status = _forecast_of_pace(status, job, observed, record.remaining_seconds)
-    return _judged(status, job, now)
+    return _judged(status, job)
 
 
 def _is_steady(status: QLoRAJobStatus, record: ProgressRecord) -> bool:
@@ -134,21 +133,19 @@ def _part_of_shared_pod(job: QLoRAJob, status: QLoRAJobStatus) -> float:
     return sum(gpus_of_a_pod(job, status) / entry.jobs for entry in entries if entry.end is None)
 
 
-def _judged(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
-    """The status with the condition WithinBudget, if there is a budget and a forecast."""
+def _judged(status: QLoRAJobStatus, job: QLoRAJob) -> QLoRAJobStatus:
+    """Compare the forecast with the budget, if there are both."""
     allowed, forecast = allowed_seconds(job, status), status.forecast
-    if allowed is None or forecast is None:
-        kept = tuple(entry for entry in status.conditions if entry.type != "WithinBudget")
-        return status if len(kept) == len(status.conditions) else replace(status, conditions=kept)
-    hours = hours_text(allowed)
-    if float(forecast.gpu_hours) * _SECONDS <= allowed:
-        sentence = f"the forecast is within the {hours} GPU hours that the job may use"
-        return set_condition(status, job, now, "WithinBudget", "True", Reason("WithinBudget", sentence))
-    sentence = (
-        f"the job is expected to take more than the {hours} GPU hours that it may use, as status.forecast shows: it "
-        f"would stop at a checkpoint with the reason {BUDGET_EXCEEDED}; {_remedy(job, status)}, or train on less"
+    if forecast is None:
+        return status
+    if allowed is None or float(forecast.gpu_hours) * _SECONDS <= allowed:
+        is_within = None if allowed is None else True
+        return replace(status, forecast=replace(forecast, within_budget=is_within, message=""))
+    message = (
+        f"the job is expected to take more than the {hours_text(allowed)} GPU hours that it may use: it would stop at "
+        f"a checkpoint with the reason {BUDGET_EXCEEDED}; {_remedy(job, status)}, or train on less"
     )
-    return set_condition(status, job, now, "WithinBudget", "False", Reason("ForecastExceedsBudget", sentence))
+    return replace(status, forecast=replace(forecast, within_budget=False, message=message))
 
 
 def _exceeded(status: QLoRAJobStatus, job: QLoRAJob, allowed: float) -> str:
@@ -164,6 +161,6 @@ def _remedy(job: QLoRAJob, status: QLoRAJobStatus) -> str:
     if limit is None or (own is not None and own < limit):
         return "raise spec.budget.gpuHours"
     return (
-        f"ask the administrator to raise limits.gpuHours of profile {job.spec.scheduling.profile!r}"
+        f"ask the administrator to raise limits.gpuHours of profile {job.spec.scheduling.profile_name!r}"
         f"{'' if own is None else ', raise spec.budget.gpuHours'}"
     )

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator, Set
 from datetime import datetime, timedelta
 from typing import Any
 
-from qlora_api.forecast import cost_text, hours_text
+from qlora_api.forecast import cost_text
 from qlora_api.naming import child_job_name
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepStatus
-from qlora_api.usage import LostGpuSeconds, PodEnd, PodUsage, TakenOverPart, UsageStatus
+from qlora_api.usage import LostGpuTime, PodEnd, PodUsage, TakenOverPart, UsageStatus
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, format_time, parse_time
 from qlora_operator.decisions.observed.shared_pod import SharedPod
@@ -77,7 +77,7 @@ def count_usage(status: QLoRAJobStatus, facts: Facts, *, until_now: bool = False
     listed = sorted((entries | {entry.uid: entry for entry in changed}).values(), key=lambda each: each.created)
     usage = _with_pods(before, listed, _next_to_list(listed, before, status, facts), facts)
     usage = replace(usage, gpu_seconds=seconds, lost_gpu_seconds=lost)
-    return replace(status, usage=_for_people(usage, status))
+    return replace(status, usage=_with_cost(usage, status))
 
 
 def gpus_of_a_pod(job: QLoRAJob, status: QLoRAJobStatus) -> int:
@@ -280,7 +280,7 @@ def _part(entry: PodUsage | None, name: str, gpus: int) -> int:
     return seconds * gpus // entry.jobs
 
 
-def _with_losses(lost: LostGpuSeconds, old: PodUsage | None, new: PodUsage, gpus: int) -> LostGpuSeconds:
+def _with_losses(lost: LostGpuTime, old: PodUsage | None, new: PodUsage, gpus: int) -> LostGpuTime:
     startup = _part(new, "startup_seconds", gpus) - _part(old, "startup_seconds", gpus)
     more = _part(new, "lost_seconds", gpus) - _part(old, "lost_seconds", gpus)
     lost = replace(lost, startup=lost.startup + startup)
@@ -326,8 +326,8 @@ def _with_pods(usage: UsageStatus, entries: list[PodUsage], next_to_list: dateti
     )
 
 
-def _for_people(usage: UsageStatus, status: QLoRAJobStatus) -> UsageStatus:
-    """Add hours and cost, at the profile's price at the last start or retry."""
+def _with_cost(usage: UsageStatus, status: QLoRAJobStatus) -> UsageStatus:
+    """Add the cost, at the profile's price at the last start or retry."""
     profile = status.resolved.profile if status.resolved is not None else None
     cost = None if profile is None else cost_text(usage.gpu_seconds, profile.gpu_hour_price, profile.currency)
-    return replace(usage, gpu_hours=hours_text(usage.gpu_seconds), cost=cost)
+    return replace(usage, cost=cost)

@@ -213,7 +213,7 @@ def test_a_laptop_allows_the_registries_that_its_job_names(
         "model": {"source": f"oci://{registry_proxy.address}/models/tiny:v1"},
         "dataset": {"source": "pvc://data/train.jsonl"},
     }
-    document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
+    document = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
     job.write_text(json.dumps(document))
     options = ("--workspace", str(tmp_path / "workspace"), "--volume", f"data={tmp_path / 'data'}", "--device", "cpu")
     done = invoked("run", str(job), *options)

@@ -74,7 +74,7 @@ def test_an_older_gpu_is_rejected_by_name_with_supported_ones_and_a_remedy(
     major, minor = card[1]
     assert f"the GPU {card[0]} has compute capability {major}.{minor}" in message
     assert "8.0 or later, as an A100" in message
-    assert "spec.scheduling.profile" in message
+    assert "spec.scheduling.profileName" in message
     assert cards.chosen == []
 
 

@@ -60,7 +60,7 @@ def test_only_a_job_that_has_succeeded_is_announced_and_only_until_it_is() -> No
     assert not is_to_be_announced(make_job(status_in("publish"), **ANNOUNCED), status_in("publish"))
     job = make_job(FINISHED, **ANNOUNCED)
     assert is_to_be_announced(job, FINISHED)
-    written = with_announcement(FINISHED, job, NOW)
+    written = with_announcement(FINISHED, job)
     assert not is_to_be_announced(job, written)
 
 
@@ -68,9 +68,9 @@ def test_the_clean_up_does_not_wait_for_an_entry_that_is_rejected() -> None:
     job = make_job(FINISHED, cleanupAfterSeconds=1, **ANNOUNCED)
     actions = plan_of(job, FINISHED, seen(), after(100)).actions
     assert actions == (Announce(), CreateJob("clean", 1))
-    rejected = without_announcement(FINISHED, job, NOW, "forbidden")
+    rejected = without_announcement(FINISHED, "forbidden")
     assert conditions_of(rejected)["Succeeded"] == "True"
-    assert reason_of(rejected, "Announced") == "AnnouncementRejected"
+    assert present(rejected.announcement).rejection == "forbidden"
 
 
 class Rejecting:
@@ -116,14 +116,14 @@ def test_a_rejected_entry_is_retried_with_backoff(error: RejectedError, tries: i
     # It is allowed at last, and the job is dropped.
     cluster.error = None
     done = announce(cluster, postponed, 51 * 3600)
-    assert (conditions_of(done.status)["Announced"], done.look_again) == ("True", None)
+    assert (present(done.status.announcement).entry, done.look_again) == ("adapters/tune.json", None)
 
 
 def test_the_clean_up_does_not_depend_on_the_entry() -> None:
     cluster = Rejecting(UnavailableError("no answer"))
     result = announce(cluster, Postponed(), 0, CreateJob("clean", 1))
     assert result.changed
-    assert "Announced" not in conditions_of(result.status)
+    assert result.status.announcement is None
     assert result.look_again == after(5)
 
 
@@ -146,5 +146,5 @@ def test_no_entry_is_written_where_a_profile_expects_certificates() -> None:
     # Of a job that had started before the profile named it.
     cluster = Rejecting(None)
     result = announce(cluster, Postponed(), 0, **taken)
-    assert (cluster.patches, reason_of(result.status, "Announced")) == (0, "AnnouncementRejected")
-    assert "expects certificates" in message_of(result.status, "Announced")
+    assert cluster.patches == 0
+    assert "expects certificates" in present(result.status.announcement).rejection

@@ -75,9 +75,7 @@ from tests.support.builders import (
 def test_a_failures_message_prefers_the_most_specific_source(step: Any, bodies: Any, reason: str, words: str) -> None:
     status = follow(make_job(status_in(step)), *bodies)
     assert status.phase == "Failed"
-    assert {"Succeeded": "False", "Failed": "True", "Stalled": "True", "Ready": "False"}.items() <= (
-        conditions_of(status).items()
-    )
+    assert {"Succeeded": "False", "Failed": "True", "Stalled": "True"}.items() <= conditions_of(status).items()
     for kind in ("Succeeded", "Failed", "Stalled"):
         assert reason_of(status, kind) == reason
     assert words in message_of(status)
@@ -97,12 +95,10 @@ def test_only_the_conditions_that_tools_read_have_the_failure_message() -> None:
         "Failed",
         "Stalled",
     }
-    assert {kind: found[kind] for kind in ("Prepared", "Trained", "Suspended", "Reconciling", "Ready")} == {
+    assert {kind: found[kind] for kind in ("Prepared", "Suspended", "Reconciling")} == {
         "Prepared": ("False", "BadDataset"),
-        "Trained": ("Unknown", "NotReached"),
         "Suspended": ("False", "NotSuspended"),
         "Reconciling": ("False", "Finished"),
-        "Ready": ("False", "BadDataset"),
     }
 
 
@@ -110,7 +106,7 @@ def test_an_attempt_that_is_retried_is_explained_once() -> None:
     job = make_job(status_in("prepare"))
     status = follow(job, child("prepare"), failed("prepare", 200, "Unreachable", "secret hub is missing"))
     assert [entry.type for entry in status.conditions if "secret hub" in entry.message] == ["Succeeded"]
-    assert (reason_of(status, "Prepared"), reason_of(status, "Trained")) == ("NotEnded", "NotReached")
+    assert reason_of(status, "Prepared") == "NotEnded"
     assert (status.failures, status.disruptions, status.phase) == (1, 0, "Preparing")
     failure = present(status.last_failure)
     assert (failure.exit_code, failure.time) == (200, time(-10))
@@ -167,7 +163,7 @@ def test_a_step_that_waits_after_a_rejected_pod_reports_reason_and_time(step: An
         f"after that; UnexpectedAdmissionError: pod {NAME}-{step}-1-pod1 failed before the trainer ran: no healthy "
         "devices present"
     )
-    assert conditions_of(status) | {"Ready": "True", "Reconciling": "False", "Failed": "False"} == conditions_of(status)
+    assert conditions_of(status) | {"Reconciling": "False", "Failed": "False"} == conditions_of(status)
     later = follow(make_job(status), *bodies, now=after(-540))
     assert (later.phase, later.conditions) == (status.phase, status.conditions)
 
@@ -287,7 +283,7 @@ def test_a_step_killed_and_then_finished_without_an_operator_is_done() -> None:
         ended(second, 0, result(second, "train", training_step=10, total_steps=10), start=-30),
     ]
     status = follow(make_job(status_in("train")), *bodies)
-    assert (conditions_of(status)["Trained"], status.failures) == ("True", 1)
+    assert (present(status.step).name, status.failures) == ("publish", 1)
 
 
 def test_several_steps_that_ended_without_an_operator_are_recorded_in_one_pass() -> None:

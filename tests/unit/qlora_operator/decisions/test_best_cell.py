@@ -14,7 +14,7 @@ from tests.support.sweeps import TEMPLATE
 
 OUTPUT = {"destination": "hf://org/adapter", "secretRef": {"name": "hub"}, "merged": {"destination": "hf://org/merged"}}
 HERE = "pvc://rates/adapter"
-OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
+OWNER = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
 
 
 def sweep(status: QLoRASweepStatus | None = None, **spec: Any) -> QLoRASweep:

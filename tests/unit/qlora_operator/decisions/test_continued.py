@@ -140,7 +140,7 @@ NEWER = {"default": PROFILE.model_copy(update={"image": "example.org/newer"})}
 
 
 def of_sweep(body: dict[str, Any], uid: str) -> QLoRAJob:
-    owner = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": uid, "controller": True}
+    owner = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": "rates", "uid": uid, "controller": True}
     return parse_job(body | {"metadata": body["metadata"] | {"ownerReferences": [owner]}})
 
 
@@ -207,23 +207,23 @@ def test_an_older_trainer_rejects_a_continued_job() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reached", "cleaned", "still_mounted"),
+    ("step", "cleaned", "still_mounted"),
     [
-        (("Prepared", "Trained"), True, False),
-        (("Prepared", "Trained"), False, False),
-        (("Prepared",), False, False),
-        (("Prepared",), True, True),
-        ((), False, True),
+        ("publish", True, False),
+        ("publish", False, False),
+        ("train", False, False),
+        ("train", True, True),
+        ("prepare", False, True),
     ],
 )
 def test_a_retried_job_mounts_the_other_run_only_if_it_still_needs_it(
-    reached: tuple[str, ...], cleaned: bool, still_mounted: bool
+    step: Any, cleaned: bool, still_mounted: bool
 ) -> None:
     """The other job's claim may be gone; a pod would wait for it for ever."""
-    conditions = [condition(name, "True") for name in (*reached, "Failed", *(["CleanedUp"] if cleaned else []))]
+    prepared = [] if step == "prepare" else ["Prepared"]
+    conditions = [condition(name, "True") for name in (*prepared, "Failed", *(["CleanedUp"] if cleaned else []))]
     fixed = resolved().model_copy(update={"continued": RUN}).dump()
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
-    step: Any = ("prepare", "train", "publish")[len(reached)]
     stored = status_in(step, resolved=fixed, conditions=conditions)
 
     status = follow(make_job(stored, continues="other", retry={"request": 1}), profiles={"default": cached})

@@ -103,7 +103,7 @@ def planned(status: QLoRAJobStatus, *bodies: Any, at: float = 100, **spec: Any) 
     return None
 
 
-REJECTED = without_announcement(FINISHED, make_job(FINISHED, output=ANNOUNCED), NOW, "forbidden")
+REJECTED = without_announcement(FINISHED, "forbidden")
 SOON = {"ttlSecondsAfterFinished": 50}
 DELETED = (DeleteQLoRAJob(),)
 

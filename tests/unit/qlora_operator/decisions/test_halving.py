@@ -19,7 +19,7 @@ from tests.support.builders import ADAPTER, NOW, UID, job_body, present, progres
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 TRAINING = {"training": {"maxSteps": 100, "evalEverySteps": 10}}
-OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
+OWNER = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
 WHY = "stopped at step 20: 3rd of 4, the best 2 go on"
 
 

@@ -77,7 +77,7 @@ def test_a_failed_job_is_retried_when_the_pause_ends() -> None:
     end = (child("train", Failed="x"), failed("train", 10, "BadConfiguration", "the rank"))
     stored = follow(make_job(status_in("train")), *end)
     held = follow(paused(stored, retry={"request": 1}), *end, profiles=PAUSED)
-    assert (held.phase, reason_of(held, "Ready")) == ("Failed", "ProfilePaused")
+    assert (held.phase, reason_of(held, "Stalled")) == ("Failed", "ProfilePaused")
     assert follow(make_job(held, retry={"request": 1}), *end).phase != "Failed"
 
 

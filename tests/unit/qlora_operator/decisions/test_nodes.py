@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_operator.decisions.manifests.objects import build_job, document
+from qlora_operator.decisions.observed.conditions import has_trained
 from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan
 from tests.support.builders import (
@@ -300,8 +301,8 @@ def test_the_result_is_that_of_node_0() -> None:
     done = told(node(0), 0, "Done"), told(node(1), 0, "Done")
     complete = child("train", Complete="CompletionsReached")
 
-    assert conditions_of(follow(job_in(), complete, *done))["Trained"] == "True"
-    assert conditions_of(follow(job_in(), complete, ended(node(0), 0), done[1]))["Trained"] == "Unknown"
+    assert has_trained(follow(job_in(), complete, *done))
+    assert not has_trained(follow(job_in(), complete, ended(node(0), 0), done[1]))
 
 
 def test_only_node_0_counts_for_the_time_that_the_steps_have_run() -> None:

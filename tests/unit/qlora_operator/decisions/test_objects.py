@@ -311,9 +311,9 @@ def test_a_status_that_cannot_be_read_is_rejected_with_the_field() -> None:
 def test_the_queue_of_the_spec_comes_before_that_of_the_label() -> None:
     body = job_body()
     body["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "a", "kueue.x-k8s.io/priority-class": "low"}
-    assert (parse_job(body).queue_name, parse_job(body).queue_priority) == ("a", "low")
+    assert (parse_job(body).queue_name, parse_job(body).queue_priority_class_name) == ("a", "low")
     body["spec"]["scheduling"] = {"queueName": "b"}
-    assert (parse_job(body).queue_name, parse_job(body).queue_priority) == ("b", "low")
+    assert (parse_job(body).queue_name, parse_job(body).queue_priority_class_name) == ("b", "low")
 
 
 def test_a_job_that_a_newer_operator_began_can_be_read() -> None:

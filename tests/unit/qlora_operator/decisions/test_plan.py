@@ -55,7 +55,7 @@ def test_a_new_job_gets_its_claim_and_its_first_job_in_one_pass() -> None:
 
 def test_the_resolved_spec_is_read_from_the_first_job_and_never_again_computed() -> None:
     first = with_resolved(child("prepare"), image="example.org/old")
-    for spec in ({}, {"suspend": True}, {"scheduling": {"profile": "gone"}}):
+    for spec in ({}, {"suspend": True}, {"scheduling": {"profileName": "gone"}}):
         status = follow(make_job(**spec), first)
         assert present(status.resolved).profile.image == "example.org/old"
         assert status.step == step_status("prepare")
@@ -138,8 +138,8 @@ def test_a_claim_of_the_user_is_not_created() -> None:
 
 
 def test_an_unknown_profile_creates_nothing() -> None:
-    job = make_job(scheduling={"profile": "h100"})
-    assert decide(make_job(follow(job), scheduling={"profile": "h100"})) == Plan()
+    job = make_job(scheduling={"profileName": "h100"})
+    assert decide(make_job(follow(job), scheduling={"profileName": "h100"})) == Plan()
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,8 @@ def test_the_first_visit_sets_every_condition_and_resolves_before_any_job_exists
     status = follow(make_job())
     assert conditions_of(status) == LIVE | {
         "Prepared": "Unknown",
-        "Trained": "Unknown",
         "Progressing": "Unknown",
         "Reconciling": "True",
-        "Ready": "False",
     }
     assert (status.observed_generation, status.phase, status.start_time) == (1, "Pending", time())
     assert status.resolved is not None
@@ -46,12 +44,12 @@ def test_a_claim_of_the_user_is_used_and_not_created() -> None:
 
 
 def test_a_job_of_an_unknown_profile_waits_and_names_the_profiles_that_exist() -> None:
-    status = follow(make_job(scheduling={"profile": "h100"}))
+    status = follow(make_job(scheduling={"profileName": "h100"}))
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "ProfileNotFound")
     assert "'h100'" in message_of(status)
     assert "default" in message_of(status)
     assert conditions_of(status)["Stalled"] == "False"
-    later = follow(make_job(status, scheduling={"profile": "h100"}), profiles={"h100": PROFILE})
+    later = follow(make_job(status, scheduling={"profileName": "h100"}), profiles={"h100": PROFILE})
     assert later.resolved is not None
 
 
@@ -135,4 +133,4 @@ def test_a_profile_that_changes_later_does_not_change_the_job() -> None:
 def test_a_job_that_is_created_suspended_is_current_and_nothing_is_fixed_yet() -> None:
     status = follow(make_job(suspend=True))
     assert (status.phase, status.resolved, status.step) == ("Suspended", None, None)
-    assert {"Suspended": "True", "Reconciling": "False", "Ready": "True"}.items() <= conditions_of(status).items()
+    assert {"Suspended": "True", "Reconciling": "False"}.items() <= conditions_of(status).items()

@@ -52,7 +52,6 @@ from tests.support.builders import (
 def test_phase_and_reason_show_the_current_step(step: Any, bodies: Any, phase: str, reason: str) -> None:
     status = follow(make_job(status_in(step)), *bodies)
     assert (status.phase, reason_of(status)) == (phase, reason)
-    assert conditions_of(status)["Ready"] == "True"
     assert conditions_of(status)["Reconciling"] == "False"
 
 
@@ -79,17 +78,15 @@ def test_the_end_decides_both_summary_conditions() -> None:
     assert (status.phase, status.adapter, status.completion_time) == ("Succeeded", ADAPTER, time())
     assert conditions_of(status) == {
         "Prepared": "True",
-        "Trained": "True",
         "Succeeded": "True",
         "Failed": "False",
         "Suspended": "False",
         "Progressing": "Unknown",
         "Reconciling": "False",
-        "Ready": "True",
         "Stalled": "False",
     }
     # Conditions that do not apply do not repeat its message.
-    assert {entry.type for entry in status.conditions if ADAPTER.uri in entry.message} == {"Succeeded", "Ready"}
+    assert {entry.type for entry in status.conditions if ADAPTER.uri in entry.message} == {"Succeeded"}
     assert (reason_of(status, "Failed"), reason_of(status, "Stalled")) == ("NotFailed", "NotStalled")
 
 

@@ -24,7 +24,7 @@ from tests.support.sweeps import SWEEP, TEMPLATE
 NAME = "rates"
 SHARED = Profile.model_validate(PROFILE.dump() | {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}})
 ON_ONE_NODE = Profile.model_validate(PROFILE.dump() | {"workspace": {"topology": "node-local"}})
-OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": NAME, "uid": UID, "controller": True}
+OWNER = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": NAME, "uid": UID, "controller": True}
 
 
 def make(status: QLoRASweepStatus | None = None, template: dict[str, Any] | None = None, **spec: Any) -> QLoRASweep:
@@ -251,7 +251,7 @@ def test_the_reason_of_a_waiting_cell_is_reported_and_time_changes_nothing() -> 
 
 def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
     assert objection_to(make(), PROFILES) is None
-    unknown = present(objection_to(make(template={"scheduling": {"profile": "other"}}), PROFILES))
+    unknown = present(objection_to(make(template={"scheduling": {"profileName": "other"}}), PROFILES))
     assert unknown.word == "ProfileNotFound"
     limited = Profile.model_validate(PROFILE.dump() | {"limits": {"workspaceSize": "1Gi"}})
     too_large = present(objection_to(make(template={"workspace": {"size": "2Gi"}}), {"default": limited}))
@@ -324,7 +324,7 @@ def test_the_gpu_time_of_all_cells_is_added_up_and_stays_when_one_is_deleted() -
     used: dict[str, Any] = {"gpu_seconds": 3600, "lost_gpu_seconds": 60, "cost": "2.50 EUR"}
     first = status_of(make(), done(0, 1.5, **used), cell(1, **used))
     assert first.usage is not None
-    assert (first.usage.gpu_seconds, first.usage.gpu_hours, first.usage.lost_gpu_seconds) == (7200, "2.00", 120)
+    assert (first.usage.gpu_seconds, first.usage.lost_gpu_seconds) == (7200, 120)
     assert first.usage.cost == "5.00 EUR"
     later = status_of(make(first), cell(1, **(used | {"gpu_seconds": 7200, "cost": "5.00 USD"})))
     assert later.usage is not None

@@ -16,11 +16,11 @@ from qlora_operator.decisions.sweeps.sweep import (
     parse_sweep,
     sweep_of,
 )
-from tests.support.builders import ADAPTER, PROFILE, UID, condition, job_body, present, resolved
+from tests.support.builders import ADAPTER, PROFILE, UID, condition, job_body, present, resolved, step_status
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 NAME = "rates"
-OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": NAME, "uid": UID, "controller": True}
+OWNER = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": NAME, "uid": UID, "controller": True}
 
 
 def make(status: QLoRASweepStatus | None = None, template: dict[str, Any] | None = None, **spec: Any) -> QLoRASweep:
@@ -84,7 +84,7 @@ def test_what_is_read_of_a_cell() -> None:
     assert (found.phase, found.eval_loss, found.adapter, found.suspend) == ("Succeeded", 1.5, ADAPTER.uri, True)
     assert parse_cell(body, "another") is None
     assert not found.trained
-    body["status"]["conditions"] += [condition("Trained", "True")]
+    body["status"]["step"] = step_status("publish").dump()
     assert present(parse_cell(body, UID)).trained
     assert present(parse_cell(body | {"status": {"phase": 3}}, UID)).phase == "Pending"
 
@@ -135,8 +135,8 @@ def test_cells_share_rows_and_without_a_model_cache_the_base() -> None:
 
 
 def test_a_cell_is_read_with_its_gpu_time() -> None:
-    lost = {"startup": 5, "failure": 7}
-    usage = {"gpuSeconds": 90, "gpuHours": "0.03", "lostGpuSeconds": lost, "cost": "0.06 EUR", "pods": []}
+    lost = {"startup": "0.0014", "failure": "0.0019"}
+    usage = {"gpuHours": "0.025", "lostGpuHours": lost, "cost": "0.06 EUR", "pods": []}
     body = job_body({"usage": usage})
     found = present(parse_cell(body | {"metadata": body["metadata"] | {"ownerReferences": [OWNER]}}, UID))
     assert (found.gpu_seconds, found.lost_gpu_seconds, found.cost) == (90, 12, "0.06 EUR")

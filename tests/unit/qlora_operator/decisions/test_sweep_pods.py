@@ -334,7 +334,7 @@ def memory(gib: float) -> dict[str, Any]:
 
 def test_as_many_are_trained_together_as_fit_the_gpu() -> None:
     found = Pod()
-    card: dict[str, Any] = {"resources": {"gpuMemory": 32}}
+    card: dict[str, Any] = {"resources": {"gpuMemory": "32Gi"}}
     found.cells = {name: cell_body(name=name, status=memory(18), **card) for name in NAMES}
     assert found.then().status.cells == (FIRST, SECOND)
     assert present(found.stored).waiting == (THIRD,)

@@ -21,13 +21,13 @@ def document(change: Callable[[dict[str, Any]], object] = lambda _properties: No
     schemas = {kind: published(kind) for kind in DEFINITIONS}
     change(schemas["QLoRAJob"]["properties"])
     listed = {"x-kubernetes-group-version-kind": [{"kind": "QLoRAJobList"}]}
-    named = {f"dev.qlora.v1alpha1.{kind}": schema for kind, schema in schemas.items()}
-    return {"components": {"schemas": {"dev.qlora.v1alpha1.QLoRAJobList": listed} | named}}
+    named = {f"dev.qlora.v1beta1.{kind}": schema for kind, schema in schemas.items()}
+    return {"components": {"schemas": {"dev.qlora.v1beta1.QLoRAJobList": listed} | named}}
 
 
 def published(kind: str) -> dict[str, Any]:
     schema: dict[str, Any] = copy.deepcopy(DEFINITIONS[kind]["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
-    schema["x-kubernetes-group-version-kind"] = [{"group": "qlora.dev", "kind": kind, "version": "v1alpha1"}]
+    schema["x-kubernetes-group-version-kind"] = [{"group": "qlora.dev", "kind": kind, "version": "v1beta1"}]
     return schema
 
 
@@ -62,9 +62,9 @@ def test_missing_fields_of_the_clusters_definition_are_found(
 
 def test_a_missing_kind_is_reported_instead_of_its_fields() -> None:
     served = document()
-    del served["components"]["schemas"]["dev.qlora.v1alpha1.QLoRASweep"]["properties"]["status"]["properties"]["best"]
+    del served["components"]["schemas"]["dev.qlora.v1beta1.QLoRASweep"]["properties"]["status"]["properties"]["best"]
     assert missing_fields(served) == ["QLoRASweep.status.best"]
-    del served["components"]["schemas"]["dev.qlora.v1alpha1.QLoRASweep"]
+    del served["components"]["schemas"]["dev.qlora.v1beta1.QLoRASweep"]
     assert missing_fields(served) == ["QLoRASweep"]
 
 
@@ -125,7 +125,7 @@ def test_outdated_crd_is_reported_once_and_clears(
             assert check.problem is None, "an outage says nothing about the fields"
         answers[0] = document(without("status", "phase"))
         await asyncio.sleep(60)
-        assert "qlora.dev/v1alpha1) lacks status.phase, which" in (check.problem or "")
+        assert "qlora.dev/v1beta1) lacks status.phase, which" in (check.problem or "")
         await asyncio.sleep(600)
         answers[0] = document()
         await asyncio.sleep(5)

@@ -108,7 +108,7 @@ def test_a_token_that_has_expired_is_replaced_without_a_restart(tmp_path: Path) 
 
 def test_each_request_is_observed_with_its_status_or_none_without_an_answer(tmp_path: Path) -> None:
     seen: list[tuple[str, str, int | None]] = []
-    path = "/apis/qlora.dev/v1alpha1/namespaces/team/qlorajobs/tune"
+    path = "/apis/qlora.dev/v1beta1/namespaces/team/qlorajobs/tune"
 
     def observe(method: str, path: str, status: int | None, seconds: float) -> None:
         assert seconds >= 0
@@ -202,7 +202,7 @@ def test_proxy_variables_and_netrc_are_ignored(tmp_path: Path, monkeypatch: pyte
 
     async def work(server: Server, cluster: Cluster) -> None:
         await cluster.get_qlora_job("team", "tune")
-        assert server.requests == [("GET", "/apis/qlora.dev/v1alpha1/namespaces/team/qlorajobs/tune", "Bearer t")]
+        assert server.requests == [("GET", "/apis/qlora.dev/v1beta1/namespaces/team/qlorajobs/tune", "Bearer t")]
 
     against(work, tmp_path, {"token": "t"})
 

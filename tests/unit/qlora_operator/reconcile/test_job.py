@@ -141,7 +141,7 @@ def test_a_finished_job_rests_until_it_is_deleted_in_the_version_that_was_decide
 
 def test_an_entry_for_servers_is_removed_with_its_job_or_by_the_next_of_its_name() -> None:
     spec: dict[str, Any] = {"output": {"announce": {"configMap": "adapters"}}}
-    announced = with_announcement(FINISHED, make_job(FINISHED, **spec), NOW)
+    announced = with_announcement(FINISHED, make_job(FINISHED, **spec))
     for successor in ({}, job_body(status_in("train").dump()) | {"metadata": {**job_body()["metadata"], "uid": "new"}}):
         cluster = stored(announced, **spec)
         reconciler = operator(cluster, Store())

@@ -128,7 +128,7 @@ def test_a_request_that_only_a_live_read_shows_waits_for_a_place_too() -> None:
     asked = {"spec": cluster.job["spec"] | {"retry": {"request": 1}}}
     cluster.job |= asked | {"metadata": cluster.job["metadata"] | {"generation": 2, "resourceVersion": "8"}}
     assert until_it_waits(full(cluster, store, after(10))) == SECONDS_BETWEEN_LOOKS
-    assert (cluster.status.phase, reason_of(cluster.status, "Ready")) == ("Failed", "JobLimitReached")
+    assert (cluster.status.phase, reason_of(cluster.status, "Stalled")) == ("Failed", "JobLimitReached")
     assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-clean-1"]
 
 

@@ -123,7 +123,7 @@ def test_a_job_within_its_profiles_limits_starts(settings: dict[str, Any], spec:
 def test_a_namespace_learns_only_of_profiles_that_it_may_use() -> None:
     profiles = limited() | {"secret": Profile.model_validate(PROFILE.dump() | {"allowedNamespaces": OTHERS})}
     for asked in ("unknown", "secret"):
-        status = follow(make_job(scheduling={"profile": asked}), profiles=profiles)
+        status = follow(make_job(scheduling={"profileName": asked}), profiles=profiles)
         assert message_of(status).split("are: ")[1].split(";")[0] == "default"
 
 
@@ -133,15 +133,15 @@ def test_a_failed_job_is_retried_only_within_the_current_limits() -> None:
     job = make_job(stored, retry={"request": 1})
     assert limit_of_jobs(job, profiles) == 1
     held = follow(job, profiles=profiles, jobs_of_profile=1)
-    assert (held.phase, reason_of(held, "Ready"), held.retry_request) == ("Failed", "JobLimitReached", None)
+    assert (held.phase, reason_of(held, "Stalled"), held.retry_request) == ("Failed", "JobLimitReached", None)
     assert held_back(facts(job, profiles=profiles, jobs_of_profile=1)) is not None
     elsewhere = limited(allowedNamespaces=OTHERS, limits={"jobs": 1})
     assert held_back(facts(job, profiles=elsewhere, jobs_of_profile=1)) is None, "nobody's end would help"
     assert follow(make_job(held, retry={"request": 1}), profiles=profiles).phase == "Publishing"
     # A request that is withdrawn leaves the failure as the reason.
     withdrawn = follow(make_job(held, generation=2, retry={"request": 0}), profiles=profiles, jobs_of_profile=1)
-    assert reason_of(withdrawn, "Ready") == reason_of(stored, "Ready") == "BadConfiguration"
-    assert message_of(withdrawn, "Ready") == message_of(stored, "Ready")
+    assert reason_of(withdrawn, "Stalled") == reason_of(stored, "Stalled") == "BadConfiguration"
+    assert message_of(withdrawn, "Stalled") == message_of(stored, "Stalled")
     assert follow(job, profiles=limited(allowedNamespaces=OTHERS)).phase == "Failed"
 
 

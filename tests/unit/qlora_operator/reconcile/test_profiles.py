@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 
 from qlora_api.profile_status import QLoRAProfileStatus
+from qlora_api.status_types import hours_of, seconds_of
 from qlora_operator.decisions.observed.holds import hold_of
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.observed.stored_job import parse_job
@@ -83,7 +84,8 @@ class World:
 
     def uncounted(self, uid: str, body: Object) -> int:
         entries = {uid: seconds for each in self.status.namespaces for uid, seconds in each.unsettled.items()}
-        return self.used[uid] - max(entries.get(uid, 0), body["status"]["usage"].get("settledGpuSeconds", 0))
+        settled = seconds_of(body["status"]["usage"].get("settledGpuHours", "0.00"))
+        return self.used[uid] - max(entries.get(uid, 0), settled)
 
     async def list_profiles(self) -> tuple[list[Object], str]:
         return [self.profile], str(self.version)
@@ -128,7 +130,7 @@ class World:
     def create(self, namespace: str = NAMESPACES[0]) -> str:
         uid = f"uid-{len(self.used)}"
         self.used[uid] = 0
-        body = job_body({"phase": "Training", "usage": {"gpuSeconds": 0}})
+        body = job_body({"phase": "Training", "usage": {"gpuHours": "0.00"}})
         body["metadata"] |= {"namespace": namespace, "name": uid, "uid": uid}
         self._write(uid, body)
         return uid
@@ -137,7 +139,7 @@ class World:
         """The operator stores more usage of the job, and perhaps its end."""
         body = self.jobs[uid]
         self.used[uid] += seconds
-        usage = body["status"]["usage"] | {"gpuSeconds": self.used[uid]}
+        usage = body["status"]["usage"] | {"gpuHours": hours_of(self.used[uid])}
         conditions = [condition("Succeeded", "True")] if phase == "Succeeded" else []
         self._write(uid, body | {"status": {"phase": phase, "usage": usage, "conditions": conditions}})
 
@@ -243,7 +245,7 @@ def test_an_ended_job_leaves_the_profile_and_counts_once_when_it_is_retried() ->
     world.use(uid, 30)
     world.look()
     (entry,) = world.status.namespaces
-    assert (entry.months[0].gpu_seconds, entry.months[0].gpu_hours, entry.unsettled) == (630, "0.18", {uid: 630})
+    assert (entry.months[0].gpu_seconds, entry.unsettled) == (630, {uid: 630})
 
 
 def test_a_namespace_that_cannot_be_listed_loses_no_entry() -> None:
@@ -311,7 +313,7 @@ def test_a_changed_profile_requeues_its_jobs_that_are_not_settled() -> None:
     world = World()
     waiting, ended, other = (world.create() for _ in range(3))
     world.store.settle((NAMESPACES[0], ended), True)
-    world.store.jobs.note(world.jobs[other] | {"spec": {"scheduling": {"profile": "other"}}})
+    world.store.jobs.note(world.jobs[other] | {"spec": {"scheduling": {"profileName": "other"}}})
     world.look()
     world.asked.clear()
     world.look()

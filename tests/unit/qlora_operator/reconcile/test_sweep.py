@@ -28,7 +28,7 @@ from tests.support.sweeps import TEMPLATE
 from tests.unit.qlora_operator.simulation.agenda import Agenda
 from tests.unit.qlora_operator.simulation.api_server import AnswerError, ApiServer
 
-OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
+OWNER = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
 
 
 def cell(number: int, eval_loss: float, **spec: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from jsonschema import Draft4Validator
 from qlora_api.contract import ExitCode
 from qlora_api.crd import structural_schema
 from qlora_api.status import QLoRAJobStatus
+from qlora_api.status_types import seconds_of
 from qlora_api.sweep.status import QLoRASweepStatus
 from tests.unit.qlora_operator.simulation.api_server import ApiServer, Object
 from tests.unit.qlora_operator.simulation.controllers import has
@@ -66,7 +67,7 @@ class Accounts:
         used = status.get("usage") or {}
         shown = {run.uid: run for run in runs if run.step == "train" and run.shown is not None}
         trained = sum(run.gpu_seconds for run in shown.values())
-        assert used.get("gpuSeconds", 0) >= trained, f"{name} has used {trained} seconds at least"
+        assert seconds_of(used.get("gpuHours", "0.00")) >= trained, f"{name} has used {trained} seconds at least"
         for entry in used.get("pods", ()):
             saved = entry["uid"] in shown.keys() - self._guessed and shown[entry["uid"]].code == ExitCode.INTERRUPTED
             assert not (saved and entry.get("lostSeconds")), f"{entry['name']} has lost what it has saved"
@@ -84,7 +85,7 @@ class Accounts:
         cells = {job["metadata"]["uid"] for job in self._api.owned("qlorajobs", sweep["metadata"]["uid"])}
         runs = [run for run in self._kubelet.runs.values() if run.step == "train" and cells.intersection(run.uids)]
         known = sum(run.gpu_seconds for run in runs if run.is_known and run.shown is not None)
-        used = (status.get("usage") or {}).get("gpuSeconds", 0)
+        used = seconds_of((status.get("usage") or {}).get("gpuHours", "0.00"))
         # The part of each cell of each pod is cut to a whole second.
         cut = sum(len(run.uids) for run in runs)
         assert used >= known - cut, f"{name} has used {known} seconds at least, and counts {used}"

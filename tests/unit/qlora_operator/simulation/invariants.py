@@ -218,7 +218,7 @@ class Invariants:
         for field in _NEVER_LESS:
             assert status.get(field, 0) >= before.get(field, 0), f"{name}: {field} decreases"
         used, was = status.get("usage") or {}, before.get("usage") or {}
-        assert used.get("gpuSeconds", 0) >= was.get("gpuSeconds", 0), f"{name} has used less GPU time than before"
+        assert _hours(used) >= _hours(was), f"{name} has used less GPU time than before"
         assert before.get("phase") != "Succeeded" or status["phase"] == "Succeeded", f"{name} has succeeded"
         retried = status.get("firstAttempt", 1) > before.get("firstAttempt", 1)
         if before.get("phase") == "Failed":
@@ -285,7 +285,7 @@ class Invariants:
         counts = sum(status[field] for field in ("succeeded", "failed", "stopped", "running", "pending"))
         assert counts == len(status["cells"]), f"{name}: the counts are not those of {len(status['cells'])} cells"
         used, was = (each.get("usage") or {} for each in (status, before))
-        assert used.get("gpuSeconds", 0) >= was.get("gpuSeconds", 0), f"{name} has used less GPU time than before"
+        assert _hours(used) >= _hours(was), f"{name} has used less GPU time than before"
         earlier = {pod["number"]: pod for pod in before.get("pods", ())}
         for pod in status.get("pods", ()):
             _pod_goes_on(earlier.get(pod["number"], {}), pod)
@@ -358,6 +358,10 @@ def _is_retried(status: Object, spec: Object) -> bool:
 def _place(status: Object) -> tuple[int, int]:
     step = status.get("step") or {"name": "prepare", "attempt": 0}
     return STEPS.index(step["name"]), step["attempt"]
+
+
+def _hours(usage: Object) -> float:
+    return float(usage.get("gpuHours", 0))
 
 
 def _condition(status: Object, kind: str) -> Any:

@@ -68,7 +68,7 @@ def test_a_sweep_is_requeued_when_it_changes_and_soon_after_a_cell_has(watches: 
     for event in (None, "MODIFIED", "DELETED"):
         watches.show("qlorasweeps", event, 10, sweep)
     assert watches.sweeps == [(("team", "rates"), 0.0)] * 3
-    owner = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": "1", "controller": True}
+    owner = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": "rates", "uid": "1", "controller": True}
     cell = job_body()
     cell["metadata"] |= {"ownerReferences": [owner]}
     for event in ("ADDED", "MODIFIED", "DELETED"):

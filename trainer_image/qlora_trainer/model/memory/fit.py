@@ -150,7 +150,7 @@ class MemoryFit:
             weights = weights_of(config, training)
             status = MemoryStatus(verdict="unknown", message=f"the memory is unknown: {failure}"[:MAX_MESSAGE_LENGTH])
             return cls(status, None, None if weights is None else weights.parameters, None)
-        fit = _estimate(job, spec.resources.gpu_memory, rows_apart)
+        fit = _estimate(job, spec.resources.gpu_gib, rows_apart)
         if group_size == 1 or not rows_apart or fit.objection is not None:
             return fit
         return _with_shared(fit, lambda: _shared_bytes(config, spec, job, group_size, measure_passes))

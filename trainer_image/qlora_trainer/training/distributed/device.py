@@ -46,7 +46,7 @@ def require_gpu(local_rank: int) -> None:
         raise bad_configuration(
             f"the GPU {name} has compute capability {_version_text(capability)}, and training in bfloat16 needs "
             f"{_version_text(FIRST_CAPABILITY)} or later, as an A100, A10, L4, L40S, H100 or RTX 3090 has it: choose a "
-            "profile in spec.scheduling.profile, or a nodeSelector in the profile, that leads to such GPUs"
+            "profile in spec.scheduling.profileName, or a nodeSelector in the profile, that leads to such GPUs"
         )
     if not bitsandbytes_library.compiled_with_cuda:
         raise bad_configuration(

@@ -27,7 +27,7 @@ def test_the_job_belongs_to_the_qlorajob_and_is_named_after_it() -> None:
     assert job["metadata"]["name"] == f"{NAME}-train-2"
     assert job["metadata"]["ownerReferences"] == [
         {
-            "apiVersion": "qlora.dev/v1alpha1",
+            "apiVersion": "qlora.dev/v1beta1",
             "kind": "QLoRAJob",
             "name": NAME,
             "uid": UID,
@@ -142,7 +142,7 @@ def test_a_trainer_that_counts_suspensions_gets_a_high_disruption_limit() -> Non
 
 
 def test_only_train_waits_in_the_queue_and_only_the_job_has_its_labels() -> None:
-    queued = resolved().model_copy(update={"queue_name": "gpus", "queue_priority": "high"})
+    queued = resolved().model_copy(update={"queue_name": "gpus", "queue_priority_class_name": "high"})
     labels = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "high"}
     for step in STEPS:
         job = build_job(make_job(), queued, step, 1)

@@ -100,7 +100,7 @@ def test_a_profile_too_large_for_a_copy_in_each_job_is_invalid() -> None:
         claim_created=False,
         workspace_path="w" * 253,
         queue_name="q" * 253,
-        queue_priority="p" * 253,
+        queue_priority_class_name="p" * 253,
     )
     manifest = build_job(make_job(), kept, "prepare", 1)
     assert len(manifest["metadata"]["annotations"][RESOLVED_ANNOTATION]) < MAX_RESOLVED

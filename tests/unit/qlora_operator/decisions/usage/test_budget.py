@@ -18,7 +18,6 @@ from tests.support.builders import (
     PROFILE,
     after,
     child,
-    conditions_of,
     deleted,
     ended,
     follow,
@@ -124,16 +123,15 @@ def test_a_forecast_above_the_budget_is_reported_before_the_gpu_is_used() -> Non
     status = prepared(**budget)
     assert status.step is not None
     assert (status.step.name, status.step.job_uid) == ("train", "")
-    assert conditions_of(status)["WithinBudget"] == "False"
-    assert reason_of(status, "WithinBudget") == "ForecastExceedsBudget"
-    assert "raise spec.budget.gpuHours" in message_of(status, "WithinBudget")
+    assert present(status.forecast).within_budget is False
+    assert "raise spec.budget.gpuHours" in present(status.forecast).message
     event = present(budget_event(make_job(status_with("prepare"), **budget), status, after(0)))
     assert (event["type"], event["reason"]) == ("Warning", "ForecastExceedsBudget")
     assert budget_event(make_job(status, **budget), status, after(0)) is None
     # It is raised, then taken away.
     raised = follow(make_job(status, budget={"gpuHours": 6}))
-    assert conditions_of(raised)["WithinBudget"] == "True"
-    assert "WithinBudget" not in conditions_of(follow(make_job(raised)))
+    assert (present(raised.forecast).within_budget, present(raised.forecast).message) == (True, "")
+    assert present(follow(make_job(raised)).forecast).within_budget is None
 
 
 def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
@@ -177,7 +175,7 @@ def test_a_retry_with_a_larger_budget_keeps_the_counted_hours() -> None:
 
 
 def test_a_trained_adapter_is_published_above_its_budget() -> None:
-    spent = {"gpuSeconds": 99_999, "gpuHours": "27.78", "lostGpuSeconds": {}, "pods": []}
+    spent = {"gpuHours": "27.7775", "lostGpuHours": {}, "pods": []}
     body = pod("publish")
     status = follow(make_job(status_with("publish", usage=spent), budget={"gpuHours": 1}), child("publish"), body)
     assert status.phase == "Publishing"

@@ -67,7 +67,7 @@ def then(stored: QLoRAJobStatus, *bodies: Any, at: float = 0, **spec: Any) -> QL
 
 def test_a_pod_counts_from_its_node_to_its_end_times_its_gpus() -> None:
     stored = watched()
-    assert (usage_of(stored).gpu_seconds, usage_of(stored).gpu_hours) == (200, "0.06")
+    assert usage_of(stored).dump()["gpuHours"] == "0.0556"
     assert lost(stored) == {"startup": 40}
     body = train_pod()
     done = ended(body, 0, result(body, "train", training_step=20, total_steps=20, loss=1.0), start=-90, end=50)
