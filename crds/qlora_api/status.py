@@ -323,7 +323,7 @@ class QLoRAJobStatus(ObservedModel):
         description="Number of each step's first Job; higher than any before once the job is retried.",
     )
     highest_attempt: int = Field(0, ge=0, le=100_000, description="The highest number of a Job so far, if it is not 1.")
-    retry_request: Count | None = Field(None, description="The latest retry.request that has been seen.")
+    retry_request: ShortText | None = Field(None, description="The latest retry.request that has been seen.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
     active_until: Timestamp | None = Field(None, description="End of the time that activeSeconds includes.")
     usage: UsageStatus | None = Field(

@@ -20,8 +20,8 @@ class BudgetSpec(ApiModel):
     gpu_hours: GpuHours | None = Field(
         default=None,
         description="GPU hours that the train pods may use in total: one GPU for one hour is 1. Then the job saves a "
-        "checkpoint and fails with the reason BudgetExceeded; raise this and retry.request to continue from there. No "
-        "limit if not set, except that of the profile.",
+        "checkpoint and fails with the reason BudgetExceeded; raise this and set a new retry.request to continue from "
+        "there. No limit if not set, except that of the profile.",
     )
 
 

@@ -166,7 +166,7 @@ def test_a_change_of_a_created_job_is_rejected_with_a_remedy(plane: ControlPlane
         with_value(FULL, "spec.workspace.persistentVolumeClaimRetentionPolicy.whenFinished", "Delete"),
         without(FULL, "spec.workspace.persistentVolumeClaimRetentionPolicy"),
         with_value(FULL, "spec.progressDeadlineSeconds", 60),
-        with_value(FULL, "spec.retry.request", 1),
+        with_value(FULL, "spec.retry.request", "a"),
         with_value(FULL, "spec.retry.maxFailures", 2),
         with_value(FULL, "spec.resources.memory", "99Gi"),
         with_value(FULL, "spec.gate", {"minImprovement": 0.05}),

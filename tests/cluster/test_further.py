@@ -62,7 +62,7 @@ def test_a_loosened_gate_releases_an_adapter_without_training_again(tenant: Tena
     assert tenant.condition(name, "Failed")["reason"] == "GateFailed"
     assert status["gate"]["passed"] is False
     assert "adapter" not in status
-    tenant.patch(name, gate={"maxEvalLoss": 100}, retry={"request": 1})
+    tenant.patch(name, gate={"maxEvalLoss": 100}, retry={"request": "a"})
     status = tenant.wait(name, lambda s: s.get("phase") == "Succeeded", what="the gate passes")
     assert status["gate"]["adapterSha256"] == status["adapter"]["sha256"]
     assert tenant.adapter_sum(status) == status["adapter"]["sha256"]

@@ -59,8 +59,8 @@ def test_a_full_claim_is_named_and_a_retry_with_room_continues(tenant: Tenant) -
         status = tenant.wait_for_end(job)
         assert (status["phase"], status["lastFailure"]["reason"]) == ("Failed", "StorageFull"), status
         (folder / "ballast").unlink()
-        tenant.patch(job, retry={"request": 1})
-        tenant.wait(job, lambda now: now.get("retryRequest") == 1)
+        tenant.patch(job, retry={"request": "a"})
+        tenant.wait(job, lambda now: now.get("retryRequest") == "a")
         tenant.succeed(job)
         tenant.kubectl("delete", "qlorajob", job)
         eventually(lambda: not tenant.children(job, "pods"), seconds=60)

@@ -15,8 +15,8 @@ def test_a_retried_job_continues_from_its_checkpoint_with_the_fixed_spec(tenant:
     assert (failed["phase"], failed["lastFailure"]["reason"]) == ("Failed", "DeadlineExceeded")
     eventually(lambda: tenant.running_pod(name, "train") is None, seconds=60)
 
-    tenant.patch(name, activeDeadlineSeconds=None, retry={"request": 1})
-    taken_up = tenant.wait(name, lambda status: status.get("retryRequest") == 1)
+    tenant.patch(name, activeDeadlineSeconds=None, retry={"request": "a"})
+    taken_up = tenant.wait(name, lambda status: status.get("retryRequest") == "a")
 
     assert taken_up["activeSeconds"] >= failed["activeSeconds"] > 0
     tenant.succeed(name)

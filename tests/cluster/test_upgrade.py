@@ -76,8 +76,8 @@ def test_no_job_notices_an_upgrade_or_a_rollback(tenant: Tenant, release: previo
     ended = require_undisturbed(tenant, begun_before)
     # The image that a job has begun with stays.
     assert ended["Training"]["resolved"]["profile"]["image"] == release.images.trainer
-    tenant.patch(begun_before["Failed"], retry={"request": 1})
-    tenant.wait(begun_before["Failed"], lambda status: status.get("retryRequest") == 1)
+    tenant.patch(begun_before["Failed"], retry={"request": "a"})
+    tenant.wait(begun_before["Failed"], lambda status: status.get("retryRequest") == "a")
     tenant.wait_for_end(begun_before["Failed"])
     assert tenant.status(begun_before["Failed"])["phase"] == "Failed"
 

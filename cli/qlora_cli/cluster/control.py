@@ -1,5 +1,7 @@
 """The commands that change a job: suspend, resume, retry and cancel it."""
 
+from datetime import UTC, datetime
+
 import click
 
 from qlora_cli.cluster.connection import job_name, job_names, with_cluster
@@ -34,7 +36,7 @@ def retry(cluster: Cluster, names: tuple[str, ...]) -> None:
         job = Job(cluster.get(JOBS, name))
         if job.phase != "Failed":
             fail(f"{name} is {job.phase}, and only a failed job can be retried")
-        cluster.merge(JOBS, name, {"spec": {"retry": {"request": job.next_retry}}})
+        cluster.merge(JOBS, name, {"spec": {"retry": {"request": datetime.now(UTC).isoformat(timespec="seconds")}}})
         click.echo(f"{name} is retried")
 
 

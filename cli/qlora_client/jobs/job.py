@@ -104,11 +104,6 @@ class Job:
         return int(self.status.get("failures", 0)) + int(self.status.get("disruptions", 0))
 
     @property
-    def next_retry(self) -> int:
-        """The value of spec.retry.request that asks for another retry."""
-        return 1 + max(int((self.spec.get("retry") or {}).get("request") or 0), int(self.status.get("retryRequest", 0)))
-
-    @property
     def retains_workspace(self) -> bool:
         """Whether its workspace stays when the job is deleted."""
         profile = (self.status.get("resolved") or {}).get("profile") or {}

@@ -131,11 +131,12 @@ class RetrySpec(ApiModel):
         description="Treatment of a step without progress for progressDeadlineSeconds: report it in the "
         "condition Progressing, or also restart it from its checkpoint, which counts as a failure; report if not set.",
     )
-    request: int | None = Field(
+    request: str | None = Field(
         default=None,
-        ge=0,
-        le=1_000_000,
-        description="Raise it to retry a failed job: at the step that failed, from the last checkpoint, with fresh "
-        "counts and the profile and the mutable fields as they are then. It also takes today's profile for a "
-        "step whose pod could not start, for example for a wrong image. Without effect on any other job.",
+        min_length=1,
+        max_length=63,
+        description="Any text that differs from the last one, such as the time, retries a failed job: at the step that "
+        "failed, from the last checkpoint, with fresh counts and the profile and the mutable fields as they are then. "
+        "It also takes today's profile for a step whose pod could not start, for example for a wrong image. Without "
+        "effect on any other job.",
     )

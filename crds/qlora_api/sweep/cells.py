@@ -40,8 +40,6 @@ def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, A
     for field in CHANGEABLE:
         content.pop(field, None)
     content |= {field: stored[field] for field in CHANGEABLE if field in stored}
-    # A request is for the job that has it.
-    content["retry"] = {field: value for field, value in content.get("retry", {}).items() if field != "request"}
     resources = {field: value for field, value in content["resources"].items() if field != "memory"}
     memory = stored.get("resources", {}).get("memory")
     content["resources"] = resources | ({} if memory is None else {"memory": memory})

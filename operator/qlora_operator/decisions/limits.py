@@ -29,7 +29,7 @@ def enforce_disruptions(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) ->
     reported = f"; the latest report is {last.reason}: {last.message}" if last and last.step == step.name else ""
     message = truncate(
         f"the pods were interrupted {status.disruptions} times, and spec.retry.maxDisruptions allows {limit}: see "
-        f"`kubectl get events` for what evicts or deletes them, then raise spec.retry.request{reported}"
+        f"`kubectl get events` for what evicts or deletes them, then set a new spec.retry.request{reported}"
     )
     return fail(status, job, now, failure_of(step.name, ExitCode.RETRIES_EXHAUSTED.reason, message, now))
 
@@ -55,7 +55,7 @@ def enforce_deadline(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, 
         return status
     message = (
         f"the steps have run for {ran} seconds, and spec.activeDeadlineSeconds allows {limit}: raise it, and "
-        "spec.retry.request to retry the job"
+        "set a new spec.retry.request to retry the job"
     )
     failure = failure_of(status.step.name, "DeadlineExceeded", message, now)
     # Count the time until now, for a later retry: the pods have not ended yet.

@@ -15,10 +15,10 @@ from qlora_operator.decisions.resolution import with_profile_of_today
 
 
 def is_to_be_taken_up(job: QLoRAJob) -> bool:
-    """Whether the user has raised retry.request of a failed job."""
-    status, request = job.status, job.spec.retry.request
+    """Whether a failed job has another retry.request than the last one seen."""
+    status = job.status
     failed = is_true(status, "Failed") and status.step is not None and not job.problem
-    return failed and request is not None and request > (status.retry_request or 0)
+    return failed and job.spec.retry.request not in (None, status.retry_request)
 
 
 def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:

@@ -149,11 +149,10 @@ def _note_request(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     A step whose pods could not start gets another Job with the current profile.
     """
     request, step = facts.job.spec.retry.request, status.step
-    if request is None:
+    if request in (None, status.retry_request):
         return status
-    is_raised = request > (status.retry_request or 0)
     status = replace(status, retry_request=request)
-    if not is_raised or step is None or not step.job_uid or step.running_pod or step.counted_pod:
+    if step is None or not step.job_uid or step.running_pod or step.counted_pod:
         return status
     resolved = with_profile_of_today(
         status.resolved,

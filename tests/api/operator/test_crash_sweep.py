@@ -116,7 +116,7 @@ LIVES: dict[str, tuple[Act, ...]] = {
         changes(suspend=False),
         # The prepared rows are damaged: a retry makes them again.
         ends("train", int(ExitCode.BAD_DATASET)),
-        changes(retry={"request": 1}),
+        changes(retry={"request": "a"}),
         ends("prepare"),
         runs("train"),
         ends("train", running=True),

@@ -60,7 +60,7 @@ def test_jobs_live_through_an_upgrade_and_a_rollback(plane: ControlPlane) -> Non
 
     # The new definition gives no job a field that the previous operator would reject.
     assert plane.kubectl.get("qlorajob", "plain")["spec"] == plain["spec"]
-    assert patch(plane, "plain", {"retry": {"request": 1}})["spec"]["retry"]["request"] == 1
+    assert patch(plane, "plain", {"retry": {"request": "a"}})["spec"]["retry"]["request"] == "a"
     apply(plane, yaml.safe_load(json.dumps(with_value(MINIMAL, "metadata.name", "new"))))
     assert parse_job(plane.kubectl.get("qlorajob", "plain")).problem == ""
 

@@ -100,7 +100,7 @@ def test_a_budget_ends_a_job_at_a_checkpoint_and_a_larger_one_continues_it(names
             lost = {"startup": "0.0333", "disruption": "0.00", "failure": "0.00", "suspension": "0.00"}
             assert usage["lostGpuHours"] == lost
 
-            await _change(api, name, {"budget": {"gpuHours": 9}, "retry": {"request": 1}})
+            await _change(api, name, {"budget": {"gpuHours": 9}, "retry": {"request": "a"}})
             await settle(new_operator(api), key)
             status = (await api.job(name))["status"]
             assert (status["step"]["name"], status["step"]["attempt"]) == ("train", 2)

@@ -146,7 +146,7 @@ def cases() -> Sequence[Case]:
         Case("failed", _stored(ended, retry={"maxFailures": 0}), "Degraded", "BadDataset: row 3 is cut", "retry"),
         Case(
             "retried a moment ago",
-            _stored(ended, generation=2, retry={"request": 1}),
+            _stored(ended, generation=2, retry={"request": "a"}),
             "Progressing",
             "the operator has not seen the latest change yet",
             "retry",
@@ -158,6 +158,5 @@ def changed_spec(body: dict[str, Any], action: str) -> dict[str, Any]:
     """The spec after the action: nothing else of the object may change."""
     spec = dict(body["spec"])
     if action == "retry":
-        before = spec.get("retry", {})
-        return spec | {"retry": before | {"request": before.get("request", 0) + 1}}
+        return spec | {"retry": spec.get("retry", {}) | {"request": "1970-01-01T00:00:00Z"}}
     return spec | {"suspend": action == "suspend"}

@@ -157,7 +157,7 @@ def test_a_job_trains_and_publishes_from_the_cache_and_clean_keeps_it(cache: Sha
     assert (base.origin, base.message) == ("downloaded", "")
     run(context)
     (cache.base / WEIGHTS).unlink()
-    with failing(ExitCode.MODEL_UNAVAILABLE, "no longer whole in the model cache", "raise spec.retry.request"):
+    with failing(ExitCode.MODEL_UNAVAILABLE, "no longer whole in the model cache", "set a new spec.retry.request"):
         published(context)
     assert (context.workspace.adapter / "adapter_model.safetensors").is_file()
     prepare(context, Recorded())

@@ -191,7 +191,7 @@ def test_the_job_that_publishes_the_best_has_what_was_changed_in_its_cell() -> N
     changed = {
         "gate": {"maxEvalLoss": 2.0, "score": {"check": "exactMatch"}},
         "resources": {"gpus": 1, "memory": "64Gi"},
-        "retry": {"maxFailures": 7, "maxDisruptions": 9, "request": 4},
+        "retry": {"maxFailures": 7, "maxDisruptions": 9},
         "activeDeadlineSeconds": 7200,
         "progressDeadlineSeconds": 600,
         "suspend": True,
@@ -202,7 +202,6 @@ def test_the_job_that_publishes_the_best_has_what_was_changed_in_its_cell() -> N
     assert (spec.gate.max_eval_loss, spec.resources.memory) == (2.0, "64Gi")
     assert (spec.active_deadline_seconds, spec.progress_deadline_seconds) == (7200, 600)
     assert (spec.retry.max_failures, spec.retry.max_disruptions) == (7, 9)
-    assert spec.retry.request is None, "it would be retried at once, when it fails"
     assert (spec.suspend, spec.cleanup_after_seconds) == (False, None)
     gated = sweep(OUTPUT | gate, grid={"rank": [8, 16]}, publish="best")
     best = cells("rates", gated, CLAIM)[0]

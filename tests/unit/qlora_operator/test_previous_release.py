@@ -24,7 +24,7 @@ from tests.support.builders import job_body, make_job, resolved, status_in
 PREVIOUS = Path(__file__).parents[2] / "support" / "previous_release"
 NEW_FIELDS: dict[str, Any] = {
     "scheduling": {"queueName": "gpus", "queuePriorityClassName": "high"},
-    "retry": {"request": 1, "onNoProgress": "restart"},
+    "retry": {"request": "a", "onNoProgress": "restart"},
     "progressDeadlineSeconds": 600,
 }
 

@@ -141,6 +141,6 @@ def test_the_failure_has_the_numbers_and_a_remedy() -> None:
         "spec.gate.maxEvalLoss is 1.2, and the held-out loss is 1.5000",
         "spec.gate.minScore is 0.95, and 0.94 of the adapter's answers to 50 held-out rows passed (of the base's 0.12)",
         "it stays in pvc://work/tune/trained",
-        "raise spec.retry.request",
+        "set a new spec.retry.request",
     ):
         assert words in failure.message

@@ -269,5 +269,6 @@ def open_prepared(folder: Path, split: Split) -> PreparedDataset:
         return PreparedDataset.open(folder, split)
     except ValueError as error:
         raise bad_dataset(
-            f"{first_line(error)}; raise spec.retry.request, or use qlora run --resume: prepare makes the rows again"
+            f"{first_line(error)}; set a new spec.retry.request, or use qlora run --resume: prepare makes the "
+            "rows again"
         ) from error

@@ -86,7 +86,8 @@ def gate_failure(gate: GateStatus, folder: str) -> StepFailure:
     return StepFailure(
         ExitCode.GATE_FAILED,
         f"{reasons}. The adapter is not published: it stays in {folder}, and report/report.html describes it. Train on "
-        "more or better data, or change the limits in spec.gate and raise spec.retry.request to publish it as it is",
+        "more or better data, or change the limits in spec.gate and set a new spec.retry.request to publish it as it "
+        "is",
     )
 
 

@@ -154,8 +154,8 @@ def _answer_row(answering: Answering, checker: AnswerChecker, prompt: Prompt, sp
             raise StepFailure(
                 ExitCode.GPU_OUT_OF_MEMORY,
                 f"the GPU ran out of memory while answers were scored ({first_line(error)}): the adapter is in "
-                "trained/ of the workspace. Use a GPU with more memory and raise spec.retry.request, or create a job "
-                f"with continues: {name} and a lower gate.score.maxNewTokens, which trains no further step",
+                "trained/ of the workspace. Use a GPU with more memory and set a new spec.retry.request, or create a "
+                f"job with continues: {name} and a lower gate.score.maxNewTokens, which trains no further step",
             ) from error
         raise bad_configuration(
             f"spec.gate.score: the model could not answer ({first_line(error)}). The adapter is in trained/ of the "

@@ -272,9 +272,9 @@ def _out_of_memory(job: QLoRAJob, step: StepName) -> str:
         resources = job.status.resolved.profile.resources
         limit = {"prepare": resources.prepare, "train": resources.train}.get(step, resources.publish).memory
     remedy = (
-        "raise spec.resources.memory, and spec.retry.request to retry the job"
+        "raise spec.resources.memory, and set a new spec.retry.request to retry the job"
         if step == "train"
-        else f"ask the administrator to raise resources.{step}.memory of the profile, then raise spec.retry.request"
+        else f"ask the administrator to raise resources.{step}.memory of the profile, then set a new spec.retry.request"
     )
     return f"the {step} pod was killed because it exceeded its memory limit of {limit}: {remedy}"
 

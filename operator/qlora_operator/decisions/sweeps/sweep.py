@@ -114,7 +114,7 @@ class CellJob:
     stopped_by_sweep: bool = False
     """Whether its sweep has stopped it for good; if a user resumes it, it runs on."""
     retried: bool = False
-    """Whether a user has raised retry.request: it continues with the next pass."""
+    """Whether a user has set a new retry.request: it continues with the next pass."""
     progress: str = ""
     total_steps: int = 0
     """Optimizer steps of its run; 0 if that is not known."""
@@ -208,7 +208,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         status = QLoRAJobStatus()
     phase = "Pending" if status.phase is None or status.phase not in _PHASES else status.phase
     spec = body.get("spec") or {}
-    request = (spec.get("retry") or {}).get("request") or 0
+    request = (spec.get("retry") or {}).get("request")
     progress, adapter, failed = status.progress, status.adapter, condition(status, "Failed")
     usage = status.usage or UsageStatus()
     return CellJob(
@@ -218,7 +218,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         suspend=bool(spec.get("suspend")),
         suspended_by_sweep=SUSPENDED_ANNOTATION in annotations,
         stopped_by_sweep=STOPPED_ANNOTATION in annotations,
-        retried=phase == "Failed" and request > (status.retry_request or 0),
+        retried=phase == "Failed" and request not in (None, status.retry_request),
         progress=progress.summary if progress else "",
         total_steps=progress.total_steps if progress else 0,
         evaluations=tuple((found.step, found.eval_loss) for found in (progress and progress.evaluations) or ()),

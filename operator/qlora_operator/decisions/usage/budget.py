@@ -151,7 +151,7 @@ def _judged(status: QLoRAJobStatus, job: QLoRAJob) -> QLoRAJobStatus:
 def _exceeded(status: QLoRAJobStatus, job: QLoRAJob, allowed: float) -> str:
     return (
         f"the train pods have used {hours_text(used_seconds(status))} GPU hours, and {hours_text(allowed)} are "
-        f"allowed: {_remedy(job, status)}, and spec.retry.request to continue from the checkpoint"
+        f"allowed: {_remedy(job, status)}, and set a new spec.retry.request to continue from the checkpoint"
     )
 
 

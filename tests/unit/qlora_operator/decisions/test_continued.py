@@ -169,7 +169,7 @@ def test_the_job_that_publishes_a_sweeps_cell_uses_the_trainer_of_that_cell() ->
     # Its first failure is likely in prepare, which first uses the credentials.
     ended = [condition("Failed", "True", reason="BadConfiguration"), condition("Succeeded", "False")]
     failed = status_in("prepare", resolved=resolved().dump(), conditions=ended)
-    retried = follow(best(failed, retry={"request": 1}), profiles=NEWER)
+    retried = follow(best(failed, retry={"request": "a"}), profiles=NEWER)
     assert (retried.phase, image(retried)) == ("Pending", PROFILE.image)
     # A continued job of another kind is retried with today's trainer, and its message states it.
     for another in (parse_job(cell_body), of_sweep(cell_body, OTHER_UID.replace("f", "e"))):
@@ -226,7 +226,7 @@ def test_a_retried_job_mounts_the_other_run_only_if_it_still_needs_it(
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
     stored = status_in(step, resolved=fixed, conditions=conditions)
 
-    status = follow(make_job(stored, continues="other", retry={"request": 1}), profiles={"default": cached})
+    status = follow(make_job(stored, continues="other", retry={"request": "a"}), profiles={"default": cached})
 
     assert status.resolved is not None
     assert present(status.step).job_name == f"{NAME}-prepare-2"

@@ -86,8 +86,8 @@ def test_a_job_is_deleted_by_its_own_time_its_profiles_and_its_limit(
 
 
 def test_a_retried_job_is_not_deleted() -> None:
-    assert seconds_to_deletion(make_job(FAILED, ttlSecondsAfterFinished=0, retry={"request": 1})) is None
-    assert seconds_to_deletion(make_job(FINISHED, ttlSecondsAfterFinished=0, retry={"request": 1})) == 0
+    assert seconds_to_deletion(make_job(FAILED, ttlSecondsAfterFinished=0, retry={"request": "a"})) is None
+    assert seconds_to_deletion(make_job(FINISHED, ttlSecondsAfterFinished=0, retry={"request": "a"})) == 0
 
 
 def planned(status: QLoRAJobStatus, *bodies: Any, at: float = 100, **spec: Any) -> tuple[Action, ...] | None:

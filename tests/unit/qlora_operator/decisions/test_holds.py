@@ -76,9 +76,9 @@ def test_a_new_job_starts_when_the_pause_ends() -> None:
 def test_a_failed_job_is_retried_when_the_pause_ends() -> None:
     end = (child("train", Failed="x"), failed("train", 10, "BadConfiguration", "the rank"))
     stored = follow(make_job(status_in("train")), *end)
-    held = follow(paused(stored, retry={"request": 1}), *end, profiles=PAUSED)
+    held = follow(paused(stored, retry={"request": "a"}), *end, profiles=PAUSED)
     assert (held.phase, reason_of(held, "Stalled")) == ("Failed", "ProfilePaused")
-    assert follow(make_job(held, retry={"request": 1}), *end).phase != "Failed"
+    assert follow(make_job(held, retry={"request": "a"}), *end).phase != "Failed"
 
 
 def test_a_suspension_by_the_user_is_reported_before_a_pause() -> None:
@@ -107,7 +107,7 @@ def test_a_canary_gets_its_share_of_the_new_jobs_and_no_started_one() -> None:
 def test_a_retried_job_changes_its_image_only_before_it_has_a_run(prepared: bool) -> None:
     step: StepName = "train" if prepared else "prepare"
     stored = follow(make_job(status_in(step)), child(step, Failed="x"), failed(step, 10, "BadConfiguration", "x"))
-    status = follow(make_job(stored, retry={"request": 1}), profiles=canary(100))
+    status = follow(make_job(stored, retry={"request": "a"}), profiles=canary(100))
     assert present(status.resolved).canary is (None if prepared else True)
 
 

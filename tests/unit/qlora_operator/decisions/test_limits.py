@@ -197,7 +197,7 @@ def test_a_retry_after_a_rejected_pod_waits_and_keeps_its_attempts() -> None:
     bodies = [child("train", Failed="PodFailurePolicy"), pod("train", phase="Failed", reason="OutOfcpu"), failure]
     stored = follow(make_job(status_in("train")), *bodies, now=after(-590))
     assert stored.phase == "Failed"
-    job = make_job(stored, retry={"request": 1})
+    job = make_job(stored, retry={"request": "a"})
     for moment, reason, created in ((-540, "PodRejected", 0), (-539, "Queued", 1)):
         status = follow(job, *bodies, now=after(moment))
         assert reason_of(status) == reason

@@ -48,7 +48,7 @@ def failed_job(**spec: Any) -> QLoRAJobStatus:
     return follow(make_job(status_in("publish", failures=2, disruptions=3), **spec), *FORBIDDEN)
 
 
-def take_up(stored: QLoRAJobStatus, request: int = 1, /, *bodies: Any, **more: Any) -> QLoRAJobStatus:
+def take_up(stored: QLoRAJobStatus, request: str = "a", /, *bodies: Any, **more: Any) -> QLoRAJobStatus:
     profiles = more.pop("profiles", {"default": PROFILE})
     return follow(make_job(stored, retry={"request": request}, **more), *(bodies or FORBIDDEN), profiles=profiles)
 
@@ -57,41 +57,41 @@ def test_a_job_that_names_an_object_reserved_by_a_profile_is_not_retried() -> No
     spec: dict[str, Any] = {"output": {"destination": "s3://team/a", "secretRef": {"name": "login"}}}
     proxy = {"httpsProxy": "http://proxy:3128", "proxySecretName": "login"}
     today = {"default": Profile.model_validate(PROFILE.dump() | proxy)}
-    status = take_up(failed_job(**spec), 1, profiles=today, **spec)
+    status = take_up(failed_job(**spec), profiles=today, **spec)
     assert (status.phase, reason_of(status, "Stalled")) == ("Failed", "SecretNotAllowed")
     assert take_up(failed_job(**spec), **spec).phase == "Publishing"
 
 
-def test_a_raised_request_retries_the_job_at_the_failed_step() -> None:
+def test_a_new_request_retries_the_job_at_the_failed_step() -> None:
     status = take_up(failed_job())
 
     assert status.step is not None
     assert (status.step.job_name, status.step.job_uid, status.step.counted_pod) == (f"{NAME}-publish-2", "", "")
-    assert (status.phase, status.completion_time, status.retry_request) == ("Publishing", None, 1)
+    assert (status.phase, status.completion_time, status.retry_request) == ("Publishing", None, "a")
     assert (status.failures, status.disruptions) == (0, 0)
     expected = {"Prepared": "True", "Failed": "False", "Stalled": "False", "Succeeded": "Unknown"}
     assert expected.items() <= conditions_of(status).items()
     assert "Failed" not in message_of(status)
     # The next Job gets another number, and is made as soon as no pod is left.
-    job = make_job(status, retry={"request": 1})
+    job = make_job(status, retry={"request": "a"})
     assert plan_of(job, status, seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
 
 
-def test_the_same_or_a_lower_request_retries_nothing() -> None:
-    stored = failed_job().model_copy(update={"retry_request": 2})
-    for request in (0, 1, 2):
-        assert take_up(stored, request).phase == "Failed"
-    assert follow(make_job(stored), *FORBIDDEN).phase == "Failed"
-    assert take_up(stored, 3).phase == "Publishing"
+def test_only_another_request_than_the_last_one_retries_the_job() -> None:
+    """A GitOps tool may set any earlier text, or remove it."""
+    stored = failed_job().model_copy(update={"retry_request": "2"})
+    removed = follow(make_job(stored), *FORBIDDEN)
+    assert [take_up(each, "2").phase for each in (stored, removed)] == ["Failed", "Failed"]
+    assert take_up(removed, "1").phase == "Publishing"
 
 
 def test_a_request_that_was_made_before_the_failure_is_spent() -> None:
-    begun = make_job(status_in("publish"), retry={"request": 5})
+    begun = make_job(status_in("publish"), retry={"request": "5"})
     stored = follow(make_job(status_in("publish")), child("publish"), running(pod("publish")))
-    stored = follow(make_job(stored, retry={"request": 5}), child("publish"), running(pod("publish")))
-    assert (stored.retry_request, stored.step and stored.step.attempt, begun.name) == (5, 1, NAME)
-    end = follow(make_job(stored, retry={"request": 5}), *FORBIDDEN)
-    assert take_up(end, 5).phase == "Failed"
+    stored = follow(make_job(stored, retry={"request": "5"}), child("publish"), running(pod("publish")))
+    assert (stored.retry_request, stored.step and stored.step.attempt, begun.name) == ("5", 1, NAME)
+    end = follow(make_job(stored, retry={"request": "5"}), *FORBIDDEN)
+    assert take_up(end, "5").phase == "Failed"
 
 
 def test_a_job_that_succeeded_is_not_retried() -> None:
@@ -156,7 +156,7 @@ def test_a_job_that_has_prepared_nothing_uses_the_current_image_too() -> None:
     broken = (child("prepare", Failed="PodFailurePolicy"), failed("prepare", 10, "BadConfiguration", "old"))
     newer = Profile.model_validate(PROFILE.dump() | {"image": "example.org/newer"})
     stored = follow(make_job(status_in("prepare")), *broken)
-    status = take_up(stored, 1, *broken, profiles={"default": newer})
+    status = take_up(stored, "a", *broken, profiles={"default": newer})
     assert status.resolved is not None
     assert (status.resolved.profile, status.resolved.contract_version) == (newer, needed_contract(1))
 
@@ -168,17 +168,17 @@ def test_no_number_of_a_job_is_used_twice() -> None:
     training = many.model_copy(update={"step": step_status("train")})
     broken = (child("train", Failed="PodFailurePolicy"), failed("train", 14, "Diverged", "the loss is not finite"))
     stored = follow(make_job(training), *broken)
-    status = take_up(stored, 1, child("clean"), *broken)
+    status = take_up(stored, "a", child("clean"), *broken)
     assert present(status.step).job_name == f"{NAME}-prepare-8"
     begun = status.model_copy(update={"step": step_status("prepare", 8)})
     again = (child("prepare", 8, Complete=""), succeeded("prepare", 8), *broken)
-    status = follow(make_job(begun, retry={"request": 1}), *again)
+    status = follow(make_job(begun, retry={"request": "a"}), *again)
     assert (present(status.step).job_name, status.last_failure) == (f"{NAME}-train-8", None)
 
 
 def test_each_end_of_a_job_has_a_separate_clean_up() -> None:
     cleaned = child("clean", Complete="")
-    job = make_job(take_up(failed_job(cleanupAfterSeconds=0), 1, cleaned), retry={"request": 1})
+    job = make_job(take_up(failed_job(cleanupAfterSeconds=0), "a", cleaned), retry={"request": "a"})
     actions = plan_of(job, follow(job, cleaned), seen(cleaned), NOW).actions
     assert DeleteJob(f"{NAME}-clean-1", cleaned["metadata"]["uid"]) in actions
 
@@ -190,7 +190,7 @@ def test_each_end_of_a_job_has_a_separate_clean_up() -> None:
 def test_a_job_without_its_base_model_or_rows_restarts_at_prepare(step: StepName, code: int, reason: str) -> None:
     gone = (child(step, Failed="PodFailurePolicy"), failed(step, code, reason, "gone"))
     stored = follow(make_job(status_in(step)), *gone)
-    status = take_up(stored, 1, *gone)
+    status = take_up(stored, "a", *gone)
     assert present(status.step).name == "prepare"
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
     status = take_up(failed_job(), profiles={"default": cached})
@@ -200,7 +200,7 @@ def test_a_job_without_its_base_model_or_rows_restarts_at_prepare(step: StepName
 def test_a_step_that_could_not_start_uses_the_current_profile_on_request() -> None:
     mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended"})
     stored = follow(make_job(status_in("prepare")), child("prepare"), pod("prepare"))
-    status = take_up(stored, 1, child("prepare"), pod("prepare"), profiles={"default": mended})
+    status = take_up(stored, "a", child("prepare"), pod("prepare"), profiles={"default": mended})
     assert status.step is not None
     assert (present(status.resolved).profile, status.step.job_name) == (mended, f"{NAME}-prepare-2")
 
@@ -219,7 +219,7 @@ def test_a_profile_is_not_fixed_before_anything_exists() -> None:
 def test_after_a_clean_up_it_restarts_at_prepare(cleaning: dict[str, Any]) -> None:
     stored = failed_job(cleanupAfterSeconds=0)
 
-    status = take_up(stored, 1, cleaning)
+    status = take_up(stored, "a", cleaning)
 
     assert status.step is not None
     assert (status.step.name, status.step.job_name) == ("prepare", f"{NAME}-prepare-2")
@@ -228,7 +228,7 @@ def test_after_a_clean_up_it_restarts_at_prepare(cleaning: dict[str, Any]) -> No
 
 
 def test_a_clean_up_that_runs_is_stopped_first() -> None:
-    job = make_job(failed_job(cleanupAfterSeconds=0), retry={"request": 1})
+    job = make_job(failed_job(cleanupAfterSeconds=0), retry={"request": "a"})
     cleaning = child("clean")
     status = follow(job, cleaning)
     uid = cleaning["metadata"]["uid"]
@@ -238,7 +238,7 @@ def test_a_clean_up_that_runs_is_stopped_first() -> None:
 def test_a_suspended_job_is_retried_when_it_is_resumed() -> None:
     status = take_up(failed_job(), suspend=True)
     assert status.phase == "Suspended"
-    job = make_job(status, retry={"request": 1})
+    job = make_job(status, retry={"request": "a"})
     assert plan_of(job, follow(job, *FORBIDDEN), seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
 
 
@@ -315,7 +315,7 @@ def test_a_rejected_adapter_is_checked_again_by_the_current_gate() -> None:
     assert (stored.phase, reason_of(stored, "Failed"), stored.gate) == ("Failed", "GateFailed", JUDGED)
     assert "minImprovement is 0.5" in message_of(stored, "Failed")
     for gate, read in ((MILD, MILD), (None, None)):
-        spec: dict[str, Any] = {"dataset": GATED, "retry": {"request": 1}} | ({} if gate is None else {"gate": gate})
+        spec: dict[str, Any] = {"dataset": GATED, "retry": {"request": "a"}} | ({} if gate is None else {"gate": gate})
         status = follow(make_job(stored, **spec), *seen_then)
         assert (status.phase, present(status.step).job_name, status.gate) == ("Publishing", f"{NAME}-publish-2", None)
         assert gate_read(make_job(status, **spec), status) == read

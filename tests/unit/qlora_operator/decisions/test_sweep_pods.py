@@ -117,7 +117,7 @@ def test_a_cell_that_does_not_go_on_never_stops_the_others(doing: str) -> None:
 
 def test_a_failed_cell_that_is_retried_is_waited_for() -> None:
     found = Pod()
-    found.cells[SECOND] = cell_body("failed", SECOND, retry={"request": 1})
+    found.cells[SECOND] = cell_body("failed", SECOND, retry={"request": "a"})
     assert found.then().status.cells == ()
 
 

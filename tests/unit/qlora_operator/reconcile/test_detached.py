@@ -111,7 +111,7 @@ def test_a_retried_job_waits_for_the_detached_pod_of_its_failure(
     cluster.jobs = []
     reconcile(cluster, shown(cluster), after(41))
     assert cluster.status.phase == "Failed"
-    _spec_changed(cluster, activeDeadlineSeconds=1000, retry={"request": 1})
+    _spec_changed(cluster, activeDeadlineSeconds=1000, retry={"request": "a"})
     for second in (42, 43, 58):
         assert reconcile(cluster, shown(cluster), after(second)) == 15
         assert (_created(cluster), reason_of(cluster.status)) == ([], "PodDetached")

@@ -103,7 +103,7 @@ def test_a_replaced_job_is_not_counted_with_its_successor() -> None:
     assert counted("qlora_jobs_without_progress") == 0
 
 
-@pytest.mark.parametrize("spec", [{}, {"cleanupAfterSeconds": 0}, {"retry": {"request": 1}}], ids=str)
+@pytest.mark.parametrize("spec", [{}, {"cleanupAfterSeconds": 0}, {"retry": {"request": "a"}}], ids=str)
 def test_nothing_is_created_for_a_job_that_is_being_deleted(spec: dict[str, Any]) -> None:
     for status in (QLoRAJobStatus(), status_in("train"), FAILED):
         cluster = stored(status, **spec)

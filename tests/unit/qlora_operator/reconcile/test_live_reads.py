@@ -116,7 +116,7 @@ def test_a_job_that_lost_its_label_is_not_created_again() -> None:
 
 
 def test_a_failed_job_that_waits_for_a_place_is_still_cleaned_up() -> None:
-    cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0, retry={"request": 1}))
+    cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0, retry={"request": "a"}))
     until_it_waits(full(cluster, Store()))
     assert cluster.writes[0] == "Job"
     assert cluster.status.phase == "Failed"
@@ -125,7 +125,7 @@ def test_a_failed_job_that_waits_for_a_place_is_still_cleaned_up() -> None:
 def test_a_request_that_only_a_live_read_shows_waits_for_a_place_too() -> None:
     cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0))
     store = shown(cluster)
-    asked = {"spec": cluster.job["spec"] | {"retry": {"request": 1}}}
+    asked = {"spec": cluster.job["spec"] | {"retry": {"request": "a"}}}
     cluster.job |= asked | {"metadata": cluster.job["metadata"] | {"generation": 2, "resourceVersion": "8"}}
     assert until_it_waits(full(cluster, store, after(10))) == SECONDS_BETWEEN_LOOKS
     assert (cluster.status.phase, reason_of(cluster.status, "Stalled")) == ("Failed", "JobLimitReached")

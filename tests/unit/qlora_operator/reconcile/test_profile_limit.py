@@ -130,16 +130,16 @@ def test_a_namespace_learns_only_of_profiles_that_it_may_use() -> None:
 def test_a_failed_job_is_retried_only_within_the_current_limits() -> None:
     ends = (child("publish", Failed="PodFailurePolicy"), failed("publish", 10, "BadConfiguration", "the key expired"))
     stored, profiles = follow(make_job(status_in("publish")), *ends), limited(limits={"jobs": 1})
-    job = make_job(stored, retry={"request": 1})
+    job = make_job(stored, retry={"request": "a"})
     assert limit_of_jobs(job, profiles) == 1
     held = follow(job, profiles=profiles, jobs_of_profile=1)
     assert (held.phase, reason_of(held, "Stalled"), held.retry_request) == ("Failed", "JobLimitReached", None)
     assert held_back(facts(job, profiles=profiles, jobs_of_profile=1)) is not None
     elsewhere = limited(allowedNamespaces=OTHERS, limits={"jobs": 1})
     assert held_back(facts(job, profiles=elsewhere, jobs_of_profile=1)) is None, "nobody's end would help"
-    assert follow(make_job(held, retry={"request": 1}), profiles=profiles).phase == "Publishing"
+    assert follow(make_job(held, retry={"request": "a"}), profiles=profiles).phase == "Publishing"
     # A request that is withdrawn leaves the failure as the reason.
-    withdrawn = follow(make_job(held, generation=2, retry={"request": 0}), profiles=profiles, jobs_of_profile=1)
+    withdrawn = follow(make_job(held, generation=2), profiles=profiles, jobs_of_profile=1)
     assert reason_of(withdrawn, "Stalled") == reason_of(stored, "Stalled") == "BadConfiguration"
     assert message_of(withdrawn, "Stalled") == message_of(stored, "Stalled")
     assert follow(job, profiles=limited(allowedNamespaces=OTHERS)).phase == "Failed"
@@ -273,7 +273,7 @@ def test_a_job_that_waits_for_its_retry_is_not_settled() -> None:
     ends = (child("publish", Failed="PodFailurePolicy"), failed("publish", 10, "BadConfiguration", "the key expired"))
     stored = follow(make_job(status_in("publish")), *ends)
     assert is_settled(make_job(stored), Observed())
-    assert not is_settled(make_job(stored, retry={"request": 1}), Observed())
+    assert not is_settled(make_job(stored, retry={"request": "a"}), Observed())
 
 
 def test_a_full_count_expires() -> None:

@@ -220,7 +220,7 @@ def test_a_sweep_is_deleted_so_many_seconds_after_its_end_and_no_cell_before() -
     assert namespace.get("qlorajobs", "rates-00") is not None, "its owner takes it along"
 
 
-@pytest.mark.parametrize("spec", [{"cleanupAfterSeconds": 10}, {"retry": {"request": 1}}], ids=str)
+@pytest.mark.parametrize("spec", [{"cleanupAfterSeconds": 10}, {"retry": {"request": "a"}}], ids=str)
 def test_a_sweep_waits_for_the_clean_up_and_the_retry_of_its_cells(spec: dict[str, Any]) -> None:
     namespace = ended(phase="Failed", ttlSecondsAfterFinished=0)
     found = namespace.job("rates-00")

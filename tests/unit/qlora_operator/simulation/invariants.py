@@ -24,7 +24,7 @@ from tests.unit.qlora_operator.simulation.kubelet import Kubelet, Run, read_fold
 
 STEPS = ("prepare", "train", "publish", "clean")
 _ENDED = ("Succeeded", "Failed")
-_NEVER_LESS = ("firstAttempt", "activeSeconds", "highestAttempt", "retryRequest")
+_NEVER_LESS = ("firstAttempt", "activeSeconds", "highestAttempt")
 
 
 class Invariants:
@@ -352,7 +352,7 @@ def _policy(owner: Object) -> Object:
 
 def _is_retried(status: Object, spec: Object) -> bool:
     """Whether the user has asked for a retry after the failure."""
-    return ((spec.get("retry") or {}).get("request") or 0) > (status.get("retryRequest") or 0)
+    return (spec.get("retry") or {}).get("request") not in (None, status.get("retryRequest"))
 
 
 def _place(status: Object) -> tuple[int, int]:

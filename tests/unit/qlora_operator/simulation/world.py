@@ -106,9 +106,9 @@ class World:
             self.api.remove(kind, body["metadata"]["name"])
 
     def retry(self, job: Object) -> None:
-        """A user raises the request of a retry."""
+        """A user requests a retry."""
         retry = job["spec"].get("retry") or {}
-        self.change("qlorajobs", job, retry={**retry, "request": retry.get("request", 0) + 1})
+        self.change("qlorajobs", job, retry={**retry, "request": self.agenda.stamp()})
 
     def delete_child(self, job: Object) -> None:
         """A user deletes the Job: what its pods have done may not count."""

@@ -248,5 +248,5 @@ def require_whole_in_cache(folder: Path, cache: Path | None) -> None:
     except DamagedCacheError as error:
         raise model_unavailable(
             f"the base model is no longer whole in the model cache ({error}): nothing may delete or change files there "
-            "while jobs run; raise spec.retry.request, and prepare makes it again"
+            "while jobs run; set a new spec.retry.request, and prepare makes it again"
         ) from error

@@ -73,7 +73,7 @@ def reject_if_stuck(attempts: Sequence[Attempt], from_step: int, job_attempt: in
         raise StepFailure(
             ExitCode.RETRIES_EXHAUSTED,
             f"{len(stuck)} attempts in a row were killed before a checkpoint after step {from_step}: give the pod more "
-            "memory or time to stop, and raise spec.retry.request; or create the job again with a lower "
+            "memory or time to stop, and set a new spec.retry.request; or create the job again with a lower "
             "spec.training.saveEverySteps",
         )
 

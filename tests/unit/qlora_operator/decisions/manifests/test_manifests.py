@@ -126,7 +126,7 @@ def test_the_document_is_fixed_when_the_job_starts() -> None:
 def test_the_document_has_no_operator_only_field() -> None:
     spec: dict[str, Any] = {
         "scheduling": {"queueName": "gpus"},
-        "retry": {"request": 1, "onNoProgress": "restart"},
+        "retry": {"request": "a", "onNoProgress": "restart"},
         "progressDeadlineSeconds": 600,
         "suspend": False,
     }

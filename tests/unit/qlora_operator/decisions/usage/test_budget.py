@@ -146,7 +146,7 @@ def test_a_job_that_has_used_its_budget_stops_at_a_checkpoint() -> None:
     assert (status.phase, reason_of(status)) == ("Failed", "BudgetExceeded")
     assert message_of(status) == (
         "the train pods have used 1.50 GPU hours, and 1.50 are allowed: raise spec.budget.gpuHours, and "
-        "spec.retry.request to continue from the checkpoint"
+        "set a new spec.retry.request to continue from the checkpoint"
     )
     assert status.usage is not None
     assert (status.usage.gpu_seconds, status.usage.cost, status.active_seconds) == (5400, "3.75 EUR", 5400)
@@ -165,7 +165,7 @@ def test_a_retry_with_a_larger_budget_keeps_the_counted_hours() -> None:
     stopped = follow(make_job(failed, budget={"gpuHours": 0.5}), deleted(saved, 0), now=after(70))
     assert present(stopped.usage).gpu_seconds == 3660
 
-    again: dict[str, Any] = {"retry": {"request": 1}}
+    again: dict[str, Any] = {"retry": {"request": "a"}}
     same = follow(make_job(stopped, budget={"gpuHours": 0.5}, **again), deleted(saved, 0), now=after(80))
     assert reason_of(same) == "BudgetExceeded"
     more = follow(make_job(stopped, budget={"gpuHours": 2}, **again), deleted(saved, 0), now=after(80))
