@@ -1,6 +1,7 @@
 """QLoRAJob manifests for tests, as plain objects."""
 
 import copy
+import math
 from typing import Any
 
 Manifest = dict[str, Any]
@@ -109,6 +110,20 @@ MIXED: Manifest = {
             "eval": {"fraction": 0.1, "overlap": "fail"},
             "deduplicate": True,
         },
+    },
+}
+
+# The schema of a weight admits every float from the smallest to a million.
+_WEIGHTS = (2e-4, 2.5e-05, 1e-7, 0.1, 0.30000000000000004, 1 / 3, 1.0, 1e6, math.nextafter(1e6, 0), 5e-324)
+# With numbers that clients write in several ways, or may round.
+NUMBERS: Manifest = {
+    **MINIMAL,
+    "spec": {
+        "model": {"source": "hf://org/model"},
+        "dataset": {"mix": [{"source": "pvc://data/rows", "format": "auto", "weight": each} for each in _WEIGHTS]},
+        "lora": {"dropout": 0.30000000000000004},
+        "training": {"learningRate": 1e-7, "weightDecay": 1.0},
+        "budget": {"gpuHours": 1e6},
     },
 }
 

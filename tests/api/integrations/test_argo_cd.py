@@ -13,7 +13,8 @@ from devcluster.controlplane import ControlPlane
 from devcluster.layout import from_environment
 from gitops import generate
 from tests.support.cluster.nodeless import NAMESPACE, Nodeless
-from tests.support.manifests import MINIMAL, Manifest, with_value
+from tests.support.cluster.phases import cases
+from tests.support.manifests import MINIMAL, NUMBERS, Manifest, with_value
 
 SWEEP = yaml.safe_load((generate.ARGO_CD / "sweep.yaml").read_text())
 
@@ -56,13 +57,26 @@ def test_the_next_sync_keeps_a_suspension_that_the_manifest_leaves_out(
 
 
 @pytest.mark.slow
+def test_argo_cds_lua_has_what_the_health_and_the_actions_use() -> None:
+    kind = {key: MINIMAL[key] for key in ("apiVersion", "kind")}
+    told = ask(objects=[kind | case.body for case in cases()])["objects"]
+    found = [(each["health"]["status"], list(each["actions"])) for each in told]
+    assert found == [(case.health, [case.action] if case.action else []) for case in cases()]
+
+
+@pytest.mark.slow
 def test_argo_cd_sees_drift_only_in_fields_that_the_manifest_has(operated: Nodeless) -> None:
     manifest = MINIMAL | {"metadata": {"name": "argo-drift", "namespace": NAMESPACE}}
     awake = with_value(manifest, "spec.suspend", False)
+    numbers = NUMBERS | {"metadata": {"name": "argo-numbers", "namespace": NAMESPACE}}
 
     def drifted(desired: Manifest) -> bool:
-        return bool(ask(compared=[{"desired": desired, "live": operated.job("argo-drift")}])["drifted"][0])
+        live = operated.job(desired["metadata"]["name"])
+        return bool(ask(compared=[{"desired": desired, "live": live}])["drifted"][0])
 
+    synced(operated, numbers)
+    assert not drifted(numbers)
+    assert drifted(with_value(numbers, "spec.lora.dropout", 0.3))
     synced(operated, manifest)
     operated.wait_for_phase("argo-drift", "Preparing")
     assert not drifted(manifest)

@@ -52,6 +52,8 @@ def fingerprint(changes: dict[str, Any] | None = None, inputs: ResolvedInputs = 
             {"dataset": {"eval": {"source": "pvc://data/b.jsonl", "overlap": "report"}}},
         ),
         ({"training": {"objective": "dpo"}}, {"training": {"objective": "dpo", "preference": {}}}),
+        # As Go writes a 1.0.
+        ({"training": {"weightDecay": 1.0}}, {"training": {"weightDecay": 1}}),
         ({"training": {"objective": "dpo"}}, {"training": {"objective": "dpo", "preference": {"beta": 0.1}}}),
     ],
 )
