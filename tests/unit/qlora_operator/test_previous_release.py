@@ -48,12 +48,16 @@ def spec_of(crd: dict[str, Any]) -> dict[str, Any]:
 
 
 def added(new: dict[str, Any], old: dict[str, Any], path: str = "spec") -> dict[str, dict[str, Any]]:
-    """Return new fields' schemas by path. Fail if a field is gone or became required."""
+    """Return new fields' schemas by path. Fail if docs/reference/api-stability.md forbids a change."""
     found: dict[str, dict[str, Any]] = {}
     before, after = old.get("properties", {}), new.get("properties", {})
-    lost = before.keys() - after.keys()
-    assert not lost, f"{path} has lost {lost}"
+    assert before.keys() <= after.keys(), f"{path} has lost {before.keys() - after.keys()}"
     assert set(new.get("required", ())) <= set(old.get("required", ())), f"{path} requires more than before"
+    for part in ("type", "default"):
+        assert new.get(part) == old.get(part), f"{path} has another {part}"
+    assert set(new.get("enum", ())) >= set(old.get("enum", ())), f"{path} has lost a value"
+    if "items" in old:
+        found |= added(new["items"], old["items"], f"{path}[]")
     for name, schema in after.items():
         if name in before:
             found |= added(schema, before[name], f"{path}.{name}")
@@ -62,7 +66,7 @@ def added(new: dict[str, Any], old: dict[str, Any], path: str = "spec") -> dict[
     return found
 
 
-def test_a_new_field_has_no_default() -> None:
+def test_fields_are_only_added_and_a_new_one_has_no_default() -> None:
     previous = yaml.safe_load((PREVIOUS / "qlorajobs.qlora.dev.yaml").read_text())
     fields = added(spec_of(custom_resource_definition()), spec_of(previous))
     assert [path for path, schema in fields.items() if "default" in schema] == []
