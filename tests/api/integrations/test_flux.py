@@ -12,7 +12,7 @@ from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
 from tests.support.cluster.nodeless import NAMESPACE, Nodeless
 from tests.support.cluster.phases import cases
-from tests.support.manifests import MINIMAL, Manifest, with_value
+from tests.support.manifests import MINIMAL, NUMBERS, Manifest, with_value
 from tests.support.services.flux import FLUX, Flux, kustomize_controller
 from tests.support.waiting import eventually
 
@@ -20,7 +20,7 @@ IN_NAMESPACE = f"--namespace={NAMESPACE}"
 
 
 def named(name: str) -> Manifest:
-    return MINIMAL | {"metadata": {"name": name, "namespace": NAMESPACE}}
+    return NUMBERS | {"metadata": {"name": name, "namespace": NAMESPACE}}
 
 
 def probe(expressions: dict[str, str]) -> dict[str, Any]:
@@ -101,6 +101,9 @@ def started(flux: Flux, cluster: Nodeless, name: str) -> None:
 @pytest.mark.slow
 def test_waiting_for_started_ends_while_the_job_runs_and_shows_a_later_failure(flux: Flux, operated: Nodeless) -> None:
     started(flux, operated, "flux-started")
+    flux.reconcile("flux-started")
+    applied = operated.kubectl("events", "--for=kustomization/flux-started", "--namespace=flux-system")
+    assert (applied.count("created"), applied.count("configured")) == (1, 0), "the same numbers are no drift"
     operated.fail("flux-started", "prepare", 11, "BadDataset", "no such file")
     operated.wait_for_phase("flux-started", "Failed")
     assert flux.ready("flux-started")[0] == "True", "Flux looks again at its interval only"
