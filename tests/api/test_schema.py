@@ -136,6 +136,7 @@ CHANGES = {
     "queue": with_value(FULL, "spec.scheduling.queueName", "gpus"),
     "another run to continue": with_value(FULL, "spec.continues", "other"),
     "no run to continue": without(FULL, "spec.continues"),
+    "controller": with_value(FULL, "spec.managedBy", "example.org/controller"),
     "optional field added": with_value(FULL, "spec.dataset.columns.system", "role"),
 }
 

@@ -153,6 +153,10 @@ REJECTED = {
         with_value(SWEEP, f"{TEMPLATE}.ttlSecondsAfterFinished", 60),
         "set ttlSecondsAfterFinished of the sweep and not of its template",
     ),
+    "a controller of the cells": (
+        with_value(SWEEP, f"{TEMPLATE}.managedBy", "qlora.dev/operator"),
+        "set managedBy of the sweep and not of its template",
+    ),
     "a merged model deleted with the claim": (
         with_value(TASKS, f"{TEMPLATE}.workspace.persistentVolumeClaimRetentionPolicy.whenFinished", "Delete"),
         "set a destination in each output of cells",
@@ -192,6 +196,7 @@ CHANGES = {
     "a mutable field of a job": (f"{TEMPLATE}.retry", {"maxFailures": 1}),
     "the grid": ("spec.grid.rank", [8, 16, 32]),
     "halving": ("spec.halving", {"minSteps": 10}),
+    "the controller": ("spec.managedBy", "example.org/controller"),
 }
 
 

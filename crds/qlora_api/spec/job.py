@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.kubernetes_values import DNS_LABEL
+from qlora_api.kubernetes_values import DNS_LABEL, ManagedBy
 from qlora_api.retention import TtlSeconds
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.spec.dataset import DatasetSpec
@@ -218,6 +218,11 @@ class QLoRAJobSpec(ApiModel):
         default=None,
         description="Seconds from the end to the deletion of the QLoRAJob with its Jobs and pods; the profile's if not "
         "set, or never. A clean-up that is due by then comes first.",
+    )
+    managed_by: ManagedBy | None = Field(
+        default=None,
+        description="The controller of this job, as in a Job of Kubernetes: qlora.dev/operator or not set is this "
+        "operator, which leaves a job with another value alone.",
     )
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from qlora_api.joinable import MAX_TOGETHER, not_together, rules_of_template
-from qlora_api.kubernetes_values import DNS_LABEL
+from qlora_api.kubernetes_values import DNS_LABEL, ManagedBy
 from qlora_api.retention import TtlSeconds
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of
@@ -217,6 +217,11 @@ class QLoRASweepSpec(ApiModel):
         None,
         description="Seconds from the end to the deletion of the QLoRASweep with all cells; the profile's if not set, "
         "or never. Clean-ups of cells that are due by then come first.",
+    )
+    managed_by: ManagedBy | None = Field(
+        None,
+        description="The controller of this sweep: qlora.dev/operator or not set is this operator, which leaves a "
+        "sweep with another value alone.",
     )
 
     @model_validator(mode="after")

@@ -11,6 +11,8 @@ _SUSPENDED = "suspend the sweep (spec.suspend) and not its template"
 _CONTINUED = "continues takes up one run with the same settings, which cells change: remove it, or set lora.from"
 _DELETED = "cells are deleted with their sweep: set ttlSecondsAfterFinished of the sweep and not of its template"
 
+_MANAGED = "the operator creates the cells and manages them: set managedBy of the sweep and not of its template"
+
 
 class SweepTemplate(ApiModel):
     """The spec that all cells share."""
@@ -20,6 +22,7 @@ class SweepTemplate(ApiModel):
             rule("!self.spec.suspend", _SUSPENDED),
             rule("!has(self.spec.continues)", _CONTINUED),
             rule("!has(self.spec.ttlSecondsAfterFinished)", _DELETED),
+            rule("!has(self.spec.managedBy)", _MANAGED),
         )
     )
 
@@ -36,4 +39,6 @@ class SweepTemplate(ApiModel):
             raise ValueError(_CONTINUED)
         if self.spec.ttl_seconds_after_finished is not None:
             raise ValueError(_DELETED)
+        if self.spec.managed_by is not None:
+            raise ValueError(_MANAGED)
         return self

@@ -53,8 +53,8 @@ def objection_of_other_job(
     if other is None:
         return Reason(
             "ContinuedJobNotFound",
-            f"QLoRAJob {name!r} (spec.continues) was not found: create this job again with the name of one that "
-            "exists, or use the adapter of a deleted job in spec.lora.from",
+            f"QLoRAJob {name!r} (spec.continues) was not found, or has another managedBy: create this job again with "
+            "the name of one that exists, or use the adapter of a deleted job in spec.lora.from",
         )
     run = continued_run(job, other)
     if run is None:

@@ -25,6 +25,7 @@ from qlora_operator.decisions.manifests.network import DEFAULT_DNS, Dns
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.holds import hold_of
 from qlora_operator.decisions.observed.objects import Object, Observed, QLoRAJob, Reason
+from qlora_operator.decisions.observed.parsing import is_managed_elsewhere
 from qlora_operator.decisions.observed.shared_pod import SharedPod, waits_for_sweep
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.plan import (
@@ -234,10 +235,16 @@ class Reconciler:
         return self._unless_settled(key, _View(job, observed, live=True, fresh=False))
 
     async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
-        """Parse the job, or post an Event and return None if this version cannot read it.
+        """Parse the job, or return None: another controller's, or one that cannot be read.
 
-        A job that leaves frees its place.
+        The latter gets an Event. A job that leaves frees its place.
         """
+        if is_managed_elsewhere(body):
+            self._let_go(key)
+            self.metrics.job_is_gone(key)
+            await self._follow_announcement(key, None)
+            self.store.settle(key, True)
+            return None
         try:
             job = parse_job(body)
         except UnreadableJobError as error:

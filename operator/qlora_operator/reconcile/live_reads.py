@@ -6,7 +6,7 @@ from dataclasses import replace
 from qlora_operator.decisions.continued import is_at_rest, waits_for_other_job
 from qlora_operator.decisions.observed.conditions import condition
 from qlora_operator.decisions.observed.objects import Observed, Pod, QLoRAJob, Reason
-from qlora_operator.decisions.observed.parsing import controller_uid, parse_child
+from qlora_operator.decisions.observed.parsing import controller_uid, is_managed_elsewhere, parse_child
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.pods.detached import hides_a_pod, misses_running_pod
 from qlora_operator.decisions.pods.kueue import queue_reason
@@ -80,7 +80,7 @@ async def read_continued(cluster: Cluster, shared_pods: SharedPods, job: QLoRAJo
         return None, ""
     body = await cluster.get_qlora_job(job.namespace, str(job.spec.continues))
     try:
-        other = None if body is None else parse_job(body)
+        other = None if body is None or is_managed_elsewhere(body) else parse_job(body)
     except UnreadableJobError as error:
         logger.warning("%s: %s", job.spec.continues, error, extra={"key": (job.namespace, job.name)})
         return None, ""

@@ -18,6 +18,7 @@ from qlora_api.sweep.status import QLoRASweepStatus, SweepPodStatus
 from qlora_operator.decisions.events import sweep_event, unreadable_event
 from qlora_operator.decisions.observed.holds import hold_of
 from qlora_operator.decisions.observed.objects import Object, Reason, format_time
+from qlora_operator.decisions.observed.parsing import is_managed_elsewhere
 from qlora_operator.decisions.sweeps.best_cell import ENDED, cells_to_publish, published
 from qlora_operator.decisions.sweeps.expiry import deletion_at, is_claim_to_be_deleted, is_sweep_held_up
 from qlora_operator.decisions.sweeps.halving import has_new_verdict
@@ -132,7 +133,8 @@ class SweepReconciler:
                 raise RetryError(str(error)) from error
 
     async def _reconcile(self, key: Key) -> float | None:
-        body = await self.cluster.get_sweep(*key)
+        found = await self.cluster.get_sweep(*key)
+        body = None if found is None or is_managed_elsewhere(found) else found
         self.metrics.sweeps.show(key, body)
         sweep = None if body is None else await self._readable(key, body)
         if sweep is None or sweep.deleting:

@@ -13,6 +13,7 @@ from qlora_api.profile import PROFILE_PLURAL
 from qlora_api.spec.job import GROUP, PLURAL, VERSION
 from qlora_api.sweep.spec import SWEEP_PLURAL
 from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.decisions.observed.parsing import is_managed_elsewhere
 from qlora_operator.decisions.sweeps.sweep import sweep_of, sweep_of_child
 from qlora_operator.keys import Key
 from qlora_operator.kube.listing import ChildKind, Kind
@@ -131,7 +132,8 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         deleted, body = event["type"] == "DELETED", event["object"]
         metadata = body["metadata"]
         key = (metadata["namespace"], metadata["name"])
-        hooks.show(body, deleted=deleted)
+        if not is_managed_elsewhere(body):
+            hooks.show(body, deleted=deleted)
         _show(hooks, "qlorajobs", event)
         if sweep := sweep_of(body):
             hooks.enqueue_sweep((key[0], sweep), SECONDS_BETWEEN_PASSES)

@@ -7,6 +7,7 @@ from typing import Any
 from qlora_api.spec.execution import DEFAULT_PROFILE
 from qlora_api.status_types import seconds_of
 from qlora_operator.decisions.observed.objects import Object
+from qlora_operator.decisions.observed.parsing import is_managed_elsewhere
 from qlora_operator.decisions.profiles.ledger import UsageLine
 from qlora_operator.keys import Key
 
@@ -35,6 +36,8 @@ class JobIndex:
 
     def note(self, body: Object, *, deleted: bool = False) -> None:
         """Note a QLoRAJob of any version, or as it was when it was deleted."""
+        if is_managed_elsewhere(body):
+            return  # its GPUs are those of another cluster
         metadata, status = body["metadata"], body.get("status") or {}
         usage, uid = status.get("usage") or {}, metadata["uid"]
         if deleted and uid not in self._jobs:

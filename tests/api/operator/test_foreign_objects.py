@@ -18,6 +18,7 @@ from tests.support.cluster.phases import cases
 from tests.support.waiting import eventually
 
 NAMESPACE = "foreign"
+HELD_OUT = {"fraction": 0.1}
 LABELS = {"qlora.dev/job": "nobody", "qlora.dev/job-uid": "nobody"}
 
 
@@ -89,6 +90,30 @@ def test_a_malformed_foreign_pod_does_not_end_the_operator(plane: ControlPlane, 
         assert not [entry for entry in operator.entries() if entry["level"] == "error"]
     with running_operator(tmp_path / "second", plane.kubeconfig, settings) as operator:
         has_suspended(operator, 2)
+
+
+def test_objects_of_another_controller_are_left_alone(plane: ControlPlane, tmp_path: Path) -> None:
+    elsewhere, name = {"managedBy": "kueue.x-k8s.io/multikueue"}, ("elsewhere", f"--namespace={NAMESPACE}")
+    body = job("elsewhere")
+    template = {"spec": {**body["spec"], "suspend": False, "dataset": {"source": "hf://org/rows", "eval": HELD_OUT}}}
+    sweep = {"suspend": True, "template": template, "cells": [{"rank": 8}], **elsewhere}
+    create(plane, body | {"spec": body["spec"] | elsewhere}, body | {"kind": "QLoRASweep", "spec": sweep})
+    create(plane, job("bystander"))
+    applied = plane.kubectl.get("qlorasweep", *name)
+    settings = {"namespaces": [NAMESPACE], "resyncSeconds": 1}
+    with running_operator(tmp_path / "operator", plane.kubeconfig, settings) as operator:
+        has_suspended(operator, 1)
+        # As the other controller reports it, also with GPU time and a profile.
+        status = next(case.body["status"] for case in cases() if case.name == "training")
+        where = (*name, "--subresource=status", "--type=merge")
+        plane.kubectl("patch", "qlorajob", *where, f"--patch={json.dumps({'status': status})}")
+        reported = plane.kubectl.get("qlorajob", *name)
+        create(plane, job("later"))
+        has_suspended(operator, 2)
+        assert plane.kubectl.get("qlorajob", *name) == reported
+        assert plane.kubectl.get("qlorasweep", *name) == applied
+        assert operator.metric(f'qlora_jobs{{namespace="{NAMESPACE}",phase="Training"}}') in (None, 0)
+    plane.kubectl("delete", "qlorasweep", *name)
 
 
 @pytest.mark.slow

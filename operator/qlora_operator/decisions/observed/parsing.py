@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from itertools import islice
 
 from qlora_api.contract import TRAINER_CONTAINER
-from qlora_api.naming import RESOLVED_ANNOTATION
+from qlora_api.naming import OPERATOR, RESOLVED_ANNOTATION
 from qlora_api.spec.execution import DEFAULT_PROFILE
 from qlora_api.spec.job import GROUP
 from qlora_operator.decisions.observed.objects import (
@@ -42,10 +42,17 @@ def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Obs
 
 
 def profile_in_use(body: Object) -> str | None:
-    """Return the profile of a QLoRAJob of any version that has started and not ended."""
+    """Return the profile of a QLoRAJob of any version that has started here and not ended."""
+    if is_managed_elsewhere(body):
+        return None
     if not (body.get("status") or {}).get("resolved") or {"Succeeded", "Failed"} & _true_conditions(body).keys():
         return None
     return str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or DEFAULT_PROFILE)
+
+
+def is_managed_elsewhere(body: Object) -> bool:
+    """Whether the QLoRAJob or QLoRASweep names another controller than this operator."""
+    return ((body.get("spec") or {}).get("managedBy") or OPERATOR) != OPERATOR
 
 
 def controller_uid(body: Object) -> str:

@@ -85,7 +85,11 @@ def without_claim() -> QLoRAJob:
 @pytest.mark.parametrize(
     ("found", "reason", "says"),
     [
-        (None, "ContinuedJobNotFound", "QLoRAJob 'other' (spec.continues) was not found: create"),
+        (
+            None,
+            "ContinuedJobNotFound",
+            "QLoRAJob 'other' (spec.continues) was not found, or has another",
+        ),
         (parse_job(other_body(None)), "ContinuedJobNotStarted", "has not started"),
         (other(), "ContinuedJobRunning", "spec.suspend: true saves a checkpoint"),
         (other(condition("Suspended", "False")), "ContinuedJobRunning", "is still running"),

@@ -8,6 +8,7 @@ import pytest
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.announcing import entry, with_announcement
 from qlora_operator.decisions.manifests.objects import document
+from qlora_operator.decisions.observed.parsing import profile_in_use
 from qlora_operator.kube.errors import ClusterError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.watch.store import Store
@@ -63,6 +64,17 @@ def test_a_job_whose_deletion_a_finalizer_delays_runs_no_further(status: QLoRAJo
         store = shown(cluster)
         assert reconcile(cluster, store) is None
         assert (cluster.writes, cluster.reads, store.is_settled(KEY)) == ([], 0, True)
+
+
+def test_a_job_of_another_controller_gets_nothing_and_counts_for_nothing() -> None:
+    cluster = stored(status_in("train"), managedBy="kueue.x-k8s.io/multikueue")
+    cluster.jobs = [child("train")]
+    store = shown(cluster)
+    for known in (store, Store()):
+        assert reconcile(cluster, known) is None
+    assert (cluster.writes, store.is_settled(KEY), store.jobs.of(["default"])) == ([], True, [])
+    assert profile_in_use(cluster.job) is None
+    assert profile_in_use(job_body(status_in("train").dump(), managedBy="qlora.dev/operator")) == "default"
 
 
 def test_a_job_that_is_deleted_without_its_children_leaves_them_alone() -> None:

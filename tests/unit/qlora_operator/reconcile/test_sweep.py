@@ -79,6 +79,11 @@ def succeeded(status: dict[str, Any]) -> tuple[str, str]:
     return found["reason"], found["message"]
 
 
+def test_a_sweep_of_another_controller_gets_no_cells_and_no_status() -> None:
+    namespace = Namespace(template={"spec": TEMPLATE}, cells=[{"rank": 8}], managedBy="example.org/controller")
+    assert (passes(namespace), namespace.get("qlorajobs", "rates-00")) == ({}, None)
+
+
 def test_the_best_cell_is_found_without_its_label() -> None:
     namespace = Namespace(cell(0, 1.25), cell(1, 1.5) | {"status": {"phase": "Training"}})
     assert passes(namespace)["best"]["cell"] == "rates-00"
