@@ -14,6 +14,7 @@ from qlora_operator.decisions.observed.objects import ChildJob, Pod, QLoRAJob, R
 from qlora_operator.decisions.pods.attempts import count_attempts, describe_failure
 from qlora_operator.decisions.pods.deletions import note_deletion
 from qlora_operator.decisions.pods.detached import with_running_pod
+from qlora_operator.decisions.pods.kueue import not_supported
 from qlora_operator.decisions.pods.nodes import ending_pod, is_over, trains_together
 from qlora_operator.decisions.resolution import with_profile_of_today
 from qlora_operator.decisions.usage.budget import forecast_of_work
@@ -52,6 +53,10 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         step = step if step.job_uid else with_running_pod(step, step.running_pod, facts.observed)
         status = replace(status, step=replace(step, job_uid=child.uid))
         return count_attempts(status, job, facts.observed, facts.now)
+    if child.managed_by:
+        queue = status.resolved.queue_name if status.resolved and step.name == "train" else None
+        why = not_supported(child.name, child.managed_by, queue)
+        return fail(status, job, facts.now, failure_of(step.name, why.word, why.sentence, facts.now))
     pods = facts.observed.pods_of(child.uid)
     if child.complete:
         record = _verified(pods, job, step.name)

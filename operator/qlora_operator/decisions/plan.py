@@ -49,6 +49,11 @@ class CreateClaim:
 
 
 @dataclass(frozen=True)
+class TryQueue:
+    """Find out, before anything is downloaded, that the queue runs Jobs elsewhere."""
+
+
+@dataclass(frozen=True)
 class ConnectNodes:
     """Create the missing Service and NetworkPolicy of train pods on several nodes."""
 
@@ -91,7 +96,17 @@ class DeleteQLoRAJob:
     """Delete the job itself, if it is as it was read."""
 
 
-Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob | Announce | ApplyClaimPolicy | DeleteClaim | DeleteQLoRAJob
+Action = (
+    TryQueue
+    | CreateClaim
+    | ConnectNodes
+    | CreateJob
+    | DeleteJob
+    | Announce
+    | ApplyClaimPolicy
+    | DeleteClaim
+    | DeleteQLoRAJob
+)
 _DELETIONS = (DeleteJob, DeleteClaim, DeleteQLoRAJob)
 
 
@@ -195,6 +210,8 @@ def _on_the_way(
         return
     if any(now < due for due in _pauses(job, status, observed)):
         return
+    if (step.name, step.attempt) == FIRST_JOB and status.resolved is not None and status.resolved.queue_name:
+        yield TryQueue()
     if step.name == "prepare" and status.resolved is not None and status.resolved.claim_created:
         yield CreateClaim()
     if trains_together(job, step.name):

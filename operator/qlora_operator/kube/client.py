@@ -144,6 +144,14 @@ class Cluster(Api):
         """Create a Job. Raises AlreadyExistsError or RejectedError."""
         return await self._json("POST", f"{_JOBS}/namespaces/{namespace}/jobs", body=manifest)
 
+    async def try_job(self, namespace: str, manifest: Object) -> Object:
+        """Return the Job as the API server and its webhooks would make it, without creating it.
+
+        Raises as `create_job` does.
+        """
+        query = [("dryRun", "All")]
+        return await self._json("POST", f"{_JOBS}/namespaces/{namespace}/jobs", query=query, body=manifest)
+
     async def get_job(self, namespace: str, name: str) -> Object:
         """One Job. Raises NotFoundError."""
         return await self._json("GET", f"{_JOBS}/namespaces/{namespace}/jobs/{name}")

@@ -30,7 +30,7 @@ from qlora_operator.decisions.manifests.objects import (
 )
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason, format_time
-from qlora_operator.decisions.observed.parsing import controller_uid
+from qlora_operator.decisions.observed.parsing import controller_uid, foreign_manager
 from qlora_operator.decisions.observed.shared_pod import with_size_of_pod
 from qlora_operator.decisions.plan import (
     Action,
@@ -42,8 +42,10 @@ from qlora_operator.decisions.plan import (
     DeleteClaim,
     DeleteJob,
     DeleteQLoRAJob,
+    TryQueue,
     creates_first_job,
 )
+from qlora_operator.decisions.pods.kueue import not_supported
 from qlora_operator.decisions.status import with_child, with_rejection
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, ForbiddenError, NotFoundError, RejectedError
@@ -96,6 +98,8 @@ class Actions:
                     case DeleteJob(name, uid):
                         await self._delete_job(job, name, uid)
                         changed = True
+                    case TryQueue() if resolved is not None:
+                        await self._try_queue(job, resolved)
                     case CreateClaim() if resolved is not None:
                         changed |= await self._create_claim(job, resolved)
                     case ConnectNodes():
@@ -154,6 +158,18 @@ class Actions:
                 raise _BlockedError(reason) from error
         shown = self.store.child_changed("jobs", created)
         return str(created["metadata"]["uid"]), new or key in shown
+
+    async def _try_queue(self, job: QLoRAJob, resolved: Resolved) -> None:
+        """Raise _BlockedError if the job's queue gives its train Job to another controller."""
+        manifest = build_job(job, resolved, "train", 1)
+        try:
+            managed_by = foreign_manager(await self.cluster.try_job(job.namespace, manifest))
+        except (RejectedError, AlreadyExistsError) as error:
+            # That of a real Job is reported: by then, the quota that lacks room now may have some.
+            logger.debug("the queue cannot be tried: %s", error, extra={"key": (job.namespace, job.name)})
+            return
+        if managed_by:
+            raise _BlockedError(not_supported(manifest["metadata"]["name"], managed_by, resolved.queue_name))
 
     async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> bool:
         """Whether it was created now. Raises _BlockedError."""

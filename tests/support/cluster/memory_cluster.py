@@ -60,6 +60,9 @@ class MemoryCluster:
         self.version = 100
         self.contended = False
         """Whether a quota changes while the API server counts a new Service or NetworkPolicy."""
+        self.managed_by: str | None = None
+        """The controller that a webhook gives Jobs to."""
+        self.tried, self.queue_rejects = 0, False
         self._rejected = rejected
 
     @property
@@ -110,6 +113,12 @@ class MemoryCluster:
         if self.after_create is not None:
             self.after_create()
         return created
+
+    async def try_job(self, namespace: str, manifest: dict[str, Any]) -> Object:
+        self.tried += 1
+        if self.queue_rejects:
+            raise RejectedError("failed calling webhook")
+        return {**manifest, "spec": {**manifest["spec"], "managedBy": self.managed_by}}
 
     async def get_job(self, namespace: str, name: str) -> Object:
         if self.existing is None:

@@ -243,6 +243,9 @@ class ChildJob:
 
     Empty if it is longer than `parsing.MAX_RESOLVED`, which no operator has written: a half one would be another one.
     """
+    managed_by: str = ""
+    """The controller that runs it, perhaps in another cluster, and whose report of it is not read; empty if that is
+    Kubernetes' own."""
     unreadable: str = ""
     """Why it cannot be read, and so counts as existing and not finished; empty if it can."""
 

@@ -21,6 +21,7 @@ from qlora_operator.decisions.observed.objects import (
 
 MAX_RESOLVED = 64 * 1024
 """Characters of what was resolved, as JSON; one with the largest profile that the settings can have takes 40,000."""
+_JOB_CONTROLLER = "kubernetes.io/job-controller"
 _INDEX = "batch.kubernetes.io/job-completion-index"
 # More than any Job has pods. A tenant who may change pods can write anything there.
 _INDEX_DIGITS = 9
@@ -53,6 +54,12 @@ def profile_in_use(body: Object) -> str | None:
 def is_managed_elsewhere(body: Object) -> bool:
     """Whether the QLoRAJob or QLoRASweep names another controller than this operator."""
     return ((body.get("spec") or {}).get("managedBy") or OPERATOR) != OPERATOR
+
+
+def foreign_manager(body: Object) -> str:
+    """Return the controller that runs the Job instead of Kubernetes' own, empty if none does."""
+    manager = str((body.get("spec") or {}).get("managedBy") or _JOB_CONTROLLER)
+    return "" if manager == _JOB_CONTROLLER else manager
 
 
 def controller_uid(body: Object) -> str:
@@ -91,6 +98,15 @@ def _explain(error: Exception) -> str:
 
 def _parse_child(body: Object) -> ChildJob:
     metadata = body["metadata"]
+    if managed_by := foreign_manager(body):
+        return ChildJob(
+            name=metadata["name"],
+            uid=metadata["uid"],
+            created=parse_time(metadata["creationTimestamp"]),
+            deleting="deletionTimestamp" in metadata,
+            resolved=_resolved(metadata),
+            managed_by=managed_by,
+        )
     conditions = _true_conditions(body)
     failed, ended = conditions.get("Failed"), conditions.get("Failed") or conditions.get("Complete")
     stopped = conditions.get("Suspended")

@@ -3,6 +3,7 @@
 from datetime import datetime, timedelta
 
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, Reason
+from qlora_operator.decisions.pods.kueue import not_supported
 
 POD_DETACHED = "PodDetached"
 NO_POD_AFTER = timedelta(seconds=60)
@@ -31,6 +32,8 @@ def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -
             return reason
     if child is None or child.finished:
         return None
+    if child.managed_by:
+        return not_supported(child.name, child.managed_by, None)
     pods = observed.pods_of(child.uid)
     live = [pod for pod in pods if not pod.ended]
     if live:

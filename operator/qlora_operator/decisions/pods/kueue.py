@@ -13,6 +13,16 @@ _ALTERNATE = (
 )
 
 
+def not_supported(job_name: str, managed_by: str, queue: str | None) -> Reason:
+    """Return why a Job that another controller runs is no step. `queue`: its LocalQueue, if the job names one."""
+    giver = f"LocalQueue {queue!r}" if queue else "the LocalQueue 'default', or a webhook,"
+    return Reason(
+        "QueueNotSupported",
+        f"{giver} gives Job {job_name} to {managed_by}, which runs it in another cluster, and the operator reads "
+        "results from pods of this one: create the job again with another spec.scheduling.queueName",
+    )
+
+
 def queue_reason(child: ChildJob, workload: Object | None, shown: Condition | None) -> Reason:
     """Return why the suspended Job waits, by its Workload.
 

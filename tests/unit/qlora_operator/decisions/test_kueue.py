@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from qlora_api.status import Condition, QLoRAJobStatus
+from qlora_api.status import Condition, QLoRAJobStatus, StepName
 from qlora_operator.decisions.events import phase_event
 from qlora_operator.decisions.observed.objects import Object, Reason
 from qlora_operator.decisions.observed.parsing import observe
+from qlora_operator.decisions.plan import DeleteJob
 from qlora_operator.decisions.pods.kueue import queue_reason
 from tests.support.builders import (
     NOW,
@@ -19,15 +20,18 @@ from tests.support.builders import (
     ended,
     follow,
     make_job,
+    message_of,
     plan_of,
     pod,
     reason_of,
+    resolved,
     running,
     seen,
     status_in,
     time,
 )
 
+MULTIKUEUE = "kueue.x-k8s.io/multikueue"
 NO_QUOTA = (
     "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu in flavor any, 1 more needed"
 )
@@ -148,3 +152,36 @@ def test_a_preempted_pod_killed_at_the_end_of_its_grace_period_is_no_failure(rea
     killed = deleted(ended(pod("train"), 137, reason=reason), -130)
     status = follow(make_job(stored), held(), killed)
     assert (status.failures, status.disruptions) == (failures, 0)
+
+
+@pytest.mark.parametrize("step", ["prepare", "train", "publish"])
+def test_a_job_that_kueue_gives_to_another_cluster_fails_and_goes(step: StepName) -> None:
+    # The API server has it with MultiKueue's report, and without a pod.
+    dispatched = child(step, Complete="x") | {"spec": {"managedBy": MULTIKUEUE}}
+    job = make_job(status_in(step, resolved=resolved().model_copy(update={"queue_name": "gpus"})))
+    status = follow(job, dispatched)
+    queue = "LocalQueue 'gpus' gives" if step == "train" else "the LocalQueue 'default', or a webhook, gives"
+    sentence = f"{queue} Job tune-{step}-1 to {MULTIKUEUE}, which runs it in another cluster"
+    assert (status.phase, reason_of(status), message_of(status)[: len(sentence)]) == (
+        "Failed",
+        "QueueNotSupported",
+        sentence,
+    )
+    assert plan_of(job, status, seen(dispatched), NOW).store_first
+    stored = make_job(status)
+    assert plan_of(stored, status, seen(dispatched), NOW).actions == (
+        DeleteJob(f"tune-{step}-1", f"uid-tune-{step}-1"),
+    )
+
+
+def test_a_clean_up_in_another_cluster_is_none() -> None:
+    job = make_job(follow(make_job(status_in("publish")), child("publish", Failed="x")), cleanupAfterSeconds=0)
+    elsewhere = child("clean", Complete="x") | {"spec": {"managedBy": MULTIKUEUE}}
+    found = next(each for each in follow(job, elsewhere).conditions if each.type == "CleanedUp")
+    assert (found.status, found.reason) == ("False", "QueueNotSupported")
+
+
+@pytest.mark.parametrize("managed_by", [None, "kubernetes.io/job-controller"])
+def test_a_job_of_kubernetes_own_controller_is_followed(managed_by: str | None) -> None:
+    own = child("train") | {"spec": {"managedBy": managed_by}}
+    assert follow(make_job(status_in("train")), own, running(pod("train"))).phase == "Training"

@@ -121,6 +121,14 @@ def test_a_failed_cell_that_is_retried_is_waited_for() -> None:
     assert found.then().status.cells == ()
 
 
+def test_a_job_that_a_queue_gives_to_another_cluster_is_deleted_and_its_cells_go_on_alone() -> None:
+    found = started()
+    elsewhere = child("train", Complete="x") | {"spec": {"managedBy": "kueue.x-k8s.io/multikueue"}}
+    assert found.then(elsewhere).store_first
+    assert found.then(elsewhere).actions == (DeleteJob(CHILD, f"uid-{CHILD}"),)
+    assert found.then().status.alone == NAMES
+
+
 def test_the_last_of_a_pod_is_trained_alone() -> None:
     found = Pod()
     for name in (FIRST, SECOND):

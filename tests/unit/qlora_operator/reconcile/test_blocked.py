@@ -55,6 +55,33 @@ def test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_j
         assert CLAIM in message_of(cluster.status)
 
 
+def test_a_queue_that_gives_jobs_to_another_cluster_is_found_before_anything_is_prepared() -> None:
+    cluster = MemoryCluster(job_body(scheduling={"queueName": "gpus"}))
+    cluster.managed_by = "kueue.x-k8s.io/multikueue"
+    assert reconcile(cluster) == 5
+    assert (cluster.writes, reason_of(cluster.status), cluster.status.phase) == (
+        ["status", "Event"],
+        "QueueNotSupported",
+        "Pending",
+    )
+    assert f"LocalQueue 'gpus' gives Job {NAME}-train-1" in message_of(cluster.status)
+    # The administrator changes the queue.
+    cluster.managed_by = None
+    reconcile(cluster)
+    assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-prepare-1"]
+
+
+def test_a_queue_that_cannot_be_tried_is_no_reason_to_wait() -> None:
+    cluster = MemoryCluster(job_body(scheduling={"queueName": "gpus"}))
+    cluster.queue_rejects = True
+    reconcile(cluster)
+    assert (len(cluster.jobs), cluster.tried) == (1, 1)
+    # Without a queue, nothing is asked.
+    cluster = MemoryCluster(job_body())
+    reconcile(cluster)
+    assert (len(cluster.jobs), cluster.tried) == (1, 0)
+
+
 def _taken(cluster: MemoryCluster) -> None:
     cluster.existing = child("prepare", owner="another")
 

@@ -127,6 +127,8 @@ class ApiServer(Transport):
         if method == "GET" and not name:
             return self._list(kind, query)
         before = self.get(kind, name)
+        if query.get("dryRun"):
+            return dict(body)
         if method == "POST":
             return self._written(method, kind, None, body, lambda: self.create(kind, body))
         if before is None and kind == "networkpolicies":
