@@ -199,6 +199,27 @@ def test_an_unknown_priority_makes_no_workload_and_the_status_names_it(queued: Q
     queued.finish(name)
 
 
+def test_a_queue_for_other_clusters_is_refused_and_no_step_is_repeated(queued: Queued) -> None:
+    queued.kueue.dispatch("elsewhere")
+    name = queued.apply("refused", queueName="elsewhere")
+    gives = "LocalQueue 'elsewhere' gives Job refused-train-1 to kueue.x-k8s.io/multikueue"
+    queued.wait_for(name, "Pending", gives)
+    assert queued.cluster.children(name) == []
+    # The administrator removes the admission check, and brings it back.
+    queued.kueue.queue("elsewhere", 1)
+    pod = queued.cluster.pod(name, "prepare")
+    queued.kueue.dispatch("elsewhere")
+    queued.cluster.succeed_pod(pod)
+    queued.wait_for(name, "Failed", gives)
+    eventually(lambda: queued.cluster.children(name) == [f"{name}-prepare-1"], seconds=60, every=0.2)
+
+    queued.kueue.queue("elsewhere", 1)
+    change = json.dumps({"spec": {"retry": {"request": 1}}})
+    queued.cluster.kubectl("patch", "qlorajob", name, IN_NAMESPACE, "--type=merge", f"--patch={change}")
+    queued.cluster.succeed(name, "train", "publish")
+    queued.cluster.wait_for_phase(name, "Succeeded")
+
+
 def test_without_kueue_no_job_is_created_and_the_status_names_it(queued: Queued) -> None:
     queued.kueue.queue("away", 1)
     queued.kueue.stop()

@@ -11,6 +11,44 @@ from tests.support.manifests import MINIMAL
 from tests.support.waiting import eventually
 
 IN_NAMESPACE = f"--namespace={NAMESPACE}"
+_JOBS = {"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}
+_MUTATION = {"expression": "Object{spec: Object.spec{managedBy: 'kueue.x-k8s.io/multikueue'}}"}
+DISPATCH = (
+    {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingAdmissionPolicy",
+        "metadata": {"name": "dispatch"},
+        "spec": {
+            "matchConstraints": {"resourceRules": [_JOBS]},
+            "matchConditions": [
+                {
+                    "name": "queue",
+                    "expression": "object.?metadata.labels['kueue.x-k8s.io/queue-name'].orValue('') == 'away'",
+                }
+            ],
+            "reinvocationPolicy": "Never",
+            "mutations": [{"patchType": "ApplyConfiguration", "applyConfiguration": _MUTATION}],
+        },
+    },
+    {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingAdmissionPolicyBinding",
+        "metadata": {"name": "dispatch"},
+        "spec": {"policyName": "dispatch"},
+    },
+)
+"""What Kueue does to a Job of a queue with a MultiKueue check."""
+_LABELS = {"kueue.x-k8s.io/queue-name": "away"}
+_POD = {"spec": {"restartPolicy": "Never", "containers": [{"name": "none", "image": "example.org/none"}]}}
+PROBE = json.dumps(
+    {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "probe", "namespace": NAMESPACE, "labels": _LABELS},
+        "spec": {"suspend": True, "template": _POD},
+    }
+)
+"""A Job of that queue."""
 
 
 def start(cluster: Nodeless, name: str, **scheduling: str) -> str:
@@ -53,6 +91,25 @@ def test_a_job_in_a_queue_is_created_suspended_and_only_the_queue_resumes_it(ope
     suspend(operated, f"{name}-train-1", False)
     operated.succeed(name, "train", "publish")
     succeeded(operated, name)
+
+
+def test_a_queue_that_gives_jobs_to_another_controller_gets_none(operated: Nodeless) -> None:
+    for body in DISPATCH:
+        operated.kubectl.apply(json.dumps(body))
+
+    def applies() -> bool:
+        answer = operated.kubectl("create", "--dry-run=server", "--output=json", "--filename=-", input_text=PROBE)
+        return "managedBy" in json.loads(answer)["spec"]
+
+    eventually(applies, seconds=60, every=0.2, what="the policy")
+    try:
+        name = start(operated, "refused", queueName="away")
+        wait_for_message(operated, name, "LocalQueue 'away' gives Job refused-train-1 to kueue.x-k8s.io/multikueue")
+        assert (operated.children(name), operated.job(name)["status"]["phase"]) == ([], "Pending")
+    finally:
+        operated.kubectl("delete", "mutatingadmissionpolicy,mutatingadmissionpolicybinding", "dispatch")
+    operated.succeed(name, "prepare")
+    operated.wait_for_phase(name, "Queued")
 
 
 def test_every_step_may_be_suspended_by_another_controller(operated: Nodeless) -> None:

@@ -25,6 +25,14 @@ FLAVOR = "any"
 _API = "kueue.x-k8s.io/v1beta2"
 _SERVICE, _SECRET = "kueue-webhook-service", "kueue-webhook-server-cert"
 _HOST = "127.0.0.1"
+_AWAY = {
+    "apiVersion": "v1",
+    "kind": "Config",
+    "current-context": "away",
+    "contexts": [{"name": "away", "context": {"cluster": "away", "user": "away"}}],
+    "clusters": [{"name": "away", "cluster": {"server": "https://127.0.0.1:9", "certificate-authority-data": "eA=="}}],
+    "users": [{"name": "away", "user": {"token": "none"}}],
+}
 
 Object = dict[str, Any]
 
@@ -100,6 +108,24 @@ class Kueue:
             return queue["status"].get("conditions")
 
         eventually(conditions, seconds=60, every=0.2, what=f"the conditions of LocalQueue {name}")
+
+    def dispatch(self, name: str) -> None:
+        """Let the queue of that name run its Jobs in another cluster, which does not answer."""
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": NAMESPACE}}
+        self.kubectl.apply(json.dumps(secret | {"stringData": {"kubeconfig": json.dumps(_AWAY)}}))
+        source = {"kubeConfig": {"location": name, "locationType": "Secret"}}
+        self.apply("MultiKueueCluster", name, {"spec": {"clusterSource": source}}, namespaced=False)
+        self.apply("MultiKueueConfig", name, {"spec": {"clusters": [name]}}, namespaced=False)
+        parameters = {"apiGroup": "kueue.x-k8s.io", "kind": "MultiKueueConfig", "name": name}
+        check = {"controllerName": "kueue.x-k8s.io/multikueue", "parameters": parameters}
+        self.apply("AdmissionCheck", name, {"spec": check}, namespaced=False)
+        self.queue(name, 1, admissionChecksStrategy={"admissionChecks": [{"name": name}]})
+
+        def knows_the_check() -> bool:
+            conditions = self.kubectl.get("clusterqueues.kueue.x-k8s.io", name)["status"].get("conditions", ())
+            return any("AdmissionCheck" in each["reason"] for each in conditions)
+
+        eventually(knows_the_check, seconds=60, every=0.2, what=f"the admission check of ClusterQueue {name}")
 
     def priority(self, name: str, value: int) -> None:
         self.apply("WorkloadPriorityClass", name, {"value": value, "description": name}, namespaced=False)
