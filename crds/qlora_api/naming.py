@@ -28,9 +28,9 @@ CELLS_IN_POD_ANNOTATION = "qlora.dev/cells-in-pod"
 CELLS_ANNOTATION = "qlora.dev/cells"
 # Annotation of a step's pod: the manifest that the pod reads as a file (contract.JOB_FILE), by the downward API.
 SPEC_ANNOTATION = "qlora.dev/spec"
-# Kueue's labels of a Job that waits in a queue; on a QLoRAJob they say the same as spec.scheduling.
 OPERATOR = "qlora.dev/operator"
 """Value of spec.managedBy for the operator itself."""
+# Kueue's labels of a Job that waits in a queue; on a QLoRAJob they say the same as spec.scheduling.
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 # Label of the pods that have an identity of a cloud, with its name.

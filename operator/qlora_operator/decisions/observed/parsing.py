@@ -48,7 +48,7 @@ def profile_in_use(body: Object) -> str | None:
         return None
     if not (body.get("status") or {}).get("resolved") or {"Succeeded", "Failed"} & _true_conditions(body).keys():
         return None
-    return str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or DEFAULT_PROFILE)
+    return str(((body.get("spec") or {}).get("scheduling") or {}).get("profileName") or DEFAULT_PROFILE)
 
 
 def is_managed_elsewhere(body: Object) -> bool:

@@ -75,6 +75,7 @@ def test_a_job_of_another_controller_gets_nothing_and_counts_for_nothing() -> No
     assert (cluster.writes, store.is_settled(KEY), store.jobs.of(["default"])) == ([], True, [])
     assert profile_in_use(cluster.job) is None
     assert profile_in_use(job_body(status_in("train").dump(), managedBy="qlora.dev/operator")) == "default"
+    assert profile_in_use(job_body(status_in("train").dump(), scheduling={"profileName": "a100"})) == "a100"
 
 
 def test_a_job_that_is_deleted_without_its_children_leaves_them_alone() -> None:
