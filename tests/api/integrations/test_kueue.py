@@ -214,7 +214,7 @@ def test_a_queue_for_other_clusters_is_refused_and_no_step_is_repeated(queued: Q
     eventually(lambda: queued.cluster.children(name) == [f"{name}-prepare-1"], seconds=60, every=0.2)
 
     queued.kueue.queue("elsewhere", 1)
-    change = json.dumps({"spec": {"retry": {"request": 1}}})
+    change = json.dumps({"spec": {"retry": {"request": "a"}}})
     queued.cluster.kubectl("patch", "qlorajob", name, IN_NAMESPACE, "--type=merge", f"--patch={change}")
     queued.cluster.succeed(name, "train", "publish")
     queued.cluster.wait_for_phase(name, "Succeeded")
