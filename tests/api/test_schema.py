@@ -260,5 +260,5 @@ def test_kubectl_explain_has_the_defaults_and_no_line_breaks_of_the_source(plane
     assert "Default" not in plane.kubectl("explain", "qlorajob.spec.training.epochs")
     described = plane.kubectl("explain", "qlorajob.status.conditions").partition("FIELDS:")[0]
     paragraph = described.partition("Types: ")[2].strip()
-    assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp, Announced.")
+    assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp.")
     assert len(paragraph.splitlines()) == 3, paragraph

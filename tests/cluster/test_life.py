@@ -144,7 +144,7 @@ def test_the_status_has_data_memory_progress_and_checkpoint(finished: Finished) 
 
 def test_conditions_end_every_wait(finished: Finished) -> None:
     conditions = {c["type"]: c["status"] for c in finished.status["conditions"]}
-    assert (conditions["Succeeded"], conditions["Failed"], conditions["Ready"]) == ("True", "False", "True")
+    assert (conditions["Succeeded"], conditions["Failed"]) == ("True", "False")
     assert conditions.get("Reconciling") != "True"
     assert conditions.get("Stalled") != "True"
 

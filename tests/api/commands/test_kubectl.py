@@ -146,30 +146,20 @@ def lives(operated: Nodeless, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 def test_a_watch_shows_each_phase_in_order_and_the_end_with_its_address_or_reason(lives: list[list[str]]) -> None:
     header, *rows = lives
-    assert header == [
-        "NAME",
-        "PHASE",
-        "PROGRESS",
-        "LOSS",
-        "REMAINING",
-        "MODEL",
-        "ADAPTER",
-        "GPU-HOURS",
-        "REASON",
-        "AGE",
-    ]
+    columns = "NAME PHASE PROGRESS LOSS REMAINING MODEL ADAPTER GPU-HOURS PROFILE GPUS QUEUE REASON AGE"
+    assert header == columns.split()
     good = [row[1:-1] for row in rows if row[0] == "good"]
     model = "hf://org/model"
     # Until the operator has seen it, a job has no phase; a phase has another row when something else changes.
-    assert [phase for phase, _ in itertools.groupby(row[0] for row in good if row != [model])] == [
+    assert [phase for phase, _ in itertools.groupby(row[0] for row in good if row != [model, "default", "1"])] == [
         "Preparing",
         "Queued",
         "Training",
         "Publishing",
         "Succeeded",
     ]
-    assert good[-1] == ["Succeeded", "100%", "10/10", "1.25", model, "pvc://a/b", "Succeeded"]
-    assert [row[1:-1] for row in rows if row[0] == "bad"][-1] == ["Failed", model, "BadDataset"]
+    assert good[-1] == ["Succeeded", "100%", "10/10", "1.25", model, "pvc://a/b", "default", "1", "Succeeded"]
+    assert [row[1:-1] for row in rows if row[0] == "bad"][-1] == ["Failed", model, "default", "1", "BadDataset"]
 
 
 @pytest.mark.usefixtures("lives")

@@ -58,9 +58,8 @@ async def data_of(api: Api, config_map: str) -> dict[str, str]:
     return dict(found.get("data") or {})
 
 
-async def condition(api: Api, name: str, kind: str = "Announced") -> Object:
-    found = (await api.job(name))["status"]["conditions"]
-    return dict(next(each for each in found if each["type"] == kind))
+async def announcement(api: Api, name: str) -> Object:
+    return dict((await api.job(name))["status"]["announcement"])
 
 
 def config_map(name: str, **metadata: Any) -> Object:
@@ -73,8 +72,7 @@ def test_an_adapter_is_announced_once_next_to_those_of_other_jobs(namespace: Con
         assert {key: json.loads(text) for key, text in (await data_of(api, "adapters")).items()} == {
             "first.json": ENTRY
         }
-        found = await condition(api, "first")
-        assert (found["status"], found["reason"]) == ("True", "Announced")
+        assert (await announcement(api, "first"))["entry"] == "adapters/first.json"
 
         await succeed(api, "second", "adapters")
         assert set(await data_of(api, "adapters")) == {"first.json", "second.json"}
@@ -118,9 +116,7 @@ def test_a_foreign_config_map_is_left_alone_and_the_job_still_succeeds(
         await api.create(CONFIG_MAPS, {**config_map("kube-root-ca.crt"), "data": authorities})
         assert await succeed(api, "hostile", "kube-root-ca.crt") == 5, "tried again later"
         assert await data_of(api, "kube-root-ca.crt") == authorities
-        found = await condition(api, "hostile")
-        assert (found["status"], found["reason"]) == ("False", "AnnouncementRejected")
-        assert f'must have the label {LABEL}: "true"' in found["message"]
+        assert f'must have the label {LABEL}: "true"' in (await announcement(api, "hostile"))["rejection"]
         assert (await api.job("hostile"))["status"]["phase"] == "Succeeded"
         before = (await api.job("hostile"))["metadata"]["resourceVersion"]
         await look(api, "hostile")
@@ -130,6 +126,6 @@ def test_a_foreign_config_map_is_left_alone_and_the_job_still_succeeds(
         await api.send("PATCH", f"{CONFIG_MAPS}/kube-root-ca.crt", {"metadata": {"labels": {LABEL: "true"}}})
         assert await look(api, "hostile") is None
         assert set(await data_of(api, "kube-root-ca.crt")) == {"ca.crt", "hostile.json"}
-        assert (await condition(api, "hostile"))["status"] == "True"
+        assert (await announcement(api, "hostile"))["entry"] == "kube-root-ca.crt/hostile.json"
 
     play(namespace, scenario)
