@@ -10,7 +10,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from qlora_api.kubernetes_values import DNS_LABEL, DNS_SUBDOMAIN, GPU_MEMORY, LABEL_KEY, LABEL_VALUE, QUANTITY
+from qlora_api.kubernetes_values import (
+    DNS_LABEL,
+    DNS_SUBDOMAIN,
+    DOMAIN_PREFIXED_PATH,
+    GPU_MEMORY,
+    LABEL_KEY,
+    LABEL_VALUE,
+    QUANTITY,
+)
 from qlora_api.sweep.grid import Grid, Overrides
 
 Location = tuple[int | str, ...]
@@ -45,6 +53,7 @@ _NUMBERS: Mapping[str, re.Pattern[str]] = {
 """Notation of a number type, by pydantic's name of the problem."""
 _NAME_CHARACTERS = "must be letters, digits, '-', '_' and '.'"
 WORDS_OF_PATTERN: Mapping[str, str] = {
+    DOMAIN_PREFIXED_PATH: "must be a domain, '/' and a path, for example kueue.x-k8s.io/multikueue",
     GPU_MEMORY: "must be whole GiB, for example 24Gi",
     r"\S": "must not be blank",
     r"^[0-9a-f]{64}$": "must be 64 lower-case hexadecimal digits",

@@ -15,7 +15,7 @@ DNS_SUBDOMAIN = rf"^{SUBDOMAIN}$"
 QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 LABEL_KEY = rf"^({SUBDOMAIN}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
-_DOMAIN_PREFIXED_PATH = rf"^{SUBDOMAIN}/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+$"
+DOMAIN_PREFIXED_PATH = rf"^{SUBDOMAIN}/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+$"
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
@@ -24,7 +24,7 @@ GpuMemory = Annotated[str, Field(max_length=6, pattern=GPU_MEMORY)]
 NamespaceName = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
 LabelKey = Annotated[str, Field(max_length=253, pattern=LABEL_KEY)]
 LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE)]
-ManagedBy = Annotated[str, Field(max_length=63, pattern=_DOMAIN_PREFIXED_PATH)]
+ManagedBy = Annotated[str, Field(max_length=63, pattern=DOMAIN_PREFIXED_PATH)]
 """As in a Job."""
 
 _DECIMAL = {"": 0, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15}
