@@ -119,8 +119,9 @@ class Actions:
                     case CreateJob() if resolved is not None:
                         await self._isolate(job)
                         sized = with_size_of_pod(job, facts.shared)
-                        job_uid, is_new = await self._create_job(sized, resolved, action)
-                        changed |= is_new
+                        created, is_new = await self._create_job(sized, resolved, action)
+                        job_uid, changed = str(created["metadata"]["uid"]), changed | is_new
+                        again = _followed_at(created, facts.now) or again
                         # The next pass derives the status with the first Job from what it observes.
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
@@ -138,8 +139,8 @@ class Actions:
             sentence = f"the API server rejects the deletion of Job {name}: {error}"
             raise _BlockedError(Reason("JobRejected", sentence)) from error
 
-    async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> tuple[str, bool]:
-        """Create the step's Job and return its UID, and whether it is new to the store.
+    async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> tuple[Object, bool]:
+        """Create the step's Job and return it, and whether it is new to the store.
 
         It may exist already, by a pass that was interrupted. Raises _BlockedError.
         """
@@ -157,7 +158,7 @@ class Actions:
             if (reason := _name_taken(created, job, action.step)) is not None:
                 raise _BlockedError(reason) from error
         shown = self.store.child_changed("jobs", created)
-        return str(created["metadata"]["uid"]), new or key in shown
+        return created, new or key in shown
 
     async def _try_queue(self, job: QLoRAJob, resolved: Resolved) -> None:
         """Raise _BlockedError if the job's queue gives its train Job to another controller."""
@@ -333,3 +334,11 @@ def _name_taken(found: Object, job: QLoRAJob, step: StepName) -> Reason | None:
 def _has_label(found: Object, job: QLoRAJob) -> bool:
     """Whether the object has the label of what was created for the job."""
     return bool((found["metadata"].get("labels") or {}).get(JOB_UID_LABEL) == job.uid)
+
+
+def _followed_at(created: Object, now: datetime) -> datetime | None:
+    """Return when to follow the new Job, or None for one that gets events.
+
+    Kubernetes' own controller leaves a Job of another alone.
+    """
+    return now if foreign_manager(created) else None

@@ -108,7 +108,7 @@ class MemoryCluster:
         if self.existing is not None:
             raise AlreadyExistsError("already exists")
         made = {"uid": f"uid-{manifest['metadata']['name']}", "creationTimestamp": time(), **self._next()}
-        self.jobs.append(manifest | {"metadata": manifest["metadata"] | made})
+        self.jobs.append(self._webhook(manifest) | {"metadata": manifest["metadata"] | made})
         created = self.jobs[-1]
         if self.after_create is not None:
             self.after_create()
@@ -118,7 +118,10 @@ class MemoryCluster:
         self.tried += 1
         if self.queue_rejects:
             raise RejectedError("failed calling webhook")
-        return {**manifest, "spec": {**manifest["spec"], "managedBy": self.managed_by}}
+        return self._webhook(manifest)
+
+    def _webhook(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        return manifest | {"spec": manifest["spec"] | {"managedBy": self.managed_by}}
 
     async def get_job(self, namespace: str, name: str) -> Object:
         if self.existing is None:

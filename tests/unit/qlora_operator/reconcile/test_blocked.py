@@ -71,6 +71,14 @@ def test_a_queue_that_gives_jobs_to_another_cluster_is_found_before_anything_is_
     assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-prepare-1"]
 
 
+def test_a_train_job_that_goes_to_another_cluster_is_deleted_without_any_event() -> None:
+    cluster = stored(status_in("train"))
+    cluster.managed_by = "kueue.x-k8s.io/multikueue"
+    assert reconcile(cluster, shown(cluster)) is None
+    assert (cluster.status.phase, reason_of(cluster.status)) == ("Failed", "QueueNotSupported")
+    assert cluster.writes[-1] == f"deletion of {cluster.jobs[-1]['metadata']['name']}"
+
+
 def test_a_queue_that_cannot_be_tried_is_no_reason_to_wait() -> None:
     cluster = MemoryCluster(job_body(scheduling={"queueName": "gpus"}))
     cluster.queue_rejects = True
