@@ -60,7 +60,10 @@ def _sentence(child: ChildJob, workload: Object) -> str:
         return f"Kueue: {quota.get('message', '')}"
     if quota and conditions.get("Admitted", {}).get("status") != "True":
         return f"Kueue: {quota.get('message', '')}; the queue's admission checks have not ended"
-    return "Kueue is about to admit the job" if not quota else "Kueue has admitted the job"
+    if quota:
+        return "Kueue has admitted the job"
+    # Of equal Workloads, Kueue gives a reason to the first alone.
+    return "Kueue has not admitted the job yet: equal jobs may wait before it"
 
 
 def _alternates(sentence: str) -> bool:

@@ -78,7 +78,7 @@ def said(workload: Object | None = None, shown: str | None = None, reason: str =
         ),
         ({"QuotaReserved": ("True", RESERVED)}, f"Kueue: {RESERVED}; the queue's admission checks have not ended"),
         ({"QuotaReserved": ("True", RESERVED), "Admitted": ("True", "")}, "Kueue has admitted the job"),
-        ({}, "Kueue is about to admit the job"),
+        ({}, "Kueue has not admitted the job yet: equal jobs may wait before it"),
     ],
 )
 def test_a_held_job_has_the_message_of_its_workload(conditions: dict[str, tuple[str, str]], sentence: str) -> None:
