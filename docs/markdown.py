@@ -9,7 +9,6 @@ from qlora_api.crd import default_sentence
 
 # Objects whose fields another page has.
 ELSEWHERE = {
-    "status.resolved.profile": "profile.md#what-you-write",
     "spec.template.spec": "resource.md#what-you-write",
     "spec.cells.dataset": "resource.md#specdataset",
     "spec.cells.output": "resource.md#specoutput",

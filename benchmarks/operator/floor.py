@@ -13,7 +13,7 @@ from benchmarks.operator.objects import PROFILE
 from qlora_api.contract import needed_contract
 from qlora_api.naming import workspace_claim_name, workspace_folder
 from qlora_api.status import Resolved
-from qlora_operator.decisions.manifests.objects import build_claim, build_job
+from qlora_operator.decisions.manifests.objects import build_claim, build_job, document
 from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.kube.client import Cluster
@@ -42,6 +42,7 @@ async def _serve(cluster: Cluster, job: QLoRAJob, gate: asyncio.Semaphore) -> No
         claim_name=workspace_claim_name(job.name, job.uid),
         claim_created=True,
         workspace_path=workspace_folder(job.name, job.uid),
+        document=document(job),
     )
     async with gate:
         await cluster.create_claim(job.namespace, build_claim(job, resolved))

@@ -67,11 +67,10 @@ def _text(value: Any) -> str:
 
 def _fixed(job: Job) -> dict[str, str]:
     """Facts that the spec lacks: the version of the model, the data and the trainer."""
-    resolved: Mapping[str, Any] = job.status.get("resolved") or {}
     found = {
-        "the model's revision": resolved.get("modelRevision"),
+        "the model's revision": job.status.get("modelRevision"),
         "the data's SHA-256": (job.status.get("dataset") or {}).get("sha256"),
-        "the trainer's image": (resolved.get("profile") or {}).get("image"),
+        "the trainer's image": job.status.get("image"),
     }
     return {name: str(value) for name, value in found.items() if value}
 

@@ -172,15 +172,15 @@ def _by_claim(jobs: Iterator[Job]) -> Mapping[str, list[Job]]:
     """
     found: dict[str, list[Job]] = {}
     for job in jobs:
-        resolved = job.status.get("resolved")
+        workspace = job.status.get("workspace")
         idle = job.ended or job.phase == "Suspended"
-        if resolved is not None and idle and _total_steps(job):
-            found.setdefault(str(resolved["claimName"]), []).append(job)
+        if workspace is not None and idle and _total_steps(job):
+            found.setdefault(str(workspace["claimName"]), []).append(job)
     return found
 
 
 def _of_workspace(reader: ClaimReader, job: Job, otherwise: LossHistory, say: Callable[[str], None]) -> LossHistory:
-    folder = f"{job.status['resolved']['workspacePath']}/report"
+    folder = f"{job.status['workspace']['path']}/report"
     try:
         return of_metrics(reader.read(folder, METRICS, _MOST_BYTES))
     except (ClusterError, ValueError) as error:

@@ -70,10 +70,14 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
 
     A failed step may have one too.
     """
-    status = replace_known(status, memory=record.memory, dataset=record.dataset, base=record.base, gate=record.gate)
-    if status.resolved is None or record.model_revision is None:
-        return status
-    return replace(status, resolved=replace(status.resolved, model_revision=record.model_revision))
+    return replace_known(
+        status,
+        memory=record.memory,
+        dataset=record.dataset,
+        base=record.base,
+        gate=record.gate,
+        model_revision=record.model_revision,
+    )
 
 
 def with_publication(status: QLoRAJobStatus, record: ResultRecord, report_to: Collection[str]) -> QLoRAJobStatus:

@@ -37,8 +37,6 @@ QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 CLOUD_IDENTITY_LABEL = "qlora.dev/cloud-identity"
 # Label of the pods of cells that share a volume which is attached to one node at a time, with their common folder.
 ONE_NODE_LABEL = "qlora.dev/one-node"
-# Annotation of the first Job: status.resolved as JSON, which is stored only after that Job exists.
-RESOLVED_ANNOTATION = "qlora.dev/resolved"
 
 
 def short_uid(uid: str) -> str:

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from qlora_api.artifact_status import (
     AdapterStatus,
@@ -12,6 +13,7 @@ from qlora_api.artifact_status import (
     ReportStatus,
 )
 from qlora_api.profile import Profile
+from qlora_api.retention import ClaimRetentionPolicy
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.dataset import MAX_MIX_SOURCES
 from qlora_api.spec.output import TrackingStatus
@@ -56,45 +58,48 @@ class Condition(ObservedModel):
 class ContinuedRun(ObservedModel):
     """The workspace of the job of spec.continues, as it was when this job started."""
 
-    job: ShortText = Field(description="Name of that job.")
-    uid: str = Field(max_length=64, description="Its UID.")
-    claim_name: str = Field(max_length=253, description="The PersistentVolumeClaim of its workspace.")
-    workspace_path: str = Field(max_length=256, description="Its folder on that claim, which prepare reads.")
+    job: ShortText
+    uid: str = Field(max_length=64)
+    claim_name: str = Field(max_length=253)
+    workspace_path: str = Field(max_length=256)
+    """Its folder on that claim, which prepare reads."""
 
 
 class Resolved(ObservedModel):
-    """Values fixed before the first pod, so that upgrades change no running job."""
+    """Values fixed before the first pod, so that upgrades change no running job: the data of a ControllerRevision."""
 
-    contract_version: int = Field(ge=1, le=1000, description="Version of the contract between operator and trainer.")
-    profile: Profile = Field(description="The administrator's profile when the job started.")
-    canary: bool | None = Field(
-        None, description="Whether the image is that of the profile's canary; not set if it is the profile's."
-    )
-    claim_name: str = Field(max_length=253, description="The workspace's PersistentVolumeClaim.")
-    claim_created: bool = Field(description="Whether the operator creates that claim.")
-    workspace_path: str = Field(max_length=256, description="The job's own folder on the claim.")
-    shared_path: str | None = Field(
-        None,
-        max_length=256,
-        description="The folder on the claim that the cells of a sweep share; not set for a job that is no cell.",
-    )
-    document: str | None = Field(
-        None,
-        max_length=MAX_DOCUMENT_LENGTH,
-        description="The part of the spec for the pods, as JSON. Not set if an earlier release has started the job.",
-    )
-    continued: ContinuedRun | None = Field(
-        None, description="Location of the run of spec.continues; not set without it."
-    )
-    gpu_hours: float | None = Field(
-        None, gt=0, le=1e6, description="GPU hours that the profile allows one job; not set if it has no such limit."
-    )
-    queue_name: ShortText | None = Field(None, description="Kueue's LocalQueue of the train step.")
-    queue_priority_class_name: ShortText | None = Field(
-        None, description="Kueue's WorkloadPriorityClass of the train step."
-    )
-    model_revision: ShortText | None = Field(
-        None, description="Commit (hf://), or digest of the artifact (oci://) or the content, of the base model."
+    contract_version: int = Field(ge=1, le=1000)
+    """Of the contract between operator and trainer."""
+    profile: Profile
+    """The administrator's profile when the job started, or when it was last retried."""
+    canary: bool | None = None
+    """Whether the image is that of the profile's canary; None if it is the profile's."""
+    claim_name: str = Field(max_length=253)
+    claim_created: bool
+    """Whether the operator creates the workspace's claim."""
+    workspace_path: str = Field(max_length=256)
+    """The job's own folder on the claim."""
+    shared_path: str | None = Field(None, max_length=256)
+    """The folder on the claim that the cells of a sweep share; None for a job that is no cell."""
+    document: str = Field(max_length=MAX_DOCUMENT_LENGTH)
+    """The part of the spec for the pods, as JSON."""
+    continued: ContinuedRun | None = None
+    """Location of the run of spec.continues; None without it."""
+    gpu_hours: float | None = Field(None, gt=0, le=1e6)
+    """GPU hours that the profile allows one job; None without such a limit."""
+    queue_name: ShortText | None = None
+    """Kueue's LocalQueue of the train step."""
+    queue_priority_class_name: ShortText | None = None
+    """Kueue's WorkloadPriorityClass of the train step."""
+
+
+class WorkspaceStatus(ObservedModel):
+    """The job's workspace."""
+
+    claim_name: str = Field(max_length=253, description="Its PersistentVolumeClaim.")
+    path: str = Field(max_length=256, description="The job's own folder on that claim.")
+    retention_policy: ClaimRetentionPolicy | None = Field(
+        None, description="The profile's policy when the job started, for what the job's own leaves open."
     )
 
 
@@ -292,7 +297,22 @@ class QLoRAJobStatus(ObservedModel):
         description="Observations by type; `kubectl wait --for=condition=Succeeded` works.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    resolved: Resolved | None = Field(None, description="Settings that were fixed before the first pod was created.")
+    current_revision: str | None = Field(
+        None,
+        max_length=253,
+        description="The ControllerRevision with what was fixed before the first pod: the profile, the image and the "
+        "part of the spec that pods read.",
+    )
+    resolved: SkipJsonSchema[Resolved | None] = Field(None, exclude=True)
+    """The data of that ControllerRevision: in memory only."""
+    image: str | None = Field(None, max_length=512, description="The trainer's image; not set before it has started.")
+    workspace: WorkspaceStatus | None = Field(None, description="The job's workspace; not set before it has started.")
+    model_revision: ShortText | None = Field(
+        None, description="Commit (hf://), or digest of the artifact (oci://) or the content, of the base model."
+    )
+    gpu_hours_limit: float | None = Field(
+        None, gt=0, le=1e6, description="GPU hours that the profile allows the job; not set without such a limit."
+    )
     step: StepStatus | None = Field(None, description="The step that runs, or ran last.")
     progress: ProgressStatus | None = Field(None, description="Progress of training.")
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")

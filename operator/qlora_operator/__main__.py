@@ -270,6 +270,7 @@ class Operator:
                 progress=progress,
                 metrics=metrics,
                 accounts=self._accounts,
+                store=self._store,
                 note_usage=self._store.jobs.note_sweep,
             ).reconcile,
             monotonic=time.monotonic,

@@ -229,10 +229,9 @@ def test_a_job_that_no_operator_has_reconciled_reads_as_in_progress(plane: Contr
 
 @pytest.mark.usefixtures("created")
 def test_the_server_keeps_the_status_of_the_base_and_its_cache(plane: ControlPlane) -> None:
-    profile = {"image": "trainer", "modelCache": {"claimName": "model-cache"}}
-    resolved = {"contractVersion": 1, "profile": profile, "claimName": "c", "claimCreated": True, "workspacePath": "w"}
+    workspace = {"claimName": "c", "path": "w", "retentionPolicy": {"whenFinished": "Delete"}}
     base = {"origin": "cache", "bytesFetched": 17, "seconds": 3, "message": "the cache was damaged"}
-    for field, value in (("base", base), ("resolved", resolved)):
+    for field, value in (("base", base), ("workspace", workspace)):
         patch = json.dumps({"status": {field: value}})
         flags = ("--subresource=status", "--type=merge", "--dry-run=server", "--output=json")
         patched = json.loads(plane.kubectl("patch", "qlorajob", "full", *flags, f"--patch={patch}"))

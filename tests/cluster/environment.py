@@ -249,9 +249,9 @@ class Tenant:
 
     def attempts(self, name: str) -> list[Object]:
         """Records of the job's train pods, from each one's begin."""
-        resolved = self.status(name)["resolved"]
-        with self.volume(resolved["claimName"]) as files:
-            lines = files.run("cat", f"/volume/{resolved['workspacePath']}/records/attempts.jsonl").splitlines()
+        workspace = self.status(name)["workspace"]
+        with self.volume(workspace["claimName"]) as files:
+            lines = files.run("cat", f"/volume/{workspace['path']}/records/attempts.jsonl").splitlines()
         return [json.loads(line) for line in lines]
 
     def adapter_sum(self, status: Object) -> str:

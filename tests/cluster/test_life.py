@@ -137,7 +137,7 @@ def test_the_status_has_data_memory_progress_and_checkpoint(finished: Finished) 
     assert status["progress"]["summary"] == f"100% {LONG}/{LONG}"
     assert status["checkpoint"]["step"] == LONG
     assert status["adapter"]["baseModel"] == "pvc://inputs/model"
-    assert status["adapter"]["baseRevision"] == status["resolved"]["modelRevision"]
+    assert status["adapter"]["baseRevision"] == status["modelRevision"]
     assert (status["adapter"]["rank"], status["adapter"]["servedRank"]) == (4, 8)
     assert status["startTime"] <= status["completionTime"]
 

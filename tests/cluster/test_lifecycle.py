@@ -17,9 +17,9 @@ def test_clean_up_deletes_pods_and_scratch_but_neither_job_nor_adapter(tenant: T
     eventually(lambda: not tenant.children(name, "jobs") and not tenant.children(name, "pods"), seconds=60)
     assert status["phase"] == "Succeeded"
     assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
-    resolved = status["resolved"]
-    with tenant.volume(resolved["claimName"]) as files:
-        left = files.run("ls", f"/volume/{resolved['workspacePath']}").split()
+    workspace = status["workspace"]
+    with tenant.volume(workspace["claimName"]) as files:
+        left = files.run("ls", f"/volume/{workspace['path']}").split()
     assert set(left) == {"adapter", "records", "report"}
 
 
@@ -39,7 +39,7 @@ def test_a_namesake_created_right_after_starts_from_scratch(tenant: Tenant) -> N
     tenant.kubectl("delete", "qlorajob", name)
     tenant.apply(tiny_job("again"))
     second = tenant.succeed(name)
-    assert second["resolved"]["claimName"] != first["resolved"]["claimName"]
+    assert second["workspace"]["claimName"] != first["workspace"]["claimName"]
     assert second["progress"]["totalSteps"] != first.get("progress", {}).get("totalSteps")
     owners = {job["metadata"]["ownerReferences"][0]["uid"] for job in tenant.children(name)}
     assert owners == {tenant.job(name)["metadata"]["uid"]}
@@ -57,6 +57,6 @@ def test_a_destination_on_another_claim_outlives_the_workspace(tenant: Tenant) -
     status = tenant.succeed(name)
     assert status["adapter"]["uri"] == "pvc://inputs/adapters/elsewhere"
     tenant.kubectl("delete", "qlorajob", name)
-    claim = status["resolved"]["claimName"]
+    claim = status["workspace"]["claimName"]
     eventually(lambda: claim not in tenant.kubectl("get", "pvc", "--output=name"), seconds=90)
     assert tenant.adapter_sum(status) == status["adapter"]["sha256"]

@@ -167,9 +167,9 @@ TAMPERING = {
 def test_an_adapter_that_was_changed_after_training_is_not_published(attacker: Tenant, name: str) -> None:
     job = attacker.apply(tiny_job(name, retry={"maxFailures": 0}))
     with attacker.stopped(job, "publish"):
-        resolved = attacker.status(job)["resolved"]
-        with attacker.volume(resolved["claimName"]) as files:
-            files.run("sh", "-c", f"cd /volume/{resolved['workspacePath']} && {TAMPERING[name]}")
+        workspace = attacker.status(job)["workspace"]
+        with attacker.volume(workspace["claimName"]) as files:
+            files.run("sh", "-c", f"cd /volume/{workspace['path']} && {TAMPERING[name]}")
     status = attacker.wait_for_end(job)
     assert (status["phase"], "adapter" in status) == ("Failed", False), status
     assert status["lastFailure"]["reason"] == "UnsafeArtifact", status

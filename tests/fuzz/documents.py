@@ -31,6 +31,7 @@ from tests.support.builders import (
     pod,
     progress,
     status_in,
+    stored_again,
     succeeded,
 )
 from tests.support.manifests import FULL
@@ -110,7 +111,7 @@ def _termination(message: str) -> None:
 
 def _require_storable(status: QLoRAJobStatus) -> None:
     """The API server must accept it, and no part controls a reader's terminal."""
-    assert QLoRAJobStatus.model_validate(status.dump()) == status
+    assert stored_again(status) == status
     assert all(condition.message.isprintable() for condition in status.conditions)
     assert status.last_failure is None or status.last_failure.message.isprintable()
 

@@ -12,7 +12,6 @@ from qlora_api.contract import ProgressRecord, ResultRecord, encode_record, need
 from qlora_api.naming import (
     JOB_LABEL,
     JOB_UID_LABEL,
-    RESOLVED_ANNOTATION,
     STEP_LABEL,
     workspace_claim_name,
     workspace_folder,
@@ -22,8 +21,9 @@ from qlora_api.status import DatasetStatus, MemoryStatus, QLoRAJobStatus, Resolv
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, format_time
 from qlora_operator.decisions.observed.parsing import observe, profile_in_use
-from qlora_operator.decisions.observed.stored_job import parse_job
+from qlora_operator.decisions.observed.stored_job import parse_job, with_resolved
 from qlora_operator.decisions.plan import Plan, plan
+from qlora_operator.decisions.revision import build_revision
 from qlora_operator.decisions.status import Decision, next_status
 from qlora_operator.reconcile.profile_limit import Starts
 
@@ -33,6 +33,8 @@ NAME = "tune"
 UID = "0a1b2c3d-0000-4000-8000-000000000000"
 PROFILE = Profile.model_validate({"image": "example.org/qlora-trainer@sha256:0", "gpuResource": "nvidia.com/gpu"})
 PROFILES = {"default": PROFILE}
+REVISION = f"{NAME}-1-0123456789"
+DOCUMENT = '{"spec":{"model":{"source":"hf://org/model"},"resources":{}}}'
 
 MODEL = {"source": "hf://org/model"}
 DATASET = {"source": "hf://org/rows"}
@@ -90,7 +92,21 @@ def profile_body(name: str = "default", /, generation: int = 1, version: int = 7
 
 def make_job(status: QLoRAJobStatus | None = None, /, generation: int = 1, **spec: Any) -> QLoRAJob:
     """The parsed job, with that stored status."""
-    return parse_job(job_body(status.dump() if status else None, generation=generation, **spec))
+    job = parse_job(job_body(status.dump() if status else None, generation=generation, **spec))
+    fixed = status.resolved if status is not None else None
+    return job if fixed is None else with_resolved(job, job.status.current_revision or revision_of(fixed), fixed)
+
+
+def stored_again(status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Return the status as the next pass reads it, with its revision."""
+    return QLoRAJobStatus.model_validate(status.dump()).model_copy(update={"resolved": status.resolved})
+
+
+def read_job(body: dict[str, Any]) -> QLoRAJob:
+    """Return the stored QLoRAJob with what its revision has fixed."""
+    job = parse_job(body)
+    name = job.status.current_revision
+    return job if name is None else with_resolved(job, name, REVISIONS[name])
 
 
 def resolved(profile: Profile = PROFILE) -> Resolved:
@@ -101,7 +117,25 @@ def resolved(profile: Profile = PROFILE) -> Resolved:
         claim_name=workspace_claim_name(NAME, UID),
         claim_created=True,
         workspace_path=workspace_folder(NAME, UID),
+        document=DOCUMENT,
     )
+
+
+REVISIONS = {REVISION: resolved()}
+"""What the revisions of all tests have fixed, by their names, which are of the content."""
+
+
+def revision_of(fixed: Resolved) -> str:
+    """Return the name of the revision with these values."""
+    known = next((name for name, values in REVISIONS.items() if values == fixed), f"{NAME}-1-{len(REVISIONS):010}")
+    REVISIONS[known] = fixed
+    return known
+
+
+def revision_body(fixed: Resolved | None = None, name: str = REVISION) -> dict[str, Any]:
+    """The job's ControllerRevision as stored."""
+    fixed = resolved() if fixed is None else fixed
+    return build_revision(make_job(), name, fixed)
 
 
 def step_status(step: StepName, attempt: int = 1, **fields: Any) -> StepStatus:
@@ -118,9 +152,10 @@ def status_in(step: StepName, attempt: int = 1, /, **fields: Any) -> QLoRAJobSta
     start: dict[str, Any] = {
         "startTime": time(-3600),
         "conditions": conditions,
-        "resolved": resolved().dump(),
         "step": step_status(step, attempt).dump(),
     }
+    fixed = Resolved.model_validate(fields.get("resolved", resolved()))
+    start |= {"currentRevision": revision_of(fixed), "resolved": fixed}
     return QLoRAJobStatus.model_validate(start | fields)
 
 
@@ -145,12 +180,6 @@ def child(step: StepName, attempt: int = 1, *, owner: str = UID, created: float 
         },
         "status": {"conditions": conditions},
     }
-
-
-def with_resolved(body: dict[str, Any], **profile: Any) -> dict[str, Any]:
-    """Return the first Job with the resolved spec of a profile with these changes."""
-    stored = resolved(PROFILE.model_copy(update=profile)).dump()
-    return body | {"metadata": body["metadata"] | {"annotations": {RESOLVED_ANNOTATION: to_json(stored)}}}
 
 
 def pod(step: StepName, attempt: int = 1, number: int = 1, **status: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from qlora_api.profile import Profile
 from qlora_api.status import StepName
-from qlora_operator.decisions.manifests.objects import build_job
+from qlora_operator.decisions.manifests.objects import build_job, document
 from tests.support.builders import NAME, make_job, resolved
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish", "clean")
@@ -46,7 +46,8 @@ POD_OPTIONS: dict[str, Any] = {
 
 def build(step: StepName, /, profile: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
     full = Profile.model_validate({"image": "example.org/trainer", "gpuResource": "nvidia.com/gpu"} | (profile or {}))
-    return build_job(make_job(**spec), resolved(full), step, 2)
+    job = make_job(**spec)
+    return build_job(job, resolved(full).model_copy(update={"document": document(job)}), step, 2)
 
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:

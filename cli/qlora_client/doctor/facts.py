@@ -53,6 +53,8 @@ class Facts:
     profiles: Sequence[Object] | Unknown
     jobs: Sequence[Object] | Unknown
     """The QLoRAJobs of the namespace."""
+    revisions: Sequence[Object] | Unknown
+    """Their ControllerRevisions; read only if the profiles cannot be."""
     nodes: Sequence[Object] | Unknown
     storage_classes: Sequence[Object] | Unknown
     runtime_classes: Sequence[Object] | Unknown
@@ -76,15 +78,17 @@ class NamedProfile:
 
 
 def profiles_of(facts: Facts) -> list[NamedProfile]:
-    """Return the QLoRAProfiles, or else the copies of existing jobs."""
+    """Return the QLoRAProfiles, or else the copies in the revisions of existing jobs."""
     if not isinstance(facts.profiles, Unknown):
         return [NamedProfile(each["metadata"]["name"], each.get("spec") or {}) for each in facts.profiles]
     found: dict[str, Object] = {}
+    revisions = () if isinstance(facts.revisions, Unknown) else facts.revisions
+    copies = {each["metadata"]["name"]: each["data"]["profile"] for each in revisions}
     for job in () if isinstance(facts.jobs, Unknown) else facts.jobs:
         name = ((job.get("spec") or {}).get("scheduling") or {}).get("profileName", "default")
-        resolved = (job.get("status") or {}).get("resolved")
-        if resolved is not None:
-            found[str(name)] = resolved["profile"]
+        copy = copies.get(str((job.get("status") or {}).get("currentRevision")))
+        if copy is not None:
+            found[str(name)] = copy
     return [NamedProfile(name, content) for name, content in found.items()]
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from qlora_api.naming import JOB_LABEL
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.served_schema import OPENAPI_PATH
 from qlora_client.doctor.cluster_checks import check_cluster
@@ -20,7 +20,7 @@ from qlora_client.doctor.profile_checks import check_profiles
 from qlora_client.files.claims import NEEDED as READS_CLAIMS
 from qlora_client.kube.cluster import Cluster, Object, Rights, lacking
 from qlora_client.kube.errors import ForbiddenError, MissingError, RejectedError
-from qlora_client.kube.resources import EVENTS, JOBS, LOGS, PODS, PROFILES, SWEEPS, Resource
+from qlora_client.kube.resources import EVENTS, JOBS, LOGS, PODS, PROFILES, REVISIONS, SWEEPS, Resource
 
 DEPLOYMENTS = Resource("apps", "v1", "deployments")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
@@ -54,6 +54,7 @@ def gather(cluster: Cluster, operator_namespace: str) -> Facts:
     """
     server_version, now = cluster.server()
     schemas = _schemas(cluster)
+    profiles = [] if schemas is None else _list(cluster, PROFILES)
     facts = Facts(
         namespace=cluster.namespace,
         now=now,
@@ -61,8 +62,9 @@ def gather(cluster: Cluster, operator_namespace: str) -> Facts:
         schemas=schemas,
         cli_version=version("qlora-operator"),
         operators=_operators(cluster, operator_namespace),
-        profiles=[] if schemas is None else _list(cluster, PROFILES),
+        profiles=profiles,
         jobs=[] if schemas is None else _list(cluster, JOBS),
+        revisions=_list(cluster, REVISIONS, JOB_UID_LABEL) if isinstance(profiles, Unknown) else [],
         nodes=_list(cluster, NODES),
         storage_classes=_list(cluster, STORAGE_CLASSES),
         runtime_classes=_list(cluster, RUNTIME_CLASSES),
@@ -85,8 +87,8 @@ def _allowed(ask: Callable[[], _Answer], resource: Resource, verb: str) -> _Answ
         return Unknown(str(error))
 
 
-def _list(cluster: Cluster, resource: Resource) -> list[Object] | Unknown:
-    return _allowed(lambda: cluster.find(resource), resource, "list")
+def _list(cluster: Cluster, resource: Resource, selector: str = "") -> list[Object] | Unknown:
+    return _allowed(lambda: cluster.find(resource, selector=selector), resource, "list")
 
 
 def _schemas(cluster: Cluster) -> Object | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qlora_client.files.archive import UnsafeArchiveError, extract
+from qlora_client.files.fixed_profile import profile_of
 from qlora_client.files.published import DamagedError
 from qlora_client.files.reader_pod import MOUNT, failure_of_start, is_running, reader_pod, why_not_started
 from qlora_client.jobs.job import Job
@@ -15,13 +16,13 @@ from qlora_client.jobs.pods import CONTAINER, Pod, events_of
 from qlora_client.kube.channels import CommandError
 from qlora_client.kube.cluster import Cluster, Object, require
 from qlora_client.kube.errors import ClusterError, ForbiddenError, MissingError, RejectedError
-from qlora_client.kube.resources import EXEC, PODS
+from qlora_client.kube.resources import EXEC, PODS, REVISIONS
 
 START_SECONDS = 300.0
 """Seconds to wait for the pod. Its image is on the nodes where the job ran."""
 _LIFE_SECONDS = 3600
 _BETWEEN_LOOKS = 0.5
-NEEDED = {PODS: ("create", "get", "delete"), EXEC: ("create", "get")}
+NEEDED = {REVISIONS: ("get",), PODS: ("create", "get", "delete"), EXEC: ("create", "get")}
 """The required rights: get and create, as the API server checks either to open a connection."""
 
 
@@ -76,11 +77,11 @@ def reading(
     ClusterError if it does not start.
     """
     require(cluster, NEEDED, f"reading the claim {claim} through a pod")
-    if "resolved" not in job.status:
+    if "workspace" not in job.status:
         raise ClusterError(f"{job.name} is {job.phase} and has no workspace yet: wait until it has started")
     say(f"reading the claim {claim} through a pod")
     try:
-        pod = cluster.create(PODS, reader_pod(job, claim, _LIFE_SECONDS))
+        pod = cluster.create(PODS, reader_pod(job, profile_of(cluster, job), claim, _LIFE_SECONDS))
     except RejectedError as error:
         raise RejectedError(
             f"the namespace {cluster.namespace} does not admit the pod that reads the claim {claim}: {error}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora_api.sources import VolumeSource, parse_source
 from qlora_client.files.claims import ClaimReader, reading
+from qlora_client.files.fixed_profile import profile_of
 from qlora_client.files.published import Folder, OnBytes, PublishedFile
 from qlora_client.jobs.job import Job
 from qlora_client.kube.cluster import Cluster
@@ -47,5 +48,5 @@ def open_folder(cluster: Cluster, job: Job, address: str, say: Callable[[str], N
         from qlora_client.files.stores import open_store
     except ModuleNotFoundError as error:
         raise ClusterError(f"reading {address} takes the library {error.name}, which is missing: {INSTALL}") from None
-    with open_store(source, (job.status.get("resolved") or {}).get("profile") or {}) as folder:
+    with open_store(source, profile_of(cluster, job)) as folder:
         yield folder

@@ -22,14 +22,13 @@ _HOPELESS = (
 )
 
 
-def reader_pod(job: Job, claim: str, seconds: int) -> Object:
+def reader_pod(job: Job, profile: Object, claim: str, seconds: int) -> Object:
     """A pod that has the claim at MOUNT, read-only, does nothing, and is ended by the kubelet after `seconds`.
 
     It is as restricted as the job's own pods: their image, user, nodes and name of the container, no token of a service
     account, and the label that NetworkPolicies for pods of jobs select. It is deleted with the job,
     if it is left over.
     """
-    profile: Object = job.status["resolved"]["profile"]
     spec: Object = {
         "restartPolicy": "Never",
         "activeDeadlineSeconds": seconds,

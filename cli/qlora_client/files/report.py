@@ -50,11 +50,11 @@ def _published(cluster: Cluster, job: Job, published: Object, say: Callable[[str
 
 
 def _of_workspace(cluster: Cluster, job: Job, say: Callable[[str], None]) -> bytes:
-    resolved = job.status.get("resolved")
-    if resolved is None:
+    workspace = job.status.get("workspace")
+    if workspace is None:
         raise ClusterError(f"{job.name} is {job.phase}: the report is written once it is trained")
-    folder = f"{resolved['workspacePath']}/{_FOLDER}"
-    with reading(cluster, job, resolved["claimName"], say=say) as reader:
+    folder = f"{workspace['path']}/{_FOLDER}"
+    with reading(cluster, job, workspace["claimName"], say=say) as reader:
         try:
             return reader.read(folder, REPORT, _MOST_BYTES)
         except MissingError:

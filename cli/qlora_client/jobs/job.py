@@ -95,7 +95,7 @@ class Job:
     @property
     def budget_hours(self) -> float | None:
         """Return the GPU hours that budget and profile allow, None for no limit."""
-        limits = ((part or {}).get("gpuHours") for part in (self.spec.get("budget"), self.status.get("resolved")))
+        limits = (self.spec.get("budget") or {}).get("gpuHours"), self.status.get("gpuHoursLimit")
         return min((float(hours) for hours in limits if hours is not None), default=None)
 
     @property
@@ -106,13 +106,12 @@ class Job:
     @property
     def retains_workspace(self) -> bool:
         """Whether its workspace stays when the job is deleted."""
-        profile = (self.status.get("resolved") or {}).get("profile") or {}
+        own = (self.spec.get("workspace") or {}).get("persistentVolumeClaimRetentionPolicy")
+        of_profile = (self.status.get("workspace") or {}).get("retentionPolicy")
         is_outside = "destination" in (self.spec.get("output") or {})
-        for part in (self.spec, profile) if is_outside else (self.spec,):
-            policy = (part.get("workspace") or {}).get("persistentVolumeClaimRetentionPolicy") or {}
-            if when := policy.get("whenDeleted"):
-                return bool(when == "Retain")
-        return True
+        policies = (own, of_profile) if is_outside else (own,)
+        found = (policy["whenDeleted"] for policy in policies if policy and "whenDeleted" in policy)
+        return next(found, "Retain") == "Retain"
 
     @property
     def exit_code(self) -> int:

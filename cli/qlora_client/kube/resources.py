@@ -52,6 +52,7 @@ def page(path: str) -> Page:
 JOBS = Resource("qlora.dev", "v1beta1", "qlorajobs")
 SWEEPS = Resource("qlora.dev", "v1beta1", "qlorasweeps")
 PROFILES = Resource("qlora.dev", "v1beta1", "qloraprofiles", namespaced=False)
+REVISIONS = Resource("apps", "v1", "controllerrevisions")
 PODS = Resource("", "v1", "pods")
 LOGS = Resource("", "v1", "pods", "log")
 EXEC = Resource("", "v1", "pods", "exec")

@@ -84,6 +84,14 @@ The writes of the operator that are admitted, by policy: `resources` as in a Val
       expression: >-
         variables.owners.exists(owner, owner.kind in ['QLoRAJob', 'QLoRASweep'] &&
         owner.apiVersion.startsWith('qlora.dev/'))
+- name: revisions
+  resources: {apiGroups: [apps], apiVersions: [v1], resources: [controllerrevisions], operations: [CREATE]}
+  validations:
+    - message: the operator creates only ControllerRevisions of a QLoRAJob, with its name and label
+      expression: >-
+        variables.owners.exists(owner, owner.kind == 'QLoRAJob' && owner.apiVersion.startsWith('qlora.dev/') &&
+        object.metadata.name.startsWith(owner.name + '-') &&
+        object.metadata.?labels[?'qlora.dev/job-uid'].orValue('') == owner.uid)
 - name: cells
   resources: {apiGroups: [qlora.dev], apiVersions: ["*"], resources: [qlorajobs], operations: [CREATE, UPDATE]}
   validations:

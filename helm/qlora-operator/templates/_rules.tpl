@@ -20,6 +20,10 @@ claims that it has created by their retention policy, which also decides their o
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
+# What was fixed at the start of a job.
+- apiGroups: [apps]
+  resources: [controllerrevisions]
+  verbs: [get, list, create]
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch]

@@ -16,10 +16,6 @@ def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
     seconds = job.spec.cleanup_after_seconds
     if seconds is None or status.completion_time is None or is_true(status, "CleanedUp"):
         return None
-    if is_true(status, "Failed") and (status.resolved is None or status.resolved.contract_version == 1):
-        return None  # the trainer of that release would delete an adapter that has not been published
-    if job.problem and (status.resolved is None or status.resolved.document is None):
-        return None  # what the pod would have to read follows from a spec that cannot be read
     return parse_time(status.completion_time) + timedelta(seconds=seconds)
 
 

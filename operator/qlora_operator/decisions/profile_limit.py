@@ -40,4 +40,4 @@ def _needs_a_place(job: QLoRAJob) -> bool:
 
 
 def _is_new(job: QLoRAJob) -> bool:
-    return job.status.resolved is None and not job.stops and not job.problem
+    return job.status.current_revision is None and not job.stops and not job.problem

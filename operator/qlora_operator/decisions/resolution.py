@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 
-from pydantic import ValidationError
-
 from qlora_api.contract import needed_contract
 from qlora_api.kubernetes_values import amount
-from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
+from qlora_api.naming import workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile
 from qlora_api.schema import replace
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
@@ -15,7 +13,7 @@ from qlora_operator.decisions.continued import continued_run, objection_of_other
 from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.manifests.volumes import reserved_claim, reserved_secret
 from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, new_step
-from qlora_operator.decisions.observed.objects import ChildJob, Observed, QLoRAJob, Reason, share_of
+from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, share_of
 from qlora_operator.decisions.usage.budget import limit_of_hours
 
 _NOT_SHARED = "WorkspaceNotShared"
@@ -26,15 +24,15 @@ _ROOM_FOR_A_GATE = 1024
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """Fix everything that the pods depend on, as soon as the job may start."""
     job, profile = facts.job, facts.profiles.get(facts.job.spec.scheduling.profile_name)
+    has_begun = job.status.current_revision is not None or facts.observed.children
+    if status.resolved is not None and not has_begun and (job.stops or objection(facts) is not None):
+        return replace(status, resolved=None)
     if status.resolved is not None and status.step is None:
-        # Another client has written to the status. Steps that are done report their results again.
+        # The first Job exists, and the status is not stored yet; or another client has emptied that: steps that are
+        # done report their results again.
         return replace(status, step=new_step(job, "prepare", status.highest_attempt + 1))
     if status.resolved is not None and not _may_still_change(status, job, facts.observed, profile):
         return status
-    if (first := _first_job(job, facts.observed)) and (resolved := _resolved_by(first, job)):
-        # The operator was stopped, or has had more urgent work, since it created the first Job.
-        step = replace(new_step(job, *FIRST_JOB), job_uid=first.uid)
-        return replace(status, resolved=resolved, step=step)
     if profile is None or job.stops or objection(facts) is not None:
         return status
     own_claim = job.spec.workspace.claim_name
@@ -53,7 +51,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         gpu_hours=limit_of_hours(profile),
     )
     resolved = _with_trainer_of_its_cell(resolved, job, facts.continued)
-    return replace(status, resolved=resolved, step=new_step(job, *FIRST_JOB))
+    return replace(status, resolved=resolved, step=status.step or new_step(job, *FIRST_JOB))
 
 
 def _with_trainer_of_its_cell(resolved: Resolved, job: QLoRAJob, cell: QLoRAJob | None) -> Resolved:
@@ -94,20 +92,7 @@ def _may_still_change(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed,
         return False
     if step.job_uid or (step.name, step.attempt) != FIRST_JOB:
         return False
-    return _first_job(job, observed) is None and status.resolved.profile != _copy_for(job, today)
-
-
-def _first_job(job: QLoRAJob, observed: Observed) -> ChildJob | None:
-    return observed.child(child_job_name(job.name, *FIRST_JOB)) or observed.lost
-
-
-def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
-    try:
-        # As in the status, a field that another version of the operator has written is no reason to start over.
-        resolved = Resolved.model_validate_json(first.resolved, extra="ignore")
-    except ValidationError:
-        return None
-    return replace(resolved, document=document(job))
+    return observed.child(step.job_name) is None and status.resolved.profile != _copy_for(job, today)
 
 
 def objection(facts: Facts) -> Reason | None:

@@ -16,15 +16,17 @@ from qlora_operator.decisions.observed.objects import QLoRAJob
 _When = Literal["when_deleted", "when_finished"]
 
 
-def deletes_claim(when: _When, workspace: WorkspaceSpec, defaults: WorkspaceDefaults, *, is_outside: bool) -> bool:
+def deletes_claim(
+    when: _When, workspace: WorkspaceSpec, default: ClaimRetentionPolicy | None, *, is_outside: bool
+) -> bool:
     """Whether the claim is deleted then.
 
-    `is_outside`: whether no adapter to keep is left in the workspace.
+    `default`: the profile's policy. `is_outside`: whether no adapter to keep is left in the workspace.
     """
     if workspace.claim_name is not None:
         return False
-    policies = (workspace, defaults) if is_outside else (workspace,)
-    found = (_value(part.persistent_volume_claim_retention_policy, when) for part in policies)
+    own = workspace.persistent_volume_claim_retention_policy
+    found = (_value(policy, when) for policy in ((own, default) if is_outside else (own,)))
     return next((value for value in found if value is not None), "Retain") == "Delete"
 
 
@@ -36,8 +38,8 @@ def _value(policy: ClaimRetentionPolicy | None, when: _When) -> str | None:
 
 def claim_goes_with_job(job: QLoRAJob, defaults: WorkspaceDefaults) -> bool:
     """Whether the claim of the job is deleted together with it."""
-    is_outside = job.spec.output.is_outside_workspace
-    return deletes_claim("when_deleted", job.spec.workspace, defaults, is_outside=is_outside)
+    is_outside, default = job.spec.output.is_outside_workspace, defaults.persistent_volume_claim_retention_policy
+    return deletes_claim("when_deleted", job.spec.workspace, default, is_outside=is_outside)
 
 
 def is_claim_to_be_deleted(job: QLoRAJob, status: QLoRAJobStatus) -> bool:
@@ -52,8 +54,7 @@ def claim_goes_now(job: QLoRAJob, status: QLoRAJobStatus) -> bool:
     """
     if status.claim_deletion_time is not None:
         return True
-    resolved = status.resolved
-    if job.problem or resolved is None or not is_true(status, "Succeeded"):
+    if job.problem or status.workspace is None or not is_true(status, "Succeeded"):
         return False
-    is_outside = job.spec.output.is_outside_workspace
-    return deletes_claim("when_finished", job.spec.workspace, resolved.profile.workspace, is_outside=is_outside)
+    is_outside, default = job.spec.output.is_outside_workspace, status.workspace.retention_policy
+    return deletes_claim("when_finished", job.spec.workspace, default, is_outside=is_outside)

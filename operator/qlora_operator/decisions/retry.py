@@ -75,8 +75,8 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
     if resolved is not None and has_its_run:
         # A pod whose volume is gone would wait for ever, and the other job's claim may be deleted by now.
         resolved = replace(resolved, continued=None)
-    if resolved is None or resolved.document is None:
-        return resolved
+    if resolved is None:
+        return None
     return replace(resolved, document=with_gate(resolved.document, facts.job.spec.gate))
 
 

@@ -18,6 +18,7 @@ from qlora_operator.decisions.pods.detached import keep_earlier_pod
 from qlora_operator.decisions.profiles.ledger import settled
 from qlora_operator.decisions.resolution import job_limit_reached, objection_to_retry, resolve, with_profile_of_today
 from qlora_operator.decisions.retry import is_to_be_taken_up, take_up
+from qlora_operator.decisions.revision import with_revision
 from qlora_operator.decisions.summary import summarize
 from qlora_operator.decisions.usage.budget import enforce_budget, follow_forecast
 from qlora_operator.decisions.usage.usage import count_usage
@@ -80,7 +81,7 @@ def _next_status(facts: Facts) -> QLoRAJobStatus:
         status = keep_earlier_pod(status, job, observed)
         status = count_usage(status, facts)
         status = follow_forecast(status, job, observed, now, facts.progress)
-    return summarize(enforce_budget(status, facts), facts)
+    return with_revision(summarize(enforce_budget(status, facts), facts), job)
 
 
 def next_status_of_pod(facts: Facts) -> QLoRAJobStatus:
@@ -119,6 +120,12 @@ def with_rejection(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, reason:
     if is_finished(status):
         return set_condition(status, job, now, "CleanedUp", "False", reason)
     return set_condition(status, job, now, "Succeeded", "Unknown", reason)
+
+
+def without_revision(status: QLoRAJobStatus, job: QLoRAJob) -> QLoRAJobStatus:
+    """Return the status with the job's revision as before: the next one could not be created."""
+    of_revision = ("current_revision", "resolved", "image", "workspace", "gpu_hours_limit")
+    return status.model_copy(update={name: getattr(job.status, name) for name in of_revision})
 
 
 def _attempt(step: StepStatus | None) -> tuple[object, ...]:

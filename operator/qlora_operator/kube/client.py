@@ -32,11 +32,11 @@ from qlora_operator.kube.listing import (
     ChildView,
     Kind,
     ObjectVersion,
+    as_revision,
     child_view,
     compact,
     object_version,
     parse_versions,
-    without_foreign_resolved,
 )
 from qlora_operator.kube.transport import (
     Query,
@@ -58,6 +58,7 @@ _VERSIONS: dict[str, Any] = {"accept": _METADATA_ONLY, "parse": parse_versions, 
 """How to list versions or names of many objects."""
 
 _JOBS = "/apis/batch/v1"
+_APPS = "/apis/apps/v1"
 _CORE = "/api/v1"
 _NETWORKING = "/apis/networking.k8s.io/v1"
 _LEASES = "/apis/coordination.k8s.io/v1"
@@ -85,13 +86,10 @@ class Cluster(Api):
         async for page in self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", selector, profile_in_use):
             yield page.items
 
-    async def list_jobs(self, namespace: str, job_name: str, job_uid: str) -> ChildList:
+    async def list_jobs(self, namespace: str, job_uid: str) -> ChildList:
         """The Jobs that have the label of this QLoRAJob."""
-
-        def read(body: Object) -> ChildView:
-            return without_foreign_resolved(child_view("jobs", body), job_name)
-
-        return await self._children(f"{_JOBS}/namespaces/{namespace}/jobs", _labelled(JOB_UID_LABEL, job_uid), read)
+        path, read = f"{_JOBS}/namespaces/{namespace}/jobs", partial(child_view, "jobs")
+        return await self._children(path, _labelled(JOB_UID_LABEL, job_uid), read)
 
     async def list_pods(self, namespace: str, job_uid: str) -> ChildList:
         """The pods that have the label of this QLoRAJob."""
@@ -188,6 +186,21 @@ class Cluster(Api):
             "preconditions": preconditions,
         }
         await self._json("DELETE", path, body=options)
+
+    async def list_revisions(self, namespace: str, job_uid: str) -> list[Object]:
+        """The ControllerRevisions that have the label of this QLoRAJob."""
+        path = f"{_APPS}/namespaces/{namespace}/controllerrevisions"
+        pages = self._pages(path, _labelled(JOB_UID_LABEL, job_uid), as_revision)
+        return [body async for page in pages for body in page.items]
+
+    async def get_revision(self, namespace: str, name: str) -> Object:
+        """One ControllerRevision. Raises NotFoundError."""
+        path = f"{_APPS}/namespaces/{namespace}/controllerrevisions/{name}"
+        return as_revision(await self._json("GET", path))
+
+    async def create_revision(self, namespace: str, manifest: Object) -> None:
+        """Create a ControllerRevision. Raises AlreadyExistsError or RejectedError."""
+        await self._request("POST", f"{_APPS}/namespaces/{namespace}/controllerrevisions", body=manifest)
 
     async def create_claim(self, namespace: str, manifest: Object) -> None:
         """Create a PersistentVolumeClaim. Raises AlreadyExistsError if the name is taken."""

@@ -9,7 +9,7 @@ the same CPU time.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -22,9 +22,7 @@ from qlora_api.naming import (
     QUEUE_PRIORITY_LABEL,
     RUNGS_ANNOTATION,
     SWEEP_UID_LABEL,
-    child_job_name,
 )
-from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import ORPHANED, ChildJob, Object, Pod
 from qlora_operator.decisions.observed.parsing import controller_uid, parse_child, parse_pod
 from qlora_operator.keys import Key
@@ -145,19 +143,6 @@ def child_view(kind: ChildKind, body: Object) -> ChildView:
     return ChildView(metadata["namespace"], metadata["uid"], version, job_uid, _job_name(labels), value)
 
 
-def without_foreign_resolved(child: ChildView, job_name: str | None) -> ChildView:
-    """Drop what was resolved, except from the first Job of that QLoRAJob.
-
-    Other Jobs are not trusted: a tenant who may create Jobs can give thousands of them that annotation.
-    """
-    value = child.value
-    if not isinstance(value, ChildJob) or not value.resolved:
-        return child
-    if job_name is not None and value.name == child_job_name(job_name, *FIRST_JOB):
-        return child
-    return replace(child, value=replace(value, resolved=""))
-
-
 def compact(job: Object) -> dict[str, Any]:
     """Drop a QLoRAJob's unused metadata: half of it, or more if a tenant adds some.
 
@@ -176,6 +161,14 @@ def compact(job: Object) -> dict[str, Any]:
     if ORPHANED in (metadata.get("finalizers") or ()):
         kept["finalizers"] = [ORPHANED]
     return {**job, "metadata": kept}
+
+
+def as_revision(body: Object) -> dict[str, Any]:
+    """Drop all of a ControllerRevision but its name, its controller, its number and its data."""
+    metadata = body["metadata"]
+    owner = _controller(metadata)
+    kept = {"name": metadata["name"], "ownerReferences": [] if owner is None else [owner]}
+    return {"metadata": kept, "revision": body["revision"], "data": body.get("data")}
 
 
 def _controller(metadata: Object) -> dict[str, Any] | None:

@@ -177,9 +177,10 @@ class GpuSeconds:
 
     def note(self, job: QLoRAJob, written: QLoRAJobStatus) -> None:
         """Count the usage that a stored status adds to the job's earlier one."""
-        if written.usage is not None:
-            before = job.status.usage or UsageStatus()
-            self.add(job.namespace, job.spec.scheduling.profile_name, written.usage, before)
+        gives_gpus = written.resolved is not None and written.resolved.profile.gpu_resource is not None
+        if gives_gpus or written.usage is not None:
+            usage = written.usage or UsageStatus()
+            self.add(job.namespace, job.spec.scheduling.profile_name, usage, job.status.usage)
 
     def note_sweep(self, sweep: QLoRASweep, written: QLoRASweepStatus) -> None:
         """Count the added usage of the sweep itself: the parts of cells that have ended."""

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 RESOURCES = frozenset(
     {
         "configmaps",
+        "controllerrevisions",
         "events",
         "jobs",
         "leases",

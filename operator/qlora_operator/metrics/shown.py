@@ -97,9 +97,9 @@ class ShownJob:
     """False if its condition Progressing is."""
     profile: str
     claim: str
-    """The PersistentVolumeClaim of its workspace; empty until it is resolved."""
+    """The PersistentVolumeClaim of its workspace; empty until it has started."""
     has_gpus: bool
-    """Whether the profile that was resolved for it requests GPUs."""
+    """Whether a pod of it has had a GPU."""
     started: float
     """Seconds since 1970; infinite if it has not started."""
     failure: str
@@ -119,7 +119,7 @@ def read_shown(body: Object) -> ShownJob | None:
     phase = status.get("phase")
     if phase not in PHASES:
         return None
-    metadata, resolved = body["metadata"], status.get("resolved") or {}
+    metadata = body["metadata"]
     started = _number(status, ("startTime",))
     return ShownJob(
         namespace=metadata["namespace"],
@@ -129,8 +129,8 @@ def read_shown(body: Object) -> ShownJob | None:
         phase_since=_number(status, ("phaseSince",)),
         progresses=_condition(status, "Progressing").get("status") != "False",
         profile=str(((body.get("spec") or {}).get("scheduling") or {}).get("profileName") or "default"),
-        claim=str(resolved.get("claimName") or ""),
-        has_gpus=bool((resolved.get("profile") or {}).get("gpuResource")),
+        claim=str((status.get("workspace") or {}).get("claimName") or ""),
+        has_gpus="usage" in status,
         started=math.inf if started is None else started,
         failure=as_label(str(_condition(status, "Failed").get("reason"))) if phase == "Failed" else "",
         figures=_figures(status, phase),

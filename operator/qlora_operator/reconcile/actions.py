@@ -46,9 +46,11 @@ from qlora_operator.decisions.plan import (
     creates_first_job,
 )
 from qlora_operator.decisions.pods.kueue import not_supported
-from qlora_operator.decisions.status import with_child, with_rejection
+from qlora_operator.decisions.revision import build_revision
+from qlora_operator.decisions.status import with_child, with_rejection, without_revision
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, ForbiddenError, NotFoundError, RejectedError
+from qlora_operator.kube.listing import as_revision
 from qlora_operator.reconcile.pauses import Postponed
 from qlora_operator.reconcile.queue import RetryError
 from qlora_operator.watch.store import Store
@@ -87,6 +89,27 @@ class Actions:
     isolate: Callable[[str], Awaitable[None]]
     """Brings the NetworkPolicies of all jobs to a namespace. Raises ClusterError."""
     announcements: Postponed = field(default_factory=Postponed)
+
+    async def fix(self, facts: Facts, status: QLoRAJobStatus) -> QLoRAJobStatus | None:
+        """Create the revision that the status names, before the status is stored or anything follows from it.
+
+        Returns None once it exists, or the status to store if it cannot be created now.
+        """
+        job, name, resolved = facts.job, status.current_revision, status.resolved
+        if name is None or resolved is None or name == job.revision:
+            return None
+        key, manifest = (job.namespace, job.name), build_revision(job, name, resolved)
+        try:
+            await self.cluster.create_revision(job.namespace, manifest)
+            logger.info("created ControllerRevision %s", name, extra={"key": key})
+        except AlreadyExistsError:
+            logger.debug("ControllerRevision %s exists already", name, extra={"key": key})
+        except RejectedError as error:
+            reason = Reason("RevisionRejected", f"the API server rejects ControllerRevision {name}: {error}")
+            logger.warning("%s", reason.sentence, extra={"key": key})
+            return with_rejection(without_revision(status, job), job, facts.now, reason)
+        self.store.note_revision((job.namespace, job.uid), as_revision(manifest))
+        return None
 
     async def carry_out(self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> Result:
         """Carry them out. The status of the result is the one after the actions."""

@@ -59,6 +59,7 @@ from qlora_operator.reconcile.pauses import AtOnce, Blocked, Later, NextPass, Pa
 from qlora_operator.reconcile.profile_limit import Starts
 from qlora_operator.reconcile.progress import LogReading, ProgressReader
 from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.reconcile.revisions import Revisions
 from qlora_operator.reconcile.shared_pods import SharedPods
 from qlora_operator.watch.store import Store
 
@@ -136,6 +137,10 @@ class Reconciler:
         return Actions(self.cluster, self.store, self.dns, self.isolate, self.announcements)
 
     @cached_property
+    def _revisions(self) -> Revisions:
+        return Revisions(self.cluster, self.store)
+
+    @cached_property
     def _shared_pods(self) -> SharedPods:
         return SharedPods(self.cluster, self.store)
 
@@ -147,6 +152,11 @@ class Reconciler:
         with self.metrics.work.jobs.duration.time():
             try:
                 return await self._reconcile(key)
+            except UnreadableJobError as error:
+                logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
+                await post(self.cluster, key, unreadable_event({"metadata": error.metadata}, str(error), self.clock()))
+                self._let_go(key)
+                return None
             except (ConflictError, NotFoundError) as error:
                 self.store.distrust(key)
                 raise RetryError(f"changed or deleted in the meantime: {error}") from error
@@ -214,7 +224,11 @@ class Reconciler:
         if job is None:
             return _Done()
         view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
-        return self._unless_settled(key, view)
+        found = await self._unless_settled(key, view)
+        if isinstance(found, _View) and found.job.status.resolved is None and held.observed.children:
+            # It has a revision that its status does not name, and only a list shows.
+            return await self._read(key)
+        return found
 
     async def _read(self, key: Key) -> "_View | _Done":
         """Read the job with its children now, unless there is nothing to do for it."""
@@ -228,30 +242,21 @@ class Reconciler:
         job = await self._readable(key, body)
         if job is None:
             return _Done()
-        jobs = await self.cluster.list_jobs(job.namespace, job.name, job.uid)
+        jobs = await self.cluster.list_jobs(job.namespace, job.uid)
         pods = await self.cluster.list_pods(job.namespace, job.uid)
         observed = await with_current_job(self.cluster, job, self.store.note_live_read(body, jobs, pods))
         observed = with_detached_pods(job, observed, await read_hidden_pods(self.cluster, job, observed))
-        return self._unless_settled(key, _View(job, observed, live=True, fresh=False))
+        return await self._unless_settled(key, _View(job, observed, live=True, fresh=False))
 
     async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
-        """Parse the job, or return None: another controller's, or one that cannot be read.
-
-        The latter gets an Event. A job that leaves frees its place.
-        """
+        """Parse the job, None for another controller's. Raises UnreadableJobError."""
         if is_managed_elsewhere(body):
             self._let_go(key)
             self.metrics.job_is_gone(key)
             await self._follow_announcement(key, None)
             self.store.settle(key, True)
             return None
-        try:
-            job = parse_job(body)
-        except UnreadableJobError as error:
-            logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
-            await post(self.cluster, key, unreadable_event(dict(body), str(error), self.clock()))
-            self._let_go(key)
-            return None
+        job = parse_job(body)
         job = replace(job, hold=hold_of(job, self.profiles, self.accounts.spent_seconds(job)))
         if job.deleting:
             self.starts.place_may_be_free(key)
@@ -274,14 +279,14 @@ class Reconciler:
         self.starts.place_may_be_free(key)
         self._forget(key)
 
-    def _unless_settled(self, key: Key, view: "_View") -> "_View | _Done":
-        """Return the view, unless the job has nothing to do before its deletion."""
+    async def _unless_settled(self, key: Key, view: "_View") -> "_View | _Done":
+        """Return the view with the job's revision, unless the job has nothing to do before its deletion."""
         now, expires = self.clock(), deletion_at(view.job, view.job.status, self.profiles)
         is_noted = not is_to_be_settled(view.job, view.job.status, self.accounts.counted_seconds(view.job))
         settled = is_noted and is_settled(view.job, view.observed) and (expires is None or now < expires)
         self.store.settle(key, settled)
         if not settled:
-            return view
+            return replace(view, job=await self._revisions.fixed(view.job, live=view.live))
         self._forget(key)
         return _Done(None if expires is None else (expires - now).total_seconds())
 
@@ -290,7 +295,7 @@ class Reconciler:
         return _Run(log, await read_queue(self.cluster, view.job, view.observed))
 
     async def _read_facts(self, view: "_View", run: "_Run", shared: SharedPod | None, others: int) -> Facts:
-        continued, writer = await read_continued(self.cluster, self._shared_pods, view.job)
+        continued, writer = await read_continued(self.cluster, self._shared_pods, self._revisions, view.job)
         return Facts(
             job=view.job,
             observed=view.observed,
@@ -327,11 +332,14 @@ class Reconciler:
     async def _carry_out(self, decided: "_Decided") -> NextPass:
         """Act and store the status."""
         facts, planned, status = decided.facts, decided.plan, decided.decision.status
+        if (rejected := await self._actions.fix(facts, status)) is not None:
+            await self._write(facts, rejected)
+            return Blocked()
         if planned.store_first:
             return AtOnce(changed=await self._write(facts, status))
         done = await self._actions.carry_out(facts, status, planned.actions)
         if not done.blocked and any(creates_first_job(action) for action in planned.actions):
-            # That Job has the resolved values. Other new jobs need theirs more urgently than this one its status.
+            # What they have fixed is in their revision. Other new jobs need theirs more urgently than this its status.
             return AtOnce(changed=done.changed)
         await self._write(facts, done.status)
         moments = (moment for moment in (planned.look_again, done.look_again) if moment is not None)

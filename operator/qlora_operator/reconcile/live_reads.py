@@ -13,6 +13,7 @@ from qlora_operator.decisions.pods.kueue import queue_reason
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import ClusterError, NotFoundError
 from qlora_operator.kube.listing import ChildView
+from qlora_operator.reconcile.revisions import Revisions
 from qlora_operator.reconcile.shared_pods import SharedPods
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,9 @@ async def read_queue(cluster: Cluster, job: QLoRAJob, observed: Observed) -> Rea
     return queue_reason(child, workload, condition(job.status, "Succeeded"))
 
 
-async def read_continued(cluster: Cluster, shared_pods: SharedPods, job: QLoRAJob) -> tuple[QLoRAJob | None, str]:
+async def read_continued(
+    cluster: Cluster, shared_pods: SharedPods, revisions: Revisions, job: QLoRAJob
+) -> tuple[QLoRAJob | None, str]:
     """Read the job that spec.continues names, until that is settled, and its writer.
 
     The writer may still save a checkpoint of that job. Returns None if no job can be read.
@@ -80,7 +83,8 @@ async def read_continued(cluster: Cluster, shared_pods: SharedPods, job: QLoRAJo
         return None, ""
     body = await cluster.get_qlora_job(job.namespace, str(job.spec.continues))
     try:
-        other = None if body is None or is_managed_elsewhere(body) else parse_job(body)
+        is_here = body is not None and not is_managed_elsewhere(body)
+        other = await revisions.fixed(parse_job(body), live=True) if is_here and body is not None else None
     except UnreadableJobError as error:
         logger.warning("%s: %s", job.spec.continues, error, extra={"key": (job.namespace, job.name)})
         return None, ""

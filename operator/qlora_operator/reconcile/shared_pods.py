@@ -39,7 +39,7 @@ class SharedPods:
         It is the job's own or its sweep's. Neither the end of a job nor its suspension waits for such a pod: it may
         have a minute to save, or train others.
         """
-        own = _left_of_train(job.name, await self._children(job.namespace, job.name, job.uid))
+        own = _left_of_train(job.name, await self._children(job.namespace, job.uid))
         if own or not job.sweep:
             return own
         found = shared_pod(job, await self._pods(job))
@@ -53,11 +53,11 @@ class SharedPods:
             # Of another release, which the sweep's own pass reports.
             return ()
 
-    async def _children(self, namespace: str, name: str, uid: str) -> Observed:
-        """Jobs and pods of the job of that name and UID, as they are now."""
+    async def _children(self, namespace: str, uid: str) -> Observed:
+        """Jobs and pods of the job of that UID, as they are now."""
         pods = await self.cluster.list_pods(namespace, uid)
         # Afterwards: a Job that has not ended may have made a pod in between.
-        jobs = await self.cluster.list_jobs(namespace, name, uid)
+        jobs = await self.cluster.list_jobs(namespace, uid)
         return collect(
             (view.value for view in jobs.items if isinstance(view.value, ChildJob)),
             (view.value for view in pods.items if isinstance(view.value, Pod)),

@@ -59,7 +59,9 @@ from qlora_operator.reconcile.events import post
 from qlora_operator.reconcile.pauses import Pauses
 from qlora_operator.reconcile.progress import ProgressReader
 from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.reconcile.revisions import Revisions
 from qlora_operator.reconcile.sweep_pods import SweepPods
+from qlora_operator.watch.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -110,13 +112,14 @@ class SweepReconciler:
     metrics: Metrics = field(default_factory=Metrics)
     blocked: Pauses = field(default_factory=Pauses)
     accounts: Accounts = field(default_factory=Accounts)
+    store: Store = field(default_factory=Store)
     note_usage: Callable[[Key, str, str, int], None] = lambda _key, _uid, _profile, _seconds: None
     """Notes the sweep's GPU seconds so far, with its key, UID and profile."""
     _denials: dict[Key, _Denial] = field(default_factory=dict)
 
     @cached_property
     def _pods(self) -> SweepPods:
-        return SweepPods(self.cluster, self.profiles, self.progress, self.clock)
+        return SweepPods(self.cluster, Revisions(self.cluster, self.store), self.profiles, self.progress, self.clock)
 
     async def reconcile(self, key: Key) -> float | None:
         """Return the seconds until the next pass, or None if the next event is enough.

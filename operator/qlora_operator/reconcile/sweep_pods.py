@@ -1,5 +1,6 @@
 """Follows a sweep's shared pods: reads their Jobs as they are now, decides, acts."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from qlora_api.sweep.spec import Cell
 from qlora_api.sweep.status import SweepPodStatus
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, QLoRAJob, Reason, collect
 from qlora_operator.decisions.observed.parsing import controller_uid
+from qlora_operator.decisions.observed.stored_job import UnreadableJobError
 from qlora_operator.decisions.plan import CreateJob, DeleteJob
 from qlora_operator.decisions.pods.kueue import queue_reason
 from qlora_operator.decisions.sweeps.pods import (
@@ -29,6 +31,7 @@ from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, NotFoundError, RejectedError
 from qlora_operator.reconcile.progress import LogReading, ProgressReader
 from qlora_operator.reconcile.queue import RetryError
+from qlora_operator.reconcile.revisions import Revisions
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class SweepPods:
     """The pods of sweeps with spec.cellsPerPod."""
 
     cluster: Cluster
+    revisions: Revisions
     profiles: Mapping[str, Profile]
     progress: ProgressReader | None
     clock: Callable[[], datetime]
@@ -64,6 +68,7 @@ class SweepPods:
         stored = pods_of(sweep, cells)
         if not stored:
             return FollowedPods()
+        jobs = {name: await self._fixed(cell) for name, cell in jobs.items()}
         observed = await self._observed(sweep)
         found, seconds, blocked = list[SweepPodStatus](), list[float](), False
         for pod, names in stored:
@@ -84,8 +89,16 @@ class SweepPods:
             seconds += [_SECONDS_BETWEEN_LOOKS] if status.cells else []
         return FollowedPods(tuple(found), min(seconds, default=None), blocked)
 
+    async def _fixed(self, cell: CellJob) -> CellJob:
+        """Return the cell with what its revision has fixed."""
+        try:
+            job = None if cell.job is None else await self.revisions.fixed(cell.job, live=False)
+        except UnreadableJobError:
+            job = None
+        return dataclasses.replace(cell, job=job)
+
     async def _observed(self, sweep: QLoRASweep) -> Observed:
-        jobs = await self.cluster.list_jobs(sweep.namespace, sweep.name, sweep.uid)
+        jobs = await self.cluster.list_jobs(sweep.namespace, sweep.uid)
         pods = await self.cluster.list_pods(sweep.namespace, sweep.uid)
         return collect(
             (view.value for view in jobs.items if isinstance(view.value, ChildJob)),

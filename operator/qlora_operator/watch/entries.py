@@ -18,8 +18,6 @@ class Child:
     version: int
     value: ChildJob | Pod | None
     """None for a Job that has the label of a QLoRAJob that does not control it."""
-    is_partial: bool = False
-    """Whether it is a Job with parts left out before its QLoRAJob was known."""
 
 
 @dataclass(slots=True)
@@ -31,28 +29,23 @@ class Entry:
     version: int = 0
     body: bytes = b""
     marks: bytes = b""
-    resolved_stored: bool = False
+    has_started: bool = False
+    revision: bytes = b""
     fresh: bool = False
     distrusted: bool = False
     settled: bool = False
     ended: bool = False
     wanted: dict[str, int] = field(default_factory=dict)
     children: dict[ChildKind, dict[str, Child]] = field(default_factory=lambda: {"jobs": {}, "pods": {}})
-    lost: ChildJob | None = None
     last_words: dict[str, Pod] = field(default_factory=dict)
     """Pods that are gone, as they ended, by their UID: until a pass has decided."""
 
     def version_of(self, uid: str) -> int:
-        """Return the held version of the job, or of its child, or 0 without one, or without parts of it."""
+        """Return the held version of the job, or of its child, or 0 without one."""
         if uid == self.job_id[1]:
             return self.version
         child = next((children[uid] for children in self.children.values() if uid in children), None)
-        return 0 if child is None or child.is_partial else child.version
-
-    @property
-    def resolves(self) -> str | None:
-        """Return the job's name while only its first Job has the resolved values."""
-        return self.key[1] if self.key is not None and not self.resolved_stored else None
+        return 0 if child is None else child.version
 
     @property
     def empty(self) -> bool:
@@ -60,13 +53,8 @@ class Entry:
         return not self.body and not any(self.children.values())
 
     def keep_last_words(self, value: ChildJob | Pod | None) -> None:
-        """Keep what a child that is gone has that no other object has.
-
-        That is what the first Job of a job has resolved before the status has it, and how a pod has ended.
-        """
-        if isinstance(value, ChildJob) and value.resolved:
-            self.lost = value
-        elif isinstance(value, Pod) and value.ended and self.key is not None:
+        """Keep how a pod that is gone has ended."""
+        if isinstance(value, Pod) and value.ended and self.key is not None:
             self.last_words[value.uid] = value
 
     def forget_last_words(self, counted: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_operator.decisions.observed.objects import ChildJob, Object, Observed, Pod, collect
@@ -24,7 +24,6 @@ from qlora_operator.kube.listing import (
     child_view,
     compact,
     version_number,
-    without_foreign_resolved,
 )
 from qlora_operator.watch.entries import Child, Entries, Entry, JobId
 from qlora_operator.watch.job_index import JobIndex
@@ -79,8 +78,8 @@ class Store:
     def job_changed(self, body: Object, *, deleted: bool = False, created: bool = False) -> bool:
         """Note a QLoRAJob and return whether that is worth a pass.
 
-        It is not for a known version, or if only its status differs. `created`: a watch, and no list, has shown its
-        creation.
+        It is not for a known version, or if only its status differs, unless that was lost. `created`: a watch, and no
+        list, has shown its creation.
         """
         metadata = body["metadata"]
         key, job_id = (metadata["namespace"], metadata["name"]), (metadata["namespace"], metadata["uid"])
@@ -97,16 +96,12 @@ class Store:
             return False
         self.jobs.note(body)
         kept = compact(body)
-        marks = _marks(kept["metadata"])
-        news = entry.marks != marks
+        marks, has_started = _marks(kept["metadata"]), "currentRevision" in (body.get("status") or {})
+        news = entry.marks != marks or (entry.has_started and not has_started)
         entry.fresh = entry.fresh or (created and entry.empty)
-        entry.key, entry.version, entry.marks = key, version, marks
+        entry.key, entry.version, entry.marks, entry.has_started = key, version, marks, has_started
         entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
         entry.settled, entry.ended = entry.settled and not news, _has_ended(body)
-        if (body.get("status") or {}).get("resolved"):
-            self._forget_resolved(entry)
-        # The parts left out of its Jobs before it was known need another read, unless the status has them.
-        entry.distrusted = entry.distrusted or any(child.is_partial for child in entry.children["jobs"].values())
         self._take_name(key, entry)
         return news
 
@@ -138,10 +133,8 @@ class Store:
             changed, before = _jobs(home), None
         _report_unreadable(kind, child, before)
         entry = self._entries.enter(job_id)
-        value = without_foreign_resolved(child, entry.resolves).value
-        is_partial = entry.key is None and value != child.value
-        entry.children[kind][uid], self._homes[uid] = Child(version, value, is_partial), entry
-        if before is None or before.value != value:
+        entry.children[kind][uid], self._homes[uid] = Child(version, child.value), entry
+        if before is None or before.value != child.value:
             entry.settled = False
             changed |= _jobs(entry, child.job_name)
         return changed
@@ -227,6 +220,16 @@ class Store:
             if settled:
                 entry.last_words.clear()
 
+    def note_revision(self, job_id: JobId, body: Object) -> None:
+        """Keep the ControllerRevision of a job that is held, in place of another one."""
+        if entry := self._entries.find(job_id):
+            entry.revision = _packed(json.dumps(body, separators=(",", ":")).encode())
+
+    def revision(self, job_id: JobId) -> Object | None:
+        """Return the kept ControllerRevision of the job, which never changes, or None."""
+        entry = self._entries.find(job_id)
+        return json.loads(_unpacked(entry.revision)) if entry is not None and entry.revision else None
+
     def decided(self, key: Key, observed: Observed) -> None:
         """Note that a decision from these children is stored, and need not be made again."""
         if entry := self._entry(key):
@@ -283,7 +286,7 @@ class Store:
             return
         if entry.key is not None and self._ids.get(entry.key) == job_id:
             del self._ids[entry.key]
-        entry.key, entry.body, entry.marks = None, b"", b""
+        entry.key, entry.body, entry.marks, entry.revision = None, b"", b"", b""
         self.jobs.drop(job_id[1])
         if entry.empty:
             self._entries.remove(job_id)
@@ -294,7 +297,7 @@ class Store:
         self._homes.pop(uid, None)
         value = child.value if child else None
         if shown is not None and shown.value is not None:
-            value = without_foreign_resolved(shown, entry.resolves).value
+            value = shown.value
         entry.keep_last_words(value)
         if uid in entry.last_words:
             self._kept[uid] = entry.job_id
@@ -308,15 +311,6 @@ class Store:
             uid = next(iter(self._kept))
             if (entry := self._entries.find(self._kept.pop(uid))) is not None:
                 entry.last_words.pop(uid, None)
-
-    @staticmethod
-    def _forget_resolved(entry: Entry) -> None:
-        """The status has what was resolved: no Job need keep it."""
-        entry.resolved_stored, entry.lost = True, None
-        for child in entry.children["jobs"].values():
-            child.is_partial = False
-            if isinstance(child.value, ChildJob) and child.value.resolved:
-                child.value = replace(child.value, resolved="")
 
     def _bury(self, uid: str, version: int) -> None:
         """Note a deletion: a late answer may still show an older view of the object."""
@@ -345,7 +339,6 @@ def _observed(jobs: Iterable[Child | ChildView], pods: Iterable[Child | ChildVie
     return collect(
         (child.value for child in jobs if isinstance(child.value, ChildJob)),
         (found | (entry.last_words if entry is not None else {})).values(),
-        entry.lost if entry is not None else None,
     )
 
 

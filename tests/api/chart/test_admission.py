@@ -34,6 +34,7 @@ from tests.support.chart.stolen_token import (
     MERGE,
     NETWORKED,
     OTHERS,
+    REVISION,
     TEAM,
     Attempt,
     cell,
@@ -199,6 +200,7 @@ def own_writes() -> Iterator[tuple[str, Attempt]]:
         name = policy["metadata"]["name"]
         path = path_of(TEAM, "networkpolicies", f"{name}?fieldManager=qlora-operator&force=true")
         yield f"a NetworkPolicy {name}", Attempt("PATCH", path, policy, "", APPLY)
+    yield "a revision", Attempt("POST", path_of(TEAM, "controllerrevisions"), REVISION, "")
     yield "a cell", Attempt("POST", path_of(TEAM, "qlorajobs"), build_cell(sweep, sweep.cells()[0]), "")
     labelled = {"metadata": {"name": "new", "labels": {"qlora.dev/announcements": "true"}}}
     yield "an announcement", Attempt("POST", path_of(TEAM, "configmaps"), foreign("ConfigMap") | labelled, "")

@@ -110,7 +110,7 @@ def prometheus(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Prometheus]:
     """Scrape the operator and a kubelet's figures of the job's claim, with the alerts."""
-    claim = operated.job(job)["status"]["resolved"]["claimName"]
+    claim = operated.job(job)["status"]["workspace"]["claimName"]
     labels = f'{{namespace="{NAMESPACE}",persistentvolumeclaim="{claim}"}}'
     kubelet = "".join(
         f"# TYPE {name} gauge\n{name}{labels} {value}\n"
@@ -188,7 +188,7 @@ def test_the_alerts_are_evaluated_without_an_error_and_fire(
     eventually(evaluated, seconds=30, every=0.5, what="an evaluation of each rule")
     assert {rule["name"] for rule in prometheus.rules()} == set(alerts())
     (alert,) = eventually(prometheus.alerts, seconds=30, every=0.5, what="an alert")
-    claim = operated.job(job)["status"]["resolved"]["claimName"]
+    claim = operated.job(job)["status"]["workspace"]["claimName"]
     labels = {"alertname": "QLoRAWorkspaceNearlyFull", "severity": "warning"}
     assert alert["labels"] == labels | {"namespace": NAMESPACE, "persistentvolumeclaim": claim}
     assert alert["annotations"]["runbook_url"] == f"{SITE}/runbooks/QLoRAWorkspaceNearlyFull.html"

@@ -23,6 +23,7 @@ WEIGHTS = bytes(range(256)) * 4000
 PROFILE = {"image": "registry.example.org/qlora-trainer:1", "runAs": {"user": 10001, "group": 10001, "fsGroup": 10001}}
 READER = {"apiGroups": [""], "resources": ["pods"], "verbs": ["create", "get", "delete"]}
 EXEC = {"apiGroups": [""], "resources": ["pods/exec"], "verbs": ["create", "get"]}
+REVISIONS = {"apiGroups": ["apps"], "resources": ["controllerrevisions"], "verbs": ["get"]}
 JOBS = {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["get"]}
 
 
@@ -78,14 +79,11 @@ def ended_job(team: Reported, node: ClaimNode, folder: Path, name: str, **spec: 
             "rank": 16,
             "quantization": "nf4",
         },
-        resolved={
-            "contractVersion": 4,
-            "profile": PROFILE,
-            "claimName": name,
-            "claimCreated": True,
-            "workspacePath": "work",
-        },
+        currentRevision=f"{name}-1",
+        workspace={"claimName": name, "path": "work"},
     )
+    revision = {"apiVersion": "apps/v1", "kind": "ControllerRevision", "metadata": {"name": f"{name}-1"}, "revision": 1}
+    team.create(revision | {"data": {"profile": PROFILE}})
     assert body["metadata"]["name"] == name
     return workspace
 
@@ -103,7 +101,7 @@ def test_an_adapter_is_downloaded_with_the_users_own_rights_and_no_pod_is_left(
 ) -> None:
     ended_job(team, node, tmp_path, "plain")
     target = tmp_path / "out"
-    user = team.kubeconfig(tmp_path, "downloader", JOBS, READER, EXEC)
+    user = team.kubeconfig(tmp_path, "downloader", JOBS, REVISIONS, READER, EXEC)
     said = run(team, "adapter", "plain", "--output", str(target), kubeconfig=user)
     assert "reading the claim plain through a pod" in said
     assert f"{target}: downloaded, SHA-256 {described(WEIGHTS)['sha256']} as in the status" in said
@@ -121,7 +119,7 @@ def test_an_adapter_is_downloaded_with_the_users_own_rights_and_no_pod_is_left(
 def test_a_program_downloads_compares_and_draws(team: Reported, node: ClaimNode, tmp_path: Path) -> None:
     ended_job(team, node, tmp_path, "drawn", lora={"rank": 8})
     ended_job(team, node, tmp_path, "drawn-too", lora={"rank": 32})
-    user = team.kubeconfig(tmp_path, "program", JOBS, READER, EXEC)
+    user = team.kubeconfig(tmp_path, "program", JOBS, REVISIONS, READER, EXEC)
     client = QLoRAClient(ClusterBackendConfig(namespace=NAMESPACE, config_file=user))
     target = client.get_adapter("drawn", tmp_path / "out")
     assert (target / "adapter_model.safetensors").read_bytes() == WEIGHTS

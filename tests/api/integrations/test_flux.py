@@ -186,7 +186,7 @@ def test_a_change_of_an_immutable_field_is_reported_and_force_recreates_the_job(
     after = operated.wait_for_phase(name, "Preparing")
     assert after["metadata"]["uid"] != before["metadata"]["uid"]
     assert after["spec"]["training"]["seed"] == 9
-    claims = {job["status"]["resolved"]["claimName"] for job in (before, after)}
+    claims = {job["status"]["workspace"]["claimName"] for job in (before, after)}
     assert claims <= set(claims_in(operated))
 
 
@@ -194,7 +194,7 @@ def test_a_change_of_an_immutable_field_is_reported_and_force_recreates_the_job(
 def test_an_object_removed_from_the_source_is_deleted_and_its_claim_stays(flux: Flux, operated: Nodeless) -> None:
     name = "flux-pruned"
     started(flux, operated, name)
-    claim = operated.job(name)["status"]["resolved"]["claimName"]
+    claim = operated.job(name)["status"]["workspace"]["claimName"]
     operated.pod(name, "prepare")
     flux.wait_for_revision(name, flux.publish(name, [named("flux-next")]))
 

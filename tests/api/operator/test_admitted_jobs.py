@@ -17,6 +17,7 @@ from qlora_operator.decisions.manifests.objects import build_claim, build_job
 from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.plan import CreateJob
+from qlora_operator.decisions.revision import build_revision
 from qlora_operator.decisions.sweeps.pods import build_pod_job
 from qlora_operator.decisions.sweeps.sweep import QLoRASweep, build_cell
 from tests.support.admitted import specs
@@ -30,6 +31,7 @@ _OF_TEMPLATES = ("model", "dataset", "workspace", "scheduling", "retry", "active
 _LONGEST_NAME, _ATTEMPT = "a" * MAX_NAME_LENGTH, 12_345
 _PROFILE = PROFILE.model_copy(update={"registries": ("example.org",)})
 _PLURALS = {
+    "ControllerRevision": "controllerrevisions",
     "QLoRAJob": "qlorajobs",
     "Job": "jobs",
     "PersistentVolumeClaim": "persistentvolumeclaims",
@@ -79,6 +81,7 @@ def _of_job(spec: Manifest) -> Iterator[Manifest]:
     if (job := _started(body)) is not None and (resolved := job.status.resolved) is not None:
         yield from (build_job(job, resolved, step, _ATTEMPT) for step in STEPS)
         yield build_claim(job, resolved)
+        yield build_revision(job, str(job.status.current_revision), resolved)
 
 
 def _of_sweep(spec: Manifest) -> Iterator[Manifest]:

@@ -32,12 +32,13 @@ def test_it_starts_when_the_other_job_has_ended_and_then_no_longer_needs_it(oper
     status = operated.wait_for_phase("broken", "Failed")["status"]
 
     job = operated.wait_for_phase("taken-up", "Preparing")
-    continued = job["status"]["resolved"]["continued"]
+    where = (job["status"]["currentRevision"], f"--namespace={NAMESPACE}")
+    continued = operated.kubectl.get("controllerrevision", *where)["data"]["continued"]
     assert continued == {
         "job": "broken",
         "uid": operated.job("broken")["metadata"]["uid"],
-        "claimName": status["resolved"]["claimName"],
-        "workspacePath": status["resolved"]["workspacePath"],
+        "claimName": status["workspace"]["claimName"],
+        "workspacePath": status["workspace"]["path"],
     }
     prepare = operated.kubectl.get("job", "taken-up-prepare-1", f"--namespace={NAMESPACE}")
     pod = prepare["spec"]["template"]["spec"]

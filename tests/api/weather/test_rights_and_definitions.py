@@ -80,18 +80,18 @@ def test_an_older_definition_stops_status_writes_until_the_right_one_is_back(sit
     path = ROOT / "crds" / "qlorajobs.qlora.dev.yaml"
     older = yaml.safe_load(path.read_text())
     properties = older["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    del properties["status"]["properties"]["resolved"]
+    del properties["status"]["properties"]["currentRevision"]
     with site.operator() as operator:
         operator.wait_until_ready()
         site.tenant.create("before")
         site.tenant.wait_for_phase("before", "Preparing")
         try:
             site.plane.kubectl("apply", "--filename=-", input_text=json.dumps(older))
-            eventually(lambda: "resolved" not in site.tenant.status("before"), what="the older definition")
+            eventually(lambda: "currentRevision" not in site.tenant.status("before"), what="the older definition")
             site.tenant.create("during")
             eventually(lambda: operator.metric("qlora_operator_schema_outdated") == 1, seconds=60, every=0.2)
             status, text = operator.get("/readyz")
-            assert (status, "qlora.dev/v1beta1) lacks status.resolved" in text) == (503, True)
+            assert (status, "qlora.dev/v1beta1) lacks status.currentRevision" in text) == (503, True)
             assert (operator.get("/healthz")[0], site.tenant.status("during").get("phase")) == (200, None)
             written = site.proxy.count("PATCH", "/status")
             site.tenant.suspend("before")
@@ -109,4 +109,4 @@ def test_an_older_definition_stops_status_writes_until_the_right_one_is_back(sit
             assert len(site.tenant.jobs(name)) == 1
         operator.wait_until_ready()
         assert operator.metric("qlora_operator_schema_outdated") == 0
-        assert warnings(operator, "lacks status.resolved") == 1
+        assert warnings(operator, "lacks status.currentRevision") == 1

@@ -19,6 +19,7 @@ _RIGHTS = {
     "qlorasweeps.qlora.dev": {"get", "list", "watch", "delete"},
     "qlorasweeps.qlora.dev/status": {"patch"},
     "jobs.batch": {"get", "list", "watch", "create", "delete"},
+    "controllerrevisions.apps": {"get", "list", "create"},
     "pods": {"list", "watch"},
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create", "patch", "delete"},

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_api.profile import Profile
 from qlora_operator.decisions.manifests.network import JobNetworkPolicies, build_policies
 from qlora_operator.decisions.manifests.objects import build_claim, build_job, build_peer_policy, build_peer_service
-from tests.support.builders import NAME, PROFILE, UID, make_job, resolved
+from tests.support.builders import NAME, PROFILE, UID, make_job, resolved, revision_body
 from tests.support.cluster.shared_pods import OWNER
 from tests.support.manifests import MINIMAL
 from tests.support.tenancy.tenancy import OPERATOR_NAMESPACE, path_of
@@ -147,6 +147,8 @@ _CONFIG_MAPS = "only ConfigMaps with the label"
 _TEMPLATE = train_job()["spec"]["template"]["metadata"]["labels"]
 _CONTROLLER: Object = train_job()["metadata"]["ownerReferences"][0]
 CLAIM = build_claim(make_job(), resolved(PROFILE))
+REVISION = revision_body()
+_STATEFUL_SET = _CONTROLLER | {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "database"}
 _SERVICE = build_peer_service(make_job(resources={"nodes": 2}))
 _JOBS, _SERVERS = build_policies(JobNetworkPolicies(), [PROFILE])
 _OURS = {"qlora.dev/announcements": "true"}
@@ -156,6 +158,11 @@ _SHELL = {"name": "shell", "image": PROFILE.image, "command": ["sh"]}
 
 def _with(body: Object, part: str, **changes: Any) -> Object:
     return body | {part: body[part] | changes}
+
+
+def _revision(**metadata: Any) -> Attempt:
+    body = _with(REVISION, "metadata", **metadata)
+    return _create("controllerrevisions", body, "only ControllerRevisions of a QLoRAJob")
 
 
 DENIED: dict[str, Attempt] = {
@@ -244,6 +251,12 @@ DENIED: dict[str, Attempt] = {
         _with(build_peer_policy(make_job(), JobNetworkPolicies().dns), "metadata", name="qlora-0"), says=_POLICIES
     ),
     "another's policy is opened": _merge("networkpolicies", OTHERS, {"spec": _EVERY_POD}, _POLICIES),
+    "a revision of a StatefulSet": _revision(ownerReferences=[_STATEFUL_SET]),
+    "a revision of another name": _revision(name="database-1"),
+    "a revision of another job than its label": _revision(labels={"qlora.dev/job-uid": OTHERS}),
+    "a revision in the system's namespace": _create(
+        "controllerrevisions", _with(REVISION, "metadata", namespace="kube-system"), _NAMESPACE, "kube-system"
+    ),
     "a Service for the pods of others": _create(
         "services", _with(_SERVICE, "spec", selector={"app": "database"}), _SERVICES
     ),
@@ -280,6 +293,7 @@ DENIED: dict[str, Attempt] = {
 
 _RBAC = "cannot"
 FORBIDDEN: dict[str, Attempt] = {
+    "a revision of a job is changed": _merge("controllerrevisions", NAME, {"data": {}}, _RBAC),
     "a running Job gets other labels": _merge("jobs", NAME, {"metadata": {"labels": {"a": "b"}}}, _RBAC),
     "a suspended Job is resumed": _merge("jobs", NAME, {"spec": {"suspend": False}}, _RBAC),
     "all Jobs are deleted": Attempt("DELETE", path_of(TEAM, "jobs"), {}, _RBAC),

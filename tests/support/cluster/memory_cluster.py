@@ -27,11 +27,13 @@ from tests.support.builders import (
     NAME,
     NOW,
     PROFILES,
+    REVISIONS,
     child,
     failed,
     follow,
     job_body,
     make_job,
+    revision_body,
     starts,
     status_in,
     time,
@@ -48,6 +50,8 @@ class MemoryCluster:
         self.jobs: list[Object] = []
         self.pods: list[Object] = []
         self.claims: dict[str, Object] = {}
+        name = job.get("status", {}).get("currentRevision")
+        self.revisions: dict[str, Object] = {} if name is None else {name: revision_body(REVISIONS[name], name)}
         self.workload: Object | ClusterError | None = NotFoundError("page not found")
         self.asked: list[str] = []
         self.writes: list[str] = []
@@ -78,7 +82,7 @@ class MemoryCluster:
         self.reads += 1
         return self.job or None
 
-    async def list_jobs(self, namespace: str, job_name: str, job_uid: str) -> ChildList:
+    async def list_jobs(self, namespace: str, job_uid: str) -> ChildList:
         self.reads += 1
         return ChildList([child_view("jobs", body) for body in self.jobs], str(self.version))
 
@@ -140,6 +144,20 @@ class MemoryCluster:
         if self.unavailable >= 0:
             raise UnavailableError("no answer")
         self.patches.append(patch)
+
+    async def list_revisions(self, namespace: str, job_uid: str) -> list[Object]:
+        self.reads += 1
+        return list(self.revisions.values())
+
+    async def get_revision(self, namespace: str, name: str) -> Object:
+        self.reads += 1
+        if name not in self.revisions:
+            raise NotFoundError(name)
+        return self.revisions[name]
+
+    async def create_revision(self, namespace: str, manifest: Object) -> None:
+        self._write("ControllerRevision")
+        self.revisions[manifest["metadata"]["name"]] = manifest
 
     async def create_claim(self, namespace: str, manifest: dict[str, Any]) -> None:
         self._write("PersistentVolumeClaim")
@@ -213,9 +231,11 @@ def has_label(body: Object) -> bool:
 
 
 def shown(cluster: MemoryCluster, *, created: bool = False) -> Store:
-    """Objects that the watches have shown, if no others exist."""
+    """Objects that the watches have shown, and the revision that was read, if no others exist."""
     store = Store()
     store.job_changed(cluster.job, created=created)
+    if name := cluster.job["status"].get("currentRevision"):
+        store.note_revision((KEY[0], cluster.job["metadata"]["uid"]), cluster.revisions[name])
     for body in cluster.jobs:
         store.child_changed("jobs", body)
     for body in filter(has_label, cluster.pods):

@@ -1,21 +1,32 @@
 """A sweep of three cells that one pod trains, at any point of its life."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_api.contract import ProgressRecord
 from qlora_api.naming import CELLS_IN_POD_ANNOTATION
-from qlora_api.status import QLoRAJobStatus, StepName
+from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_api.sweep.status import SweepPodStatus
 from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.observed.parsing import observe
 from qlora_operator.decisions.observed.shared_pod import SharedPod, shared_pod
-from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.sweeps.plan import next_status, table
 from qlora_operator.decisions.sweeps.pods import PodFacts, PodPlan, next_pod, of_pod, pods_of
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, parse_cell, parse_sweep
-from tests.support.builders import NAME, NOW, PROFILES, UID, after, condition, job_body, resolved, time
+from tests.support.builders import (
+    NAME,
+    NOW,
+    PROFILES,
+    UID,
+    after,
+    condition,
+    job_body,
+    read_job,
+    resolved,
+    revision_of,
+    time,
+)
 from tests.support.sweeps import TEMPLATE
 
 SWEEP, SWEEP_UID = "rates", "99999999-0000-4000-8000-000000000000"
@@ -34,6 +45,7 @@ def cell_status(doing: Doing, name: str = NAMES[0], **fields: Any) -> QLoRAJobSt
     fixed = resolved().model_copy(
         update={"claim_name": "team", "claim_created": False, "workspace_path": f"{name}-folder", "document": DOCUMENT}
     )
+    fixed = Resolved.model_validate(fields.get("resolved", fixed))
     step: StepName = "prepare" if doing in ("preparing", "failed") else "publish" if doing == "trained" else "train"
     began = doing in ("preparing", "training", "trained", "failed")
     job_name = f"{name}-{step}-1"
@@ -45,10 +57,10 @@ def cell_status(doing: Doing, name: str = NAMES[0], **fields: Any) -> QLoRAJobSt
             "startTime": time(-3600),
             "phase": phase.get(doing, "Queued"),
             "conditions": [condition(kind, "True") for kind in true],
-            "resolved": fixed.dump(),
             "step": current,
         }
         | fields
+        | {"currentRevision": revision_of(fixed), "resolved": fixed}
     )
 
 
@@ -90,8 +102,8 @@ class Pod:
 
     def jobs(self) -> dict[str, CellJob]:
         """The cells as their sweep reads them."""
-        found = {name: parse_cell(body, SWEEP_UID) for name, body in self.cells.items()}
-        return {name: cell for name, cell in found.items() if cell is not None}
+        found = {name: (parse_cell(body, SWEEP_UID), body) for name, body in self.cells.items()}
+        return {name: replace(cell, job=read_job(body)) for name, (cell, body) in found.items() if cell is not None}
 
     def decide(
         self, *bodies: dict[str, Any], at: float = 0, progress: ProgressRecord | None = None, **more: Any
@@ -113,7 +125,7 @@ class Pod:
 
     def cell(self, name: str) -> QLoRAJob:
         """The cell as its own passes read it."""
-        return parse_job(self.cells[name])
+        return read_job(self.cells[name])
 
     def shared(self, name: str) -> SharedPod | None:
         """What the cell knows of the pod."""

@@ -23,6 +23,7 @@ RULES = [
     {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs", "qlorasweeps"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs/status", "qlorasweeps/status"], "verbs": ["patch"]},
     {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "watch", "create", "delete"]},
+    {"apiGroups": ["apps"], "resources": ["controllerrevisions"], "verbs": ["get", "list", "create"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["persistentvolumeclaims"], "verbs": ["get", "create"]},
     {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},

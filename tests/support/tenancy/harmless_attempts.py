@@ -341,14 +341,14 @@ def more_jobs_at_a_time_than_the_profile_allows(t: Tenants) -> None:
         return [summary(t.job(name))["reason"] for name in names]
 
     eventually(lambda: reasons().count("JobLimitReached") == 10, seconds=30, what="all but two wait")
-    started = [name for name in names if t.job(name)["status"].get("resolved")]
+    started = [name for name in names if t.job(name)["status"].get("currentRevision")]
     assert len(started) == 2
     for name in started:
         t.tenant.delete(TENANT, "qlorajobs", name)
     rest = [name for name in names if name not in started]
 
     def next_ones() -> bool:
-        return sum(bool(t.job(name)["status"].get("resolved")) for name in rest) == 2
+        return sum(bool(t.job(name)["status"].get("currentRevision")) for name in rest) == 2
 
     eventually(next_ones, seconds=30, every=0.2, what="the next two")
     t.tenant.must("DELETE", path_of(TENANT, "qlorajobs"))

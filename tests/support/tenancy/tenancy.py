@@ -48,6 +48,7 @@ PATHS = {
     "qlorajobs": "/apis/qlora.dev/v1beta1",
     "qlorasweeps": "/apis/qlora.dev/v1beta1",
     "jobs": "/apis/batch/v1",
+    "controllerrevisions": "/apis/apps/v1",
     "roles": "/apis/rbac.authorization.k8s.io/v1",
     "rolebindings": "/apis/rbac.authorization.k8s.io/v1",
     "networkpolicies": "/apis/networking.k8s.io/v1",

@@ -117,10 +117,11 @@ def test_a_job_is_deleted_only_after_a_yes(team: Team, answer: str | None, reaso
 
 def test_the_question_names_a_workspace_that_is_deleted_too(team: Team) -> None:
     policy = {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}}
-    spec, profile = {"output": {"destination": "hf://org/adapter"}}, {"workspace": policy}
+    spec = {"output": {"destination": "hf://org/adapter"}}
+    started = {"claimName": "c", "path": "p", "retentionPolicy": policy["persistentVolumeClaimRetentionPolicy"]}
     team.jobs.add("unwanted", spec=spec | {"workspace": policy})
-    team.jobs.add("by-default", "Training", spec=spec, resolved={"profile": profile})
-    team.jobs.add("needed", "Training", spec={}, resolved={"profile": profile})
+    team.jobs.add("by-default", "Training", spec=spec, workspace=started)
+    team.jobs.add("needed", "Training", spec={}, workspace=started)
     for name, rest in (("unwanted", "is deleted with it"), ("by-default", "is deleted with it"), ("needed", "stays")):
         assert team.done("cancel", name, "--yes") == f"{name} is deleted; its workspace {rest}\n"
 

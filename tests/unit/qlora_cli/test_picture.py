@@ -122,7 +122,7 @@ def test_the_table_draws_progress_on_a_terminal_only() -> None:
 
 def test_the_wide_table_has_cost_forecast_and_budget() -> None:
     usage, forecast = {"gpuHours": "2.50", "cost": "6.25 EUR"}, {"gpuHours": "12.50", "cost": "31.25 EUR"}
-    limited = job("Training", usage=usage, forecast=forecast, resolved={"gpuHours": 10.0})
+    limited = job("Training", usage=usage, forecast=forecast, gpuHoursLimit=10.0)
     own = Job({**job("Pending", forecast={"gpuHours": "3.00"}).body, "spec": {"budget": {"gpuHours": 24}}})
     console = Console(file=io.StringIO(), width=200, no_color=True, color_system=None)
     console.print(job_table([limited, own, job("Pending")], CREATED, namespaces=False, bars=False, wide=True))

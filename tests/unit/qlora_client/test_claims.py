@@ -14,7 +14,7 @@ from qlora_client.jobs.job import Job
 from qlora_client.kube.channels import CommandError
 from qlora_client.kube.cluster import Object
 from qlora_client.kube.errors import ClusterError, ForbiddenError, MissingError, RejectedError
-from qlora_client.kube.resources import PODS, Resource
+from qlora_client.kube.resources import PODS, REVISIONS, Resource
 
 PROFILE: dict[str, Any] = {
     "image": "registry.example.org/qlora-trainer@sha256:1",
@@ -27,18 +27,25 @@ PROFILE: dict[str, Any] = {
 }
 
 
-def job(**profile: object) -> Job:
-    return Job(
-        {
-            "metadata": {"name": "demo", "namespace": "team", "uid": "u1"},
-            "spec": {"scheduling": {"nodeSelector": {"disk": "fast"}, "tolerations": [{"key": "own"}]}},
-            "status": {"phase": "Succeeded", "resolved": {"profile": PROFILE | profile, "workspacePath": "demo-u1"}},
-        }
-    )
+def pod_of(**profile: object) -> Object:
+    return reader_pod(JOB, PROFILE | profile, "data", 60)
+
+
+JOB = Job(
+    {
+        "metadata": {"name": "demo", "namespace": "team", "uid": "u1"},
+        "spec": {"scheduling": {"nodeSelector": {"disk": "fast"}, "tolerations": [{"key": "own"}]}},
+        "status": {
+            "phase": "Succeeded",
+            "currentRevision": "demo-1",
+            "workspace": {"claimName": "data", "path": "demo-u1"},
+        },
+    }
+)
 
 
 def test_the_pod_is_as_restricted_as_those_of_the_job_and_cannot_write_to_the_claim() -> None:
-    pod = reader_pod(job(), "data", 60)
+    pod = pod_of()
     spec = pod["spec"]
     (container,) = spec["containers"]
     assert (spec["automountServiceAccountToken"], spec["activeDeadlineSeconds"]) == (False, 60)
@@ -66,12 +73,12 @@ def test_the_pod_is_as_restricted_as_those_of_the_job_and_cannot_write_to_the_cl
 
 
 def test_it_runs_on_the_node_of_the_jobs_pods_unless_the_volume_is_shared() -> None:
-    spec = reader_pod(job(), "data", 60)["spec"]
+    spec = pod_of()["spec"]
     assert spec["nodeSelector"] == {"disk": "fast", "nvidia.com/gpu.present": "true"}
     assert [toleration["key"] for toleration in spec["tolerations"]] == ["team", "own", "nvidia.com/gpu"]
-    anywhere = reader_pod(job(workspace={"topology": "shared"}), "data", 60)["spec"]
+    anywhere = pod_of(workspace={"topology": "shared"})["spec"]
     assert not {"nodeSelector", "tolerations"} & set(anywhere)
-    assert "runAsUser" not in reader_pod(job(runAs=None), "data", 60)["spec"]["securityContext"]
+    assert "runAsUser" not in pod_of(runAs=None)["spec"]["securityContext"]
 
 
 def running(pod: Object) -> Object:
@@ -108,7 +115,9 @@ class Played:
         self.pods.append("demo-reader-x")
         return body | {"metadata": {**body["metadata"], "name": "demo-reader-x", "uid": "p1"}}
 
-    def get(self, _resource: Resource, name: str) -> Object:
+    def get(self, resource: Resource, name: str) -> Object:
+        if resource == REVISIONS:
+            return {"data": {"profile": PROFILE}}
         pod = {"metadata": {"name": name, "uid": "p1"}}
         state = self.states[0]
         if len(self.states) > 1:
@@ -140,7 +149,7 @@ class Played:
 
 def opened(cluster: Any, said: list[str] | None = None, of: Job | None = None) -> Any:
     say = (said if said is not None else []).append
-    return reading(cluster, of or job(), "data", say=say, sleep=cluster.sleep, clock=cluster.clock)
+    return reading(cluster, of or JOB, "data", say=say, sleep=cluster.sleep, clock=cluster.clock)
 
 
 def test_the_pod_exists_while_the_body_runs() -> None:

@@ -170,15 +170,6 @@ def test_fields_of_a_newer_version_are_ignored_and_values_of_it_are_reported() -
         QLoRAJob.of(job("Archived"))
 
 
-def test_a_job_with_a_profile_of_a_newer_operator_is_read() -> None:
-    profile = {"image": f"registry/trainer@sha256:{'a' * 64}", "fromTheFuture": 1}
-    resolved = {"contractVersion": 1, "claimName": "c", "claimCreated": True, "workspacePath": "w", "profile": profile}
-    body = dict(job("Training").body)
-    newer = QLoRAJob.of(Job({**body, "status": {**body["status"], "resolved": resolved}}))
-    assert newer.status.resolved is not None
-    assert newer.status.resolved.workspace_path == "w"
-
-
 def test_a_job_that_only_a_newer_version_can_read_hides_no_other(
     scripted: Script, caplog: pytest.LogCaptureFixture
 ) -> None:

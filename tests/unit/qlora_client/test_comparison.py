@@ -43,8 +43,8 @@ def test_only_differences_are_shown_by_their_path() -> None:
 
 
 def test_fixed_inputs_are_compared_and_runtime_settings_are_not() -> None:
-    first = job("a", SPEC | {"suspend": True}, resolved={"modelRevision": "c1", "profile": {"image": "t:1"}})
-    second = job("b", resolved={"modelRevision": "c2", "profile": {"image": "t:1"}})
+    first = job("a", SPEC | {"suspend": True}, modelRevision="c1", image="t:1")
+    second = job("b", modelRevision="c2", image="t:1")
     assert {row.label: row.values for row in differing_settings([first, second])} == {
         "the model's revision": ("c1", "c2")
     }

@@ -82,6 +82,7 @@ READY = Facts(
     operators=[operator()],
     profiles=[stored(PROFILE)],
     jobs=[],
+    revisions=[],
     nodes=[node()],
     storage_classes=[storage_class()],
     runtime_classes=[],
@@ -300,9 +301,10 @@ def test_without_access_to_profiles_they_are_those_of_the_jobs() -> None:
     job = {
         "metadata": {"name": "a", "creationTimestamp": NOW.isoformat()},
         "spec": {"scheduling": {"profileName": "a100"}},
-        "status": {"phase": "Training", "resolved": {"profile": PROFILE | {"newer": 1}}},
+        "status": {"phase": "Training", "currentRevision": "a-1"},
     }
-    names = [each.name for each in examine(replace(READY, profiles=DENIED, jobs=[job]))]
+    copy = {"metadata": {"name": "a-1"}, "data": {"profile": PROFILE | {"newer": 1}}}
+    names = [each.name for each in examine(replace(READY, profiles=DENIED, jobs=[job], revisions=[copy]))]
     assert "Profile a100: nodes" in names
 
 

@@ -49,7 +49,7 @@ def job(**status: Any) -> Job:
     default = {
         "phase": "Succeeded",
         "adapter": {"uri": "s3://team/a"},
-        "resolved": {"claimName": "c", "workspacePath": "demo-u"},
+        "workspace": {"claimName": "c", "path": "demo-u"},
         "report": {"uri": "s3://team/a/report.html", "sha256": sha256(PAGE).hexdigest()},
     }
     return Job({"metadata": {"name": "demo", "namespace": "team", "uid": "u"}, "spec": {}, "status": default | status})

@@ -51,7 +51,7 @@ def training(**progress: Any) -> dict[str, Any]:
     }
     status = status_in("train", phase="Training", phaseSince=time(-500), progress=figures | progress).dump()
     status["step"] |= {"progressedAt": time(-30)}
-    return status
+    return status | {"workspace": {"claimName": "tune-0a1b2c3d", "path": "tune-0a1b2c3d"}}
 
 
 def named(name: str, status: Mapping[str, Any], namespace: str = "team") -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_a_running_job_has_the_metrics_of_its_status() -> None:
     assert found("qlora_job_goodput_ratio", JOB) == 0.875
     assert found("qlora_job_last_progress_timestamp_seconds", JOB) == after(-30).timestamp()
     assert found("qlora_job_without_progress", JOB) == 0
-    claim = training()["resolved"]["claimName"]
+    claim = training()["workspace"]["claimName"]
     info = {"phase": "Training", "profile": "default", "persistentvolumeclaim": claim}
     assert found("qlora_job_info", JOB | info) == 1
     assert len(series_of(metrics, NAME)) == SERIES_PER_RUNNING_JOB
@@ -187,15 +187,17 @@ def test_the_number_of_running_jobs_with_series_is_bounded() -> None:
 
 def test_gpu_seconds_start_at_zero_before_a_job_has_used_any() -> None:
     """Prometheus adds up increases, and misses the first value of a series."""
-    metrics = Metrics()
-    metrics.show(job_body(training()))
+    metrics, status = Metrics(), status_in("train")
+    metrics.gpu_seconds.note(make_job(status), status)
     of = {"namespace": "team", "profile": "default"}
     assert metrics.registry.get_sample_value("qlora_gpu_seconds_total", of) == 0
     for cause in ("startup", "disruption", "failure", "suspension"):
         assert metrics.registry.get_sample_value("qlora_gpu_lost_seconds_total", of | {"cause": cause}) == 0
-    cpu, none = Metrics(), resolved(PROFILE.model_copy(update={"gpu_resource": None})).dump()
-    cpu.show(job_body(training() | {"resolved": none}))
-    cpu.show(job_body(training()), deleted=True)
+    later = Metrics()
+    later.show(job_body(training() | {"usage": {}}))
+    assert later.registry.get_sample_value("qlora_gpu_seconds_total", of) == 0, "after a restart"
+    cpu, status = Metrics(), status_in("train", resolved=resolved(PROFILE.model_copy(update={"gpu_resource": None})))
+    cpu.gpu_seconds.note(make_job(status), status)
     cpu.show(job_body({"phase": "Pending"}, scheduling={"profileName": "made-up"}))
     assert "qlora_gpu_seconds_total{" not in page(cpu)
 

@@ -15,11 +15,10 @@ import yaml
 
 from qlora_api.contract import ExitCode
 from qlora_api.crd import custom_resource_definition
-from qlora_operator.decisions.manifests.objects import build_job
-from qlora_operator.decisions.observed.stored_job import parse_job
+from qlora_operator.decisions.manifests.objects import build_job, document
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.runner import require_known_contract
-from tests.support.builders import job_body, make_job, resolved, status_in
+from tests.support.builders import make_job, resolved
 
 PREVIOUS = Path(__file__).parents[2] / "support" / "previous_release"
 NEW_FIELDS: dict[str, Any] = {
@@ -30,9 +29,10 @@ NEW_FIELDS: dict[str, Any] = {
 
 
 def document_for_the_previous_trainer(contract_version: int, **spec: Any) -> Any:
-    begun = resolved().model_copy(update={"contract_version": contract_version})
-    job = build_job(make_job(**spec), begun, "train", 1)
-    return json.loads(job["spec"]["template"]["metadata"]["annotations"]["qlora.dev/spec"])
+    job = make_job(**spec)
+    begun = resolved().model_copy(update={"contract_version": contract_version, "document": document(job)})
+    manifest = build_job(job, begun, "train", 1)
+    return json.loads(manifest["spec"]["template"]["metadata"]["annotations"]["qlora.dev/spec"])
 
 
 @pytest.mark.parametrize("contract_version", [1, 2], ids=["begun before the upgrade", "an older image in the profile"])
@@ -70,13 +70,6 @@ def test_fields_are_only_added_and_a_new_one_has_no_default() -> None:
     previous = yaml.safe_load((PREVIOUS / "qlorajobs.qlora.dev.yaml").read_text())
     fields = added(spec_of(custom_resource_definition()), spec_of(previous))
     assert [path for path, schema in fields.items() if "default" in schema] == []
-
-
-def test_a_job_that_the_previous_operator_began_continues() -> None:
-    status = status_in("train").dump()
-    status["resolved"]["contractVersion"] = 1
-    job = parse_job(job_body(status))
-    assert (job.problem, job.status.resolved is not None) == ("", True)
 
 
 @pytest.mark.parametrize("version", ["1", "2", "3", "4", "5"])

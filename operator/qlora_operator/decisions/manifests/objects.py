@@ -11,7 +11,6 @@ from qlora_api.naming import (
     JOB_UID_LABEL,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
-    RESOLVED_ANNOTATION,
     SPEC_ANNOTATION,
     STEP_LABEL,
     child_job_name,
@@ -19,7 +18,6 @@ from qlora_api.naming import (
     peers_name,
 )
 from qlora_api.profile import Profile
-from qlora_api.schema import replace
 from qlora_api.spec.gate import GateSpec
 from qlora_api.spec.job import API_VERSION, KIND, STEP_FIELDS
 from qlora_api.status import Resolved, StepName
@@ -34,7 +32,6 @@ from qlora_operator.decisions.manifests.environment import (
 from qlora_operator.decisions.manifests.network import Dns
 from qlora_operator.decisions.manifests.placement import placement, resources
 from qlora_operator.decisions.manifests.volumes import mounts_and_volumes
-from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.retention import claim_goes_with_job
 
@@ -64,18 +61,14 @@ def build_job(
     `failures`: number of failures of the step in earlier Jobs. `others`: the jobs that train trains together with this
     one. The Job depends only on what was resolved and on the jobs as their users, or their sweep, have written them.
     """
-    labels, nodes = _labels(job, step), node_count(job, step)
+    labels, nodes = labels_of(job, step), node_count(job, step)
     queue = _queue(resolved) if step == "train" else {}
     metadata: Manifest = {
         "name": child_job_name(job.name, step, attempt),
         "namespace": job.namespace,
         "labels": labels | queue,
-        "ownerReferences": [_owner(job, controller=True)],
+        "ownerReferences": [owner_of(job, controller=True)],
     }
-    if (step, attempt) == FIRST_JOB:
-        # Without the document: it stands in the pod template, and comes from the same spec a moment later.
-        kept = replace(resolved, document=None).dump()
-        metadata["annotations"] = {RESOLVED_ANNOTATION: json.dumps(kept, separators=(",", ":"))}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -129,7 +122,7 @@ def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
     }
     if storage_class := workspace.storage_class_name or defaults.storage_class_name:
         spec["storageClassName"] = storage_class
-    metadata: Manifest = {"name": resolved.claim_name, "namespace": job.namespace, "labels": _labels(job)}
+    metadata: Manifest = {"name": resolved.claim_name, "namespace": job.namespace, "labels": labels_of(job)}
     if owners := owners_of_claim(job, resolved.profile, ()):
         metadata["ownerReferences"] = owners
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
@@ -138,7 +131,7 @@ def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
 def owners_of_claim(job: QLoRAJob, profile: Profile, found: Iterable[Object]) -> list[Object]:
     """Return the owners that the job's claim is to have, given those that it has."""
     others = [owner for owner in found if owner["uid"] != job.uid]
-    own = [_owner(job, controller=False)] if claim_goes_with_job(job, profile.workspace) else []
+    own = [owner_of(job, controller=False)] if claim_goes_with_job(job, profile.workspace) else []
     return [*others, *own]
 
 
@@ -183,8 +176,8 @@ def _peers_metadata(job: QLoRAJob) -> Manifest:
     return {
         "name": peers_name(job.uid),
         "namespace": job.namespace,
-        "labels": _labels(job, "train"),
-        "ownerReferences": [_owner(job, controller=True)],
+        "labels": labels_of(job, "train"),
+        "ownerReferences": [owner_of(job, controller=True)],
     }
 
 
@@ -192,7 +185,7 @@ def _peers(job: QLoRAJob) -> dict[str, str]:
     return {JOB_UID_LABEL: job.uid, STEP_LABEL: "train"}
 
 
-def document(job: QLoRAJob, **more: Any) -> str:
+def document(job: QLoRAJob) -> str:
     """Serialize the part of the QLoRAJob's manifest that the trainer reads.
 
     It leaves out fields that are for the operator only, so that a trainer of another release can read it.
@@ -202,7 +195,7 @@ def document(job: QLoRAJob, **more: Any) -> str:
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
-        "spec": {field: spec[field] for field in STEP_FIELDS if field in spec} | more,
+        "spec": {field: spec[field] for field in STEP_FIELDS if field in spec},
     }
     return _as_json(content)
 
@@ -227,10 +220,7 @@ def _document(job: QLoRAJob, resolved: Resolved) -> str:
     The gate is the current one. A missing gate may have been dropped by an older definition of the resource: the
     resolved one stays, unless the job is retried.
     """
-    if resolved.document is not None:
-        return resolved.document if job.spec.gate is None else with_gate(resolved.document, job.spec.gate)
-    # The trainer of the first contract also counts suspensions: only the operator limits them.
-    return document(job, **({"retry": {"maxDisruptions": 1000}} if resolved.contract_version == 1 else {}))
+    return resolved.document if job.spec.gate is None else with_gate(resolved.document, job.spec.gate)
 
 
 def _documents(others: Sequence[QLoRAJob]) -> dict[str, str]:
@@ -247,7 +237,8 @@ def _queue(resolved: Resolved) -> dict[str, str]:
     return {QUEUE_LABEL: resolved.queue_name} | priority
 
 
-def _labels(job: QLoRAJob, step: StepName | None = None) -> dict[str, str]:
+def labels_of(job: QLoRAJob, step: StepName | None = None) -> dict[str, str]:
+    """Return the labels of everything that is created for the job."""
     labels = {
         "app.kubernetes.io/name": "qlora-trainer",
         "app.kubernetes.io/instance": job.name,
@@ -264,7 +255,8 @@ def _template_labels(profile: Profile, step: StepName) -> dict[str, str]:
     return (profile.pod_labels or {}) | {"sidecar.istio.io/inject": "false"} | identity_labels(profile, step)
 
 
-def _owner(job: QLoRAJob, *, controller: bool) -> Manifest:
+def owner_of(job: QLoRAJob, *, controller: bool) -> Manifest:
+    """Build the job's owner reference."""
     owner = {"apiVersion": API_VERSION, "kind": KIND, "name": job.name, "uid": job.uid, "blockOwnerDeletion": False}
     return owner | ({"controller": True} if controller else {})
 

@@ -14,7 +14,7 @@ from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
 from qlora_operator.decisions.observed.shared_pod import SharedPod
 
 FIRST_JOB: tuple[StepName, int] = ("prepare", 1)
-"""Step and attempt of a job's first Job, which keeps what was resolved until the status has it."""
+"""Step and attempt of a job's first Job, which exists before the status is stored."""
 
 
 @dataclass(frozen=True)

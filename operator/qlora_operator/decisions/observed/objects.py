@@ -41,6 +41,9 @@ class QLoRAJob:
     deleting: bool
     spec: QLoRAJobSpec
     status: QLoRAJobStatus
+    """As stored, with the values of its revision if that was read."""
+    revision: str = ""
+    """Name of that revision, which the stored status may not name yet; empty if none was found."""
     queue_name: str | None = None
     """Kueue's LocalQueue: of the spec, else of the label."""
     queue_priority_class_name: str | None = None
@@ -238,11 +241,6 @@ class ChildJob:
     """When its pods were stopped; None if it is not suspended, or the Job controller has not seen that yet."""
     resumed: datetime | None = None
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
-    resolved: str = ""
-    """The job's resolved values, as JSON; only on the first Job, which exists before the status is stored.
-
-    Empty if it is longer than `parsing.MAX_RESOLVED`, which no operator has written: a half one would be another one.
-    """
     managed_by: str = ""
     """The controller that runs it, perhaps in another cluster, and whose report of it is not read; empty if that is
     Kubernetes' own."""
@@ -261,8 +259,6 @@ class Observed:
 
     children: tuple[ChildJob, ...] = ()
     pods: tuple[Pod, ...] = ()
-    lost: ChildJob | None = None
-    """The first Job, if it was deleted before the status has been stored."""
 
     def child(self, name: str) -> ChildJob | None:
         """The child Job of that name."""
@@ -296,12 +292,11 @@ class Observed:
         return tuple(pod for pod in self.pods if not pod.ended)
 
 
-def collect(children: Iterable[ChildJob], pods: Iterable[Pod], lost: ChildJob | None = None) -> Observed:
+def collect(children: Iterable[ChildJob], pods: Iterable[Pod]) -> Observed:
     """The children in the order of their creation."""
     return Observed(
         children=tuple(sorted(children, key=lambda child: (child.created, child.name))),
         pods=tuple(sorted(pods, key=lambda pod: (pod.created, pod.name))),
-        lost=lost,
     )
 
 

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from itertools import islice
 
 from qlora_api.contract import TRAINER_CONTAINER
-from qlora_api.naming import OPERATOR, RESOLVED_ANNOTATION
+from qlora_api.naming import OPERATOR
 from qlora_api.spec.execution import DEFAULT_PROFILE
 from qlora_api.spec.job import GROUP
 from qlora_operator.decisions.observed.objects import (
@@ -19,8 +19,6 @@ from qlora_operator.decisions.observed.objects import (
     parse_time,
 )
 
-MAX_RESOLVED = 64 * 1024
-"""Characters of what was resolved, as JSON; one with the largest profile that the settings can have takes 40,000."""
 _JOB_CONTROLLER = "kubernetes.io/job-controller"
 _INDEX = "batch.kubernetes.io/job-completion-index"
 # More than any Job has pods. A tenant who may change pods can write anything there.
@@ -46,7 +44,7 @@ def profile_in_use(body: Object) -> str | None:
     """Return the profile of a QLoRAJob of any version that has started here and not ended."""
     if is_managed_elsewhere(body):
         return None
-    if not (body.get("status") or {}).get("resolved") or {"Succeeded", "Failed"} & _true_conditions(body).keys():
+    if not (body.get("status") or {}).get("currentRevision") or {"Succeeded", "Failed"} & _true_conditions(body).keys():
         return None
     return str(((body.get("spec") or {}).get("scheduling") or {}).get("profileName") or DEFAULT_PROFILE)
 
@@ -104,7 +102,6 @@ def _parse_child(body: Object) -> ChildJob:
             uid=metadata["uid"],
             created=parse_time(metadata["creationTimestamp"]),
             deleting="deletionTimestamp" in metadata,
-            resolved=_resolved(metadata),
             managed_by=managed_by,
         )
     conditions = _true_conditions(body)
@@ -127,13 +124,7 @@ def _parse_child(body: Object) -> ChildJob:
         suspended=suspended,
         suspended_since=_optional_time(stopped.get("lastTransitionTime")) if stopped else None,
         resumed=None if suspended else _resumed(body.get("status") or {}),
-        resolved=_resolved(metadata),
     )
-
-
-def _resolved(metadata: Object) -> str:
-    text = str((metadata.get("annotations") or {}).get(RESOLVED_ANNOTATION, ""))
-    return text if len(text) <= MAX_RESOLVED else ""
 
 
 def _resumed(status: Object) -> datetime | None:

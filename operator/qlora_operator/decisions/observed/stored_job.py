@@ -1,5 +1,6 @@
 """Parses a stored QLoRAJob, as far as possible also of another release."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -34,6 +35,10 @@ _UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class UnreadableJobError(ValueError):
     """A QLoRAJob of another schema version that this operator cannot read."""
 
+    def __init__(self, message: str, metadata: Object) -> None:
+        super().__init__(message)
+        self.metadata = metadata
+
 
 def parse_job(body: Object) -> QLoRAJob:
     """The stored QLoRAJob. Raises UnreadableJobError if its status cannot be read.
@@ -42,12 +47,11 @@ def parse_job(body: Object) -> QLoRAJob:
     """
     metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
     try:
-        # After a downgrade the stored profile may have fields that this version lacks: the job continues.
         status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
     except ValidationError as error:
-        raise UnreadableJobError(f"this version of the operator cannot read the status: {explain(error)}") from error
-    spec, problem = _parse_spec(body["spec"], status.resolved)
-    spec = _with_fixed_nodes(spec, status.resolved)
+        problem = f"this version of the operator cannot read the status: {explain(error)}"
+        raise UnreadableJobError(problem, metadata) from error
+    spec, problem = _parse_spec(body["spec"], started=status.current_revision is not None)
     sweep = _sweep(metadata)
     return QLoRAJob(
         namespace=metadata["namespace"],
@@ -65,8 +69,15 @@ def parse_job(body: Object) -> QLoRAJob:
         cells_in_pod=_cells_in_pod(metadata),
         rungs=_rungs(metadata),
         orphans=ORPHANED in (metadata.get("finalizers") or ()),
-        problem=problem or _unknown_contract(status.resolved),
+        problem=problem,
     )
+
+
+def with_resolved(job: QLoRAJob, name: str, resolved: Resolved) -> QLoRAJob:
+    """Return the job with what its revision of that name has fixed."""
+    spec = _with_fixed_nodes(job.spec, resolved)
+    status, problem = replace(job.status, resolved=resolved), job.problem or _unknown_contract(resolved)
+    return dataclasses.replace(job, spec=spec, status=status, revision=name, problem=problem)
 
 
 def _sweep(metadata: Object) -> tuple[str, str] | None:
@@ -97,13 +108,13 @@ def _rungs(metadata: Object) -> str:
     return found if _RUNGS.fullmatch(found) else ""
 
 
-def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:
+def _parse_spec(content: Object, *, started: bool) -> tuple[QLoRAJobSpec, str]:
     """Parse the spec and return why the job must not continue, empty if it can."""
     try:
         return QLoRAJobSpec.model_validate(content), ""
     except ValidationError as error:
         problem = f"this version of the operator cannot read the spec: {explain(error)}"
-    if resolved is not None and resolved.document is not None:
+    if started:
         try:
             # An operator with these fields has fixed what the pods read.
             return QLoRAJobSpec.model_validate(content, extra="ignore"), ""
@@ -112,12 +123,12 @@ def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpe
     return QLoRAJobSpec.model_construct(**_readable_fields(content)), problem
 
 
-def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved | None) -> QLoRAJobSpec:
+def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved) -> QLoRAJobSpec:
     """Return the spec with the pods that the job has started with.
 
     The pods read that number, and an older definition drops the field.
     """
-    if resolved is None or resolved.document is None or resolved.contract_version < needed_contract(2):
+    if resolved.contract_version < needed_contract(2):
         return spec
     nodes = json.loads(resolved.document)["spec"]["resources"].get("nodes")
     return replace(spec, resources=replace(spec.resources, nodes=nodes))
@@ -136,8 +147,8 @@ def _readable_fields(content: Object) -> dict[str, Any]:
     return found
 
 
-def _unknown_contract(resolved: Resolved | None) -> str:
-    if resolved is None or resolved.contract_version <= CONTRACT_VERSION:
+def _unknown_contract(resolved: Resolved) -> str:
+    if resolved.contract_version <= CONTRACT_VERSION:
         return ""
     return (
         f"a newer operator has started the job (contract version {resolved.contract_version}, this one knows "

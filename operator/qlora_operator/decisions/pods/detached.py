@@ -64,7 +64,7 @@ def with_detached_pods(job: QLoRAJob, observed: Observed, found: Sequence[Pod] =
     for pod in found:
         if pod.uid == step.running_pod or (step.job_uid and pod.owner_uid == step.job_uid):
             pods.setdefault(pod.uid, pod)
-    return collect(observed.children, (_claimed(pod, step) for pod in pods.values()), observed.lost)
+    return collect(observed.children, (_claimed(pod, step) for pod in pods.values()))
 
 
 def _claimed(pod: Pod, step: StepStatus) -> Pod:

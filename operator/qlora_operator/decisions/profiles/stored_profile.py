@@ -1,6 +1,5 @@
 """A stored QLoRAProfile, as far as this version can read it, and its status."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,14 +12,10 @@ from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.schema import replace
 from qlora_operator.decisions.observed.conditions import Value, with_condition
 from qlora_operator.decisions.observed.objects import Object, Reason
-from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.observed.stored_job import explain
-from qlora_operator.decisions.resolution import as_copied
 
 Labels = Mapping[str, str]
 
-# The rest is for the other resolved values: three names, a path and a version.
-_LONGEST_COPY = MAX_RESOLVED - 2048
 _VALID, _PAUSED = "Valid", "Paused"
 
 
@@ -49,7 +44,6 @@ def parse_profile(body: Object) -> StoredProfile:
     metadata, profile, problem = body["metadata"], None, ""
     try:
         profile = Profile.model_validate(body.get("spec") or {})
-        problem = _too_long(profile)
     except ValidationError as error:
         problem = f"this version of the operator cannot read the spec: {explain(error)}"
     return StoredProfile(
@@ -58,7 +52,7 @@ def parse_profile(body: Object) -> StoredProfile:
         generation=metadata.get("generation", 0),
         resource_version=metadata.get("resourceVersion", ""),
         status=_parse_status(body),
-        profile=None if problem else profile,
+        profile=profile,
         problem=problem,
     )
 
@@ -69,16 +63,6 @@ def _parse_status(body: Object) -> QLoRAProfileStatus:
         return QLoRAProfileStatus.model_validate(body.get("status") or {})
     except ValidationError:
         return QLoRAProfileStatus()
-
-
-def _too_long(profile: Profile) -> str:
-    length = len(json.dumps(as_copied(profile).dump(), separators=(",", ":")))
-    if length <= _LONGEST_COPY:
-        return ""
-    return (
-        f"spec has {length} characters as JSON, of which each job gets a copy, and may have {_LONGEST_COPY}: shorten "
-        "nccl, where a character that is not ASCII counts six or twelve"
-    )
 
 
 def with_selected(profile: Profile, namespaces: Mapping[str, Labels]) -> Profile:

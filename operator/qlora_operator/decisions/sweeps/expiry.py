@@ -18,8 +18,8 @@ def is_claim_to_be_deleted(
     profile = profiles.get(template.scheduling.profile_name)
     if status.phase != "Succeeded" or status.claim_deletion_time is not None or profile is None:
         return False
-    outside = sweep.spec.is_outside_workspace
-    asked = deletes_claim("when_finished", template.workspace, profile.workspace, is_outside=outside)
+    outside, default = sweep.spec.is_outside_workspace, profile.workspace.persistent_volume_claim_retention_policy
+    asked = deletes_claim("when_finished", template.workspace, default, is_outside=outside)
     return asked and not any(job.retried for job in jobs.values())
 
 

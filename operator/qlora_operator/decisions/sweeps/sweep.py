@@ -97,7 +97,7 @@ class UnreadableSweepError(UnreadableJobError):
 
     def __init__(self, message: str, stored: StoredSweep | None) -> None:
         """`stored`: the sweep whose status gets the message, or None if unreadable too."""
-        super().__init__(message)
+        super().__init__(message, {})
         self.stored = stored
 
 
@@ -234,7 +234,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         continues=str(spec.get("continues") or ""),
         cleanup_after_seconds=spec.get("cleanupAfterSeconds"),
         # Also if this version cannot read it.
-        started="resolved" in (body.get("status") or {}),
+        started="currentRevision" in (body.get("status") or {}),
         waits=_waits(status),
         trained=has_trained(status),
         spec=spec,
@@ -318,7 +318,8 @@ def build_sweep_claim(sweep: QLoRASweep, profile: Profile) -> Manifest:
     if storage_class := workspace.storage_class_name or defaults.storage_class_name:
         spec["storageClassName"] = storage_class
     metadata: Manifest = {"name": sweep.claim_name, "namespace": sweep.namespace, "labels": labels_of(sweep)}
-    if deletes_claim("when_deleted", workspace, defaults, is_outside=sweep.spec.is_outside_workspace):
+    policy = defaults.persistent_volume_claim_retention_policy
+    if deletes_claim("when_deleted", workspace, policy, is_outside=sweep.spec.is_outside_workspace):
         metadata["ownerReferences"] = [owner_of(sweep, controller=False)]
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 

@@ -9,7 +9,7 @@ from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.sweeps.best_cell import cells_to_publish, published
 from qlora_operator.decisions.sweeps.plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep, cleanup, parse_cell, parse_sweep
-from tests.support.builders import ADAPTER, NOW, UID, condition, job_body, present, resolved
+from tests.support.builders import ADAPTER, NOW, UID, condition, job_body, present
 from tests.support.sweeps import TEMPLATE
 
 OUTPUT = {"destination": "hf://org/adapter", "secretRef": {"name": "hub"}, "merged": {"destination": "hf://org/merged"}}
@@ -188,13 +188,13 @@ def test_the_reason_of_a_waiting_job_is_read_until_it_starts() -> None:
         body = job_body({"phase": phase, "conditions": conditions, **status})
         body["metadata"] |= {"ownerReferences": [OWNER]}
         found = present(parse_cell(body, UID))
-        assert found.started == ("resolved" in status)
+        assert found.started == ("currentRevision" in status)
         return found.waits
 
     assert waits("ContinuedJobRunning") == Reason("ContinuedJobRunning", "it waits")
     assert waits("Pending") is None, "nothing keeps it"
     assert waits("Retrying", "Preparing") is None
-    assert waits("JobRejected", resolved=resolved().dump()) == Reason("JobRejected", "it waits")
+    assert waits("JobRejected", currentRevision="tune-1-0") == Reason("JobRejected", "it waits")
 
 
 def test_without_an_adapter_no_job_is_created_to_publish_it() -> None:

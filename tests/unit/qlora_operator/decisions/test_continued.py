@@ -14,7 +14,6 @@ from qlora_api.profile import Profile, SigningKey
 from qlora_api.status import ContinuedRun, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob
-from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.profile_limit import held_back
 from qlora_operator.kube.client import Cluster
 from qlora_operator.metrics.metrics import Metrics
@@ -25,6 +24,7 @@ from tests.support.builders import (
     NOW,
     PROFILE,
     PROFILES,
+    REVISIONS,
     UID,
     after,
     child,
@@ -38,8 +38,10 @@ from tests.support.builders import (
     plan_of,
     pod,
     present,
+    read_job,
     reason_of,
     resolved,
+    revision_body,
     running,
     seen,
     starts,
@@ -64,7 +66,7 @@ def other_body(status: QLoRAJobStatus | None, **spec: Any) -> dict[str, Any]:
 def other(*conditions: dict[str, Any], **changes: str) -> QLoRAJob:
     """The other job with its resolved spec, in a step."""
     fixed = resolved().model_copy(update={"claim_name": "shared", "workspace_path": "other-ffffffff", **changes})
-    return parse_job(other_body(status_in("train", resolved=fixed.dump(), conditions=list(conditions))))
+    return read_job(other_body(status_in("train", resolved=fixed.dump(), conditions=list(conditions))))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def without_claim() -> QLoRAJob:
             "ContinuedJobNotFound",
             "QLoRAJob 'other' (spec.continues) was not found, or has another",
         ),
-        (parse_job(other_body(None)), "ContinuedJobNotStarted", "has not started"),
+        (read_job(other_body(None)), "ContinuedJobNotStarted", "has not started"),
         (other(), "ContinuedJobRunning", "spec.suspend: true saves a checkpoint"),
         (other(condition("Suspended", "False")), "ContinuedJobRunning", "is still running"),
         (without_claim(), "ContinuedJobDeletedItsClaim", "create this job again with its adapter in spec.lora.from"),
@@ -134,10 +136,6 @@ def test_the_resolved_run_stays_after_deletions_and_changes_of_the_profile() -> 
     assert again.resolved is not None
     assert again.resolved.continued == RUN
     assert again.resolved.profile.image == "example.org/mended"
-    first = build_job(make_job(continues="other"), again.resolved, "prepare", 1)
-    body = child("prepare") | {"metadata": child("prepare")["metadata"] | first["metadata"] | {"uid": "u"}}
-    remembered = follow(make_job(continues="other"), body)
-    assert present(remembered.resolved).continued == RUN, "the first Job remembers it before the status does"
 
 
 NEWER = {"default": PROFILE.model_copy(update={"image": "example.org/newer"})}
@@ -145,7 +143,7 @@ NEWER = {"default": PROFILE.model_copy(update={"image": "example.org/newer"})}
 
 def of_sweep(body: dict[str, Any], uid: str) -> QLoRAJob:
     owner = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": "rates", "uid": uid, "controller": True}
-    return parse_job(body | {"metadata": body["metadata"] | {"ownerReferences": [owner]}})
+    return read_job(body | {"metadata": body["metadata"] | {"ownerReferences": [owner]}})
 
 
 def image(status: QLoRAJobStatus) -> str:
@@ -159,7 +157,10 @@ def test_the_job_that_publishes_a_sweeps_cell_uses_the_trainer_of_that_cell() ->
     cell = of_sweep(cell_body, OTHER_UID)
 
     def best(status: QLoRAJobStatus | None = None, **spec: Any) -> QLoRAJob:
-        return of_sweep(job_body(status.dump() if status else None, continues="other", **spec), OTHER_UID)
+        body = job_body(status.dump() if status else None, continues="other", **spec)
+        if status is not None and status.resolved is not None:
+            REVISIONS[str(status.current_revision)] = status.resolved
+        return of_sweep(body, OTHER_UID)
 
     started = follow(best(), continued=cell, profiles=NEWER)
     assert image(started) == PROFILE.image
@@ -176,7 +177,7 @@ def test_the_job_that_publishes_a_sweeps_cell_uses_the_trainer_of_that_cell() ->
     retried = follow(best(failed, retry={"request": "a"}), profiles=NEWER)
     assert (retried.phase, image(retried)) == ("Pending", PROFILE.image)
     # A continued job of another kind is retried with today's trainer, and its message states it.
-    for another in (parse_job(cell_body), of_sweep(cell_body, OTHER_UID.replace("f", "e"))):
+    for another in (read_job(cell_body), of_sweep(cell_body, OTHER_UID.replace("f", "e"))):
         assert image(follow(best(), continued=another, profiles=NEWER)) == "example.org/newer"
     assert image(follow(make_job(continues="other"), continued=cell, profiles=NEWER)) == "example.org/newer"
 
@@ -246,6 +247,8 @@ def one_pass(
     for kind, bodies in stored.items():
         api.put(kind, *map(dict, bodies))
     api.put("qlorajobs", job_body(continues="other"), dict(other))
+    for name, fixed in REVISIONS.items():
+        api.put("controllerrevisions", owned(revision_body(fixed, name), "other", OTHER_UID))
     store.job_changed(api.objects["qlorajobs"][NAME], created=True)
     reconciler = Reconciler(Cluster(api), PROFILES, None, Metrics(), lambda: NOW, starts(), store)
     again = asyncio.run(reconciler.reconcile(("team", NAME)))

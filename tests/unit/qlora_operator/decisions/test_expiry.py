@@ -139,7 +139,11 @@ def test_a_job_whose_pod_still_has_its_gpu_is_not_deleted() -> None:
 
 
 DELETE = {"persistentVolumeClaimRetentionPolicy": {"whenFinished": "Delete"}}
-BY_DEFAULT = resolved(Profile.model_validate(PROFILE.dump() | {"workspace": DELETE}))
+BY_DEFAULT = follow(
+    make_job(status_in("publish", resolved=resolved(Profile.model_validate(PROFILE.dump() | {"workspace": DELETE})))),
+    child("publish", Complete=""),
+    succeeded("publish"),
+)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +159,9 @@ BY_DEFAULT = resolved(Profile.model_validate(PROFILE.dump() | {"workspace": DELE
         (FINISHED, [running(pod("train"))], {"workspace": DELETE, "output": ELSEWHERE}, False),
         (FAILED, [], {"workspace": DELETE, "output": ELSEWHERE}, False),
         (FINISHED, [], {"output": ELSEWHERE}, False),
-        (FINISHED.model_copy(update={"resolved": BY_DEFAULT}), [], {"output": ELSEWHERE}, True),
-        (FINISHED.model_copy(update={"resolved": BY_DEFAULT}), [], {}, False),
-        (FINISHED.model_copy(update={"resolved": BY_DEFAULT}), [], {"workspace": {"claimName": "ours"}}, False),
+        (BY_DEFAULT, [], {"output": ELSEWHERE}, True),
+        (BY_DEFAULT, [], {}, False),
+        (BY_DEFAULT, [], {"workspace": {"claimName": "ours"}}, False),
         (FINISHED.model_copy(update={"claim_deletion_time": time()}), [], {"output": ELSEWHERE}, False),
     ],
     ids=str,

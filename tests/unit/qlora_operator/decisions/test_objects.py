@@ -11,6 +11,7 @@ from qlora_operator.decisions.observed.parsing import observe
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.pods.blockers import blocking_reason
 from qlora_operator.decisions.pods.detached import with_detached_pods
+from qlora_operator.decisions.revision import with_data_of
 from qlora_operator.decisions.status import next_status
 from qlora_operator.kube.listing import ChildKind
 from qlora_operator.watch.store import Store
@@ -18,6 +19,7 @@ from tests.fuzz.inputs import BOUNDED, changed
 from tests.support.builders import (
     NAME,
     NOW,
+    REVISION,
     UID,
     after,
     child,
@@ -31,12 +33,13 @@ from tests.support.builders import (
     plan_of,
     pod,
     present,
+    resolved,
     result,
+    revision_body,
     running,
     seen,
     status_in,
     waiting,
-    with_resolved,
 )
 
 
@@ -172,7 +175,7 @@ BODIES: tuple[tuple[ChildKind, dict[str, Any]], ...] = (
     ("pods", ended(DELETED, 137)),
     ("pods", pod("train", conditions=[condition("PodScheduled", "False", reason="Unschedulable")])),
     ("pods", waiting(pod("train", conditions=[condition("DisruptionTarget", "True")]), "ErrImagePull")),
-    ("jobs", with_resolved(child("train", Suspended="x") | {"spec": {"suspend": False, "backoffLimit": 3}})),
+    ("jobs", child("train", Suspended="x") | {"spec": {"suspend": False, "backoffLimit": 3}}),
     ("jobs", {**child("train"), "status": {"active": 1, "conditions": [condition("Failed", "True")]}}),
 )
 
@@ -287,20 +290,17 @@ def test_a_spec_that_another_release_has_admitted_can_still_be_stopped() -> None
 
 
 def test_a_new_field_stops_no_job_whose_document_is_fixed() -> None:
-    status = status_in("train").dump()
-    body = job_body(status, training={"maxSteps": 5, "fromTheFuture": 1})
-    assert "fromTheFuture" in parse_job(body).problem
-    status["resolved"]["document"] = "{}"
+    training = {"maxSteps": 5, "fromTheFuture": 1}
+    assert "fromTheFuture" in parse_job(job_body(training=training)).problem
 
-    job = parse_job(body)
+    job = parse_job(job_body(status_in("train").dump(), training=training))
 
     assert (job.problem, job.spec.training.max_steps) == ("", 5)
 
 
 def test_a_job_of_a_newer_contract_is_left_to_its_operator() -> None:
-    status = status_in("train").dump()
-    status["resolved"]["contractVersion"] = CONTRACT_VERSION + 1
-    assert f"contract version {CONTRACT_VERSION + 1}" in parse_job(job_body(status)).problem
+    newer = resolved().model_copy(update={"contract_version": CONTRACT_VERSION + 1})
+    assert f"contract version {CONTRACT_VERSION + 1}" in make_job(status_in("train", resolved=newer)).problem
 
 
 def test_a_status_that_cannot_be_read_is_rejected_with_the_field() -> None:
@@ -317,9 +317,15 @@ def test_the_queue_of_the_spec_comes_before_that_of_the_label() -> None:
 
 
 def test_a_job_that_a_newer_operator_began_can_be_read() -> None:
-    status = status_in("train").dump()
-    status["resolved"]["profile"] |= {"fromTheFuture": 1, "workspace": {"fromTheFuture": 1}}
-    assert parse_job(job_body(status)).status == status_in("train")
+    job, revision = make_job(status_in("train")), revision_body()
+    revision["data"]["profile"] |= {"fromTheFuture": 1, "workspace": {"fromTheFuture": 1}}
+    assert with_data_of(job, revision) == job
+
+
+def test_a_revision_that_cannot_be_read_is_rejected_with_the_field() -> None:
+    revision = revision_body() | {"data": {"claimName": 7}}
+    with pytest.raises(UnreadableJobError, match=f"ControllerRevision {REVISION}: contractVersion: Field required"):
+        with_data_of(make_job(), revision)
 
 
 def test_a_fresh_job_with_the_default_status_can_be_read() -> None:

@@ -4,11 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.naming import RESOLVED_ANNOTATION
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.manifests.objects import document
-from qlora_operator.decisions.observed.objects import Observed
-from qlora_operator.decisions.observed.parsing import parse_child
 from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, Plan, cannot_be_undone, is_settled
 from qlora_operator.decisions.status import Decision, next_status
 from tests.support.builders import (
@@ -25,16 +21,13 @@ from tests.support.builders import (
     message_of,
     plan_of,
     pod,
-    present,
     reason_of,
-    resolved,
     running,
     seen,
     status_in,
     step_status,
     succeeded,
     time,
-    with_resolved,
 )
 
 
@@ -51,32 +44,6 @@ def delete(step: str, attempt: int = 1) -> DeleteJob:
 def test_a_new_job_gets_its_claim_and_its_first_job_in_one_pass() -> None:
     assert decide(make_job()).actions == (CreateClaim(), CreateJob("prepare", 1))
     assert decide(make_job(follow(make_job()))).actions == (CreateClaim(), CreateJob("prepare", 1))
-
-
-def test_the_resolved_spec_is_read_from_the_first_job_and_never_again_computed() -> None:
-    first = with_resolved(child("prepare"), image="example.org/old")
-    for spec in ({}, {"suspend": True}, {"scheduling": {"profileName": "gone"}}):
-        status = follow(make_job(**spec), first)
-        assert present(status.resolved).profile.image == "example.org/old"
-        assert status.step == step_status("prepare")
-
-
-@pytest.mark.parametrize("text", ["", "{", "{}", "[1]"])
-def test_a_first_job_without_the_resolved_spec_is_still_used(text: str) -> None:
-    first = child("prepare")
-    first["metadata"]["annotations"] = {RESOLVED_ANNOTATION: text}
-    status = follow(make_job(), first)
-    fixed = resolved().model_copy(update={"document": document(make_job())})
-    assert (status.resolved, status.step) == (fixed, step_status("prepare"))
-    assert decide(make_job(), first).actions == ()
-
-
-def test_a_first_job_deleted_before_the_status_write_is_followed_by_the_second() -> None:
-    lost = parse_child(with_resolved(child("prepare"), image="example.org/old"))
-    found = facts(make_job(), observed=Observed(lost=lost))
-    status = next_status(found).status
-    assert present(status.resolved).profile.image == "example.org/old"
-    assert plan_of(found.job, status, found.observed, found.now).actions == (CreateClaim(), CreateJob("prepare", 2))
 
 
 @pytest.mark.parametrize(

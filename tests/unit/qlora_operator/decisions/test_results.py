@@ -100,7 +100,7 @@ def test_the_status_names_page_and_tracked_runs_and_an_event_a_failed_upload() -
 def test_the_results_of_prepare_are_shown_and_train_is_next() -> None:
     status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
     assert (status.memory, status.dataset, status.base) == (MEMORY, FOUND, BASE)
-    assert present(status.resolved).model_revision == "c0ffee"
+    assert status.model_revision == "c0ffee"
     assert conditions_of(status)["Prepared"] == "True"
     assert status.step == step_status("train", jobUid="")
     assert status.phase == "Preparing"

@@ -9,7 +9,6 @@ from qlora_api.contract import needed_contract
 from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, StepName
-from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import QLoRAJob
 from qlora_operator.decisions.plan import CreateJob, DeleteJob
@@ -240,13 +239,6 @@ def test_a_suspended_job_is_retried_when_it_is_resumed() -> None:
     assert status.phase == "Suspended"
     job = make_job(status, retry={"request": "a"})
     assert plan_of(job, follow(job, *FORBIDDEN), seen(*FORBIDDEN), NOW).actions == (CreateJob("publish", 2),)
-
-
-def test_a_failed_job_with_an_old_trainer_is_not_cleaned_up() -> None:
-    begun = resolved().model_copy(update={"contract_version": 1}).dump()
-    stored = follow(make_job(status_in("publish", resolved=begun), cleanupAfterSeconds=0), *FORBIDDEN)
-    assert cleanup_at(make_job(stored, cleanupAfterSeconds=0), stored) is None
-    assert cleanup_at(make_job(failed_job(), cleanupAfterSeconds=0), failed_job()) == NOW
 
 
 def test_a_trainer_of_another_release_is_waited_for_and_costs_no_failure() -> None:

@@ -12,9 +12,7 @@ from weakref import WeakSet
 
 import pytest
 
-from qlora_api.naming import JOB_UID_LABEL, child_job_name
-from qlora_operator.decisions.observed.facts import FIRST_JOB
-from qlora_operator.decisions.observed.objects import ChildJob
+from qlora_api.naming import JOB_UID_LABEL
 from qlora_operator.kube import api
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import (
@@ -27,7 +25,7 @@ from qlora_operator.kube.errors import (
 )
 from qlora_operator.kube.listing import OBJECTS_PER_PAGE
 from qlora_operator.kube.transport import Query, TooLongError, Transport
-from tests.support.builders import NAME, UID, child, job_body, pod, with_resolved
+from tests.support.builders import NAME, UID, child, job_body, pod
 
 
 class Pages(Cluster):
@@ -228,7 +226,7 @@ def test_parallel_lists_hold_one_parsed_page_and_two_in_transfer(
         cluster = Cluster(server)
         return await asyncio.gather(
             *(cluster.list_pods("team", UID) for _ in range(7)),
-            *(cluster.list_jobs("team", NAME, UID) for _ in range(7)),
+            *(cluster.list_jobs("team", UID) for _ in range(7)),
             cluster.list_pods_of_child("team", "uid"),
             *(count(cluster.profiles_in_use("team")) for _ in range(3)),
             cluster.list_versions("qlorajobs", None),
@@ -257,21 +255,6 @@ def test_slow_lists_do_not_delay_other_lists() -> None:
         return len(found.items)
 
     assert asyncio.run(read()) == 3
-
-
-def test_of_many_jobs_only_the_first_gives_the_resolved_spec() -> None:
-    class Crowd(Busy):
-        def _object(self, kind: str, number: int) -> dict[str, Any]:
-            names = [child_job_name(NAME, *FIRST_JOB), child_job_name("other", *FIRST_JOB), f"{NAME}-x"]
-            body = with_resolved(child("prepare"))
-            return body | {"metadata": body["metadata"] | {"name": names[number]}}
-
-    jobs = asyncio.run(Cluster(Crowd([0] * 3)).list_jobs("team", NAME, UID))
-    assert [bool(each.value.resolved) for each in jobs.items if isinstance(each.value, ChildJob)] == [
-        True,
-        False,
-        False,
-    ]
 
 
 def test_of_many_workloads_one_is_read() -> None:

@@ -60,7 +60,7 @@ def test_a_queue_that_gives_jobs_to_another_cluster_is_found_before_anything_is_
     cluster.managed_by = "kueue.x-k8s.io/multikueue"
     assert reconcile(cluster) == 5
     assert (cluster.writes, reason_of(cluster.status), cluster.status.phase) == (
-        ["status", "Event"],
+        ["ControllerRevision", "status", "Event"],
         "QueueNotSupported",
         "Pending",
     )

@@ -12,19 +12,24 @@ from qlora_operator.watch.store import Store
 from tests.support.builders import (
     ADAPTER,
     NAME,
+    PROFILE,
+    REVISION,
     after,
     child,
     ended,
+    follow,
     job_body,
+    make_job,
     pod,
     present,
     reason_of,
+    resolved,
     result,
+    revision_body,
     running,
     status_in,
     step_status,
     succeeded,
-    with_resolved,
 )
 from tests.support.cluster.memory_cluster import (
     FAILED,
@@ -38,40 +43,53 @@ from tests.support.cluster.memory_cluster import (
     until_it_waits,
 )
 
+OLD = resolved(PROFILE.model_copy(update={"image": "example.org/old"}))
 
-def test_the_first_job_of_a_job_older_than_the_watch_is_looked_up_first() -> None:
+
+@pytest.mark.parametrize("is_shown", [False, True])
+def test_a_job_with_its_first_job_and_no_status_keeps_what_its_revision_fixed(is_shown: bool) -> None:
     cluster = MemoryCluster(job_body())
+    cluster.revisions = {REVISION: revision_body(OLD)}
     store = shown(cluster)
-    cluster.jobs = [with_resolved(child("prepare"), image="example.org/old")]
+    cluster.jobs = [child("prepare")]
+    store = shown(cluster) if is_shown else store
     reconcile(cluster, store)
-    assert (cluster.writes, cluster.reads) == (["status", "Event"], 3)
-    assert present(cluster.status.resolved).profile.image == "example.org/old"
+    assert (cluster.writes, cluster.reads) == (["status", "Event"], 4)
+    assert (cluster.status.current_revision, cluster.status.step) == (REVISION, step_status("prepare"))
 
 
-def test_the_first_job_of_another_operator_has_the_resolved_spec() -> None:
-    cluster = MemoryCluster(job_body())
-    store = shown(cluster, created=True)
-    cluster.existing = with_resolved(child("prepare"), image="example.org/other")
-    reconcile(cluster, store)
-    assert present(cluster.status.resolved).profile.image == "example.org/other"
+def test_a_job_with_an_emptied_status_keeps_its_latest_revision() -> None:
+    cluster = MemoryCluster(job_body({}))
+    later, foreign = f"{NAME}-12-0123456789", f"{NAME}-13-0123456789"
+    other = revision_body(resolved(), foreign)
+    other["metadata"]["ownerReferences"][0]["uid"] = "other"
+    cluster.revisions = {name: revision_body(OLD, name) for name in (REVISION, later)} | {foreign: other}
+    reconcile(cluster)
+    assert cluster.status.current_revision == later
+    assert cluster.jobs[0]["spec"]["template"]["spec"]["containers"][0]["image"] == "example.org/old"
 
 
-@pytest.mark.parametrize("before_the_answer", [False, True])
-def test_a_first_job_that_is_deleted_before_the_status_is_stored_is_remembered(before_the_answer: bool) -> None:
-    cluster = MemoryCluster(job_body())
-    store = shown(cluster, created=True)
-    reconciler = operator(cluster, store)
+def test_a_revision_that_a_user_has_deleted_is_made_again_with_the_next_number() -> None:
+    cluster = stored(status_in("train"))
+    cluster.jobs, cluster.pods, cluster.revisions = [child("train")], [running(pod("train"))], {}
+    reconcile(cluster)
+    (made,) = cluster.revisions
+    assert (made.startswith(f"{NAME}-2-"), cluster.status.current_revision) == (True, made)
+    assert present(cluster.status.step).job_name == f"{NAME}-train-1"
+    assert "Job" not in cluster.writes
 
-    def delete() -> None:
-        store.child_changed("jobs", {**cluster.jobs.pop(), "status": {}}, deleted=True)
 
-    cluster.after_create = delete if before_the_answer else None
-    assert asyncio.run(reconciler.reconcile(KEY)) == 0
-    cluster.after_create = None
-    if not before_the_answer:
-        delete()
-    reconcile(cluster, store)
-    assert cluster.status.step == step_status("prepare", 2)
+def test_no_job_is_created_before_the_revision_that_its_quota_rejects() -> None:
+    cluster = MemoryCluster(job_body(), rejected=("ControllerRevision",))
+    reconcile(cluster)
+    assert "Job" not in cluster.writes
+    assert (reason_of(cluster.status), cluster.status.current_revision) == ("RevisionRejected", None)
+
+
+def test_a_finished_job_needs_no_revision() -> None:
+    cluster = stored(follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish")))
+    cluster.revisions = {}
+    assert (reconcile(cluster), cluster.writes, cluster.reads) == (None, [], 3)
 
 
 def test_a_job_that_the_store_has_missed_is_not_created_again() -> None:

@@ -13,7 +13,7 @@ from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import Resolved
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.objects import Observed
-from qlora_operator.decisions.observed.stored_job import parse_job
+from qlora_operator.decisions.observed.stored_job import parse_job, with_resolved
 from qlora_operator.decisions.plan import is_settled
 from qlora_operator.decisions.profile_limit import held_back, limit_of_jobs
 from qlora_operator.kube.client import Cluster
@@ -26,6 +26,7 @@ from tests.support.builders import (
     DATASET,
     NOW,
     PROFILE,
+    REVISION,
     child,
     facts,
     failed,
@@ -35,6 +36,7 @@ from tests.support.builders import (
     message_of,
     present,
     reason_of,
+    resolved,
     starts,
     status_in,
     time,
@@ -75,6 +77,13 @@ def test_a_job_above_its_profiles_limits_waits_with_a_reason(
     assert says in message_of(status)
 
 
+def test_a_revision_that_no_status_names_takes_no_place() -> None:
+    job = with_resolved(make_job(), REVISION, resolved())
+    assert follow(job).current_revision == REVISION
+    status = follow(job, profiles=limited(limits={"jobs": 1}), jobs_of_profile=1)
+    assert (status.phase, status.current_revision, reason_of(status)) == ("Pending", None, "JobLimitReached")
+
+
 def prompted(text: str, **score: str) -> dict[str, Any]:
     """A data set with that system prompt, and a gate if there is a score."""
     spec = {"dataset": DATASET | {"systemPrompt": {"text": text}, "eval": {"fraction": 0.1}}}
@@ -85,7 +94,7 @@ def test_a_system_prompt_of_any_characters_reaches_the_pods() -> None:
     text = "\N{PARROT}" * 16_384
     job = make_job(**prompted(text))
     resolved = present(follow(job).resolved)
-    assert resolved == Resolved.model_validate(resolved.dump())  # as the API server bounds it
+    assert resolved == Resolved.model_validate(resolved.dump())
     annotations = build_job(job, resolved, "prepare", 1)["spec"]["template"]["metadata"]["annotations"]
     assert sum(len(name.encode()) + len(text.encode()) for name, text in annotations.items()) < 256 * 1024
     read = QLoRAJobDocument.model_validate_json(annotations[SPEC_ANNOTATION])
@@ -196,7 +205,7 @@ class Namespace(ApiServer):
         return body | {"metadata": body["metadata"] | {"name": name, "uid": f"uid-{name}"}}
 
     def started(self) -> list[str]:
-        return [body["metadata"]["name"] for body in self.all("qlorajobs") if body["status"].get("resolved")]
+        return [body["metadata"]["name"] for body in self.all("qlorajobs") if body["status"].get("currentRevision")]
 
     def reconcile(self, *names: str) -> None:
         """All of them concurrently."""

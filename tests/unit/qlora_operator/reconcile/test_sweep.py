@@ -15,12 +15,12 @@ from tests.support.builders import (
     ADAPTER,
     NOW,
     PROFILES,
+    REVISION,
     UID,
     after,
     condition,
     job_body,
     present,
-    resolved,
     step_status,
     time,
 )
@@ -101,7 +101,7 @@ def test_a_best_cell_deleted_before_its_run_is_continued_ends_the_sweep() -> Non
     assert passes(namespace)["phase"] == "Running"
     namespace.remove("qlorajobs", "rates-00")
     assert succeeded(passes(namespace))[0] == "BestNotPublished"
-    namespace.job("rates-best")["status"] = {"phase": "Preparing", "resolved": {"newer": "than this operator"}}
+    namespace.job("rates-best")["status"] = {"phase": "Preparing", "currentRevision": "rates-best-1-0"}
     assert succeeded(passes(namespace))[0] == "Running", "it has read it before"
 
 
@@ -230,7 +230,7 @@ def test_a_sweep_waits_for_the_clean_up_and_the_retry_of_its_cells(spec: dict[st
     namespace = ended(phase="Failed", ttlSecondsAfterFinished=0)
     found = namespace.job("rates-00")
     found["spec"] |= spec
-    found["status"] |= {"resolved": resolved().dump(), "step": step_status("train").dump()}
+    found["status"] |= {"currentRevision": REVISION, "step": step_status("train").dump()}
     passes(namespace)
     assert namespace.get("qlorasweeps", "rates") is not None
 

@@ -17,9 +17,28 @@ from qlora_operator.reconcile.progress import ProgressReader
 from qlora_operator.reconcile.sweep import SweepReconciler
 from qlora_operator.watch.store import Store
 from qlora_operator.watch.sweep_index import SweepIndex
-from tests.support.builders import NOW, PROFILES, present, progress, running, starts
+from tests.support.builders import (
+    NOW,
+    PROFILES,
+    present,
+    progress,
+    revision_body,
+    revision_of,
+    running,
+    starts,
+)
 from tests.support.builders import pod as any_pod
-from tests.support.cluster.shared_pods import NAMES, OWNER, POD, SWEEP_UID, UIDS, Pod, cell_body, of_the_pod
+from tests.support.cluster.shared_pods import (
+    NAMES,
+    OWNER,
+    POD,
+    SWEEP_UID,
+    UIDS,
+    Pod,
+    cell_body,
+    cell_status,
+    of_the_pod,
+)
 from tests.support.sweeps import TEMPLATE
 from tests.unit.qlora_operator.simulation.agenda import Agenda
 from tests.unit.qlora_operator.simulation.api_server import ApiServer
@@ -44,6 +63,11 @@ class Passes:
         self.api.put("qlorasweeps", {"metadata": metadata, "spec": spec, "status": {}})
         for name in NAMES:
             self.put_cell(cell_body(name=name))
+            fixed = present(present(cell_status("prepared", name)).resolved)
+            owner = {"uid": UIDS[name], "controller": True}
+            revision = revision_body(fixed, revision_of(fixed))
+            revision["metadata"]["ownerReferences"] = [owner]
+            self.api.put("controllerrevisions", revision)
         self.store, self.log = Store(), ""
         """What the watches have shown, and the log of each pod."""
         cluster = Cluster(self.api)

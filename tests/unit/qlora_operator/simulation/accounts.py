@@ -61,7 +61,7 @@ class Accounts:
         now = [run for run in in_time if run.attempt >= status.get("firstAttempt", 1)]
         failures = len({run.job if run.nodes > 1 else run.pod for run in now if run.failed})
         assert status.get("failures", 0) >= failures, f"{name} has failed {failures} times at least"
-        if uid not in self._suspended and not status.get("resolved", {}).get("queueName"):
+        if uid not in self._suspended and not job["spec"].get("scheduling", {}).get("queueName"):
             lost = [run for run in self._lost(uid) if run.attempt >= status.get("firstAttempt", 1)]
             assert status.get("disruptions", 0) >= len(lost), f"{name} was interrupted {len(lost)} times at least"
         used = status.get("usage") or {}

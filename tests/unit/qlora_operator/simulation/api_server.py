@@ -15,7 +15,7 @@ Object = dict[str, Any]
 NAMESPACE = "team"
 Watch = Callable[[str, str, Object], None]
 """Called with the kind, the type of the event and the object."""
-_UNWATCHED = ("events", "services", "networkpolicies")
+_UNWATCHED = ("events", "services", "networkpolicies", "controllerrevisions")
 
 
 class AnswerError(Exception):

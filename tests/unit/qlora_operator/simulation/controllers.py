@@ -169,7 +169,7 @@ class GarbageCollector:
     def _collect(self, uid: str) -> None:
         if any(body["metadata"]["uid"] == uid for kind in OWNERS for body in self._api.all(kind)):
             return
-        for kind in ("qlorajobs", "jobs"):
+        for kind in ("qlorajobs", "jobs", "controllerrevisions"):
             for body in self._api.owned(kind, uid):
                 self._api.remove(kind, body["metadata"]["name"])
         for pod in self._api.owned("pods", uid):

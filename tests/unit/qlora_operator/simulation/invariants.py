@@ -159,7 +159,7 @@ class Invariants:
         # Of a pod of its sweep, a cell copies the part until its own end: the sweep counts the rest.
         assert not _counting(status, f"{name}-train-"), f"{name} is deleted before its pods have counted"
         wait = spec.get("cleanupAfterSeconds")
-        if wait is None or "resolved" not in status or "completionTime" not in status:
+        if wait is None or "currentRevision" not in status or "completionTime" not in status:
             return
         is_due = parse_time(status["completionTime"]) + timedelta(seconds=wait) <= due
         reason = _condition(status, "CleanedUp").get("reason")
@@ -203,7 +203,7 @@ class Invariants:
         self._note_job(uid, status)
         alone = [run for run in self._kubelet.runs.values() if run.uids == (uid,) and run.step != "clean"]
         self._counts_no_more_than_happened(name, status, alone, self._runs(uid, status))
-        if self._limit is not None and "resolved" in status and not before.get("resolved"):
+        if self._limit is not None and "currentRevision" in status and not before.get("currentRevision"):
             self._is_within_limit(name)
         _is_consistent(name, status, body["spec"])
         writing = [run for run in self._kubelet.running() if uid in run.uids]
@@ -253,7 +253,9 @@ class Invariants:
         return [run for run in runs if run.attempt >= status.get("firstAttempt", 1)]
 
     def _is_within_limit(self, name: str) -> None:
-        started = [job for job in self._api.all("qlorajobs") if job["status"].get("resolved") and not has(job, *_ENDED)]
+        started = [
+            job for job in self._api.all("qlorajobs") if job["status"].get("currentRevision") and not has(job, *_ENDED)
+        ]
         assert len(started) < (self._limit or 0), f"{name} starts beside {len(started)} jobs"
 
     # --- cells

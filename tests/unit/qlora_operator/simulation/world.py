@@ -210,7 +210,7 @@ def _has_ended(body: Object) -> bool:
         return False
     if spec.get("ttlSecondsAfterFinished") is not None and not controller(body):
         return False
-    return has(body, "CleanedUp") or spec.get("cleanupAfterSeconds") is None or "resolved" not in status
+    return has(body, "CleanedUp") or spec.get("cleanupAfterSeconds") is None or "currentRevision" not in status
 
 
 def _summary(status: Object) -> str:

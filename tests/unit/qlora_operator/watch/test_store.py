@@ -1,9 +1,7 @@
 """The content of the store, for any order of watches, lists and answers."""
 
-import json
 import sys
-import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,17 +12,15 @@ from qlora_api.naming import (
     JOB_UID_LABEL,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
-    RESOLVED_ANNOTATION,
     SWEEP_UID_LABEL,
     child_job_name,
 )
 from qlora_operator.decisions.observed.facts import FIRST_JOB
 from qlora_operator.decisions.observed.objects import Observed
-from qlora_operator.decisions.observed.parsing import MAX_RESOLVED
 from qlora_operator.decisions.observed.stored_job import parse_job
-from qlora_operator.kube.listing import ChildKind, ChildList, child_view, object_version
+from qlora_operator.kube.listing import ChildKind, ChildList, child_view
 from qlora_operator.watch.store import Store
-from tests.support.builders import NAME, UID, child, ended, job_body, pod, present, running, status_in, with_resolved
+from tests.support.builders import NAME, UID, child, ended, job_body, pod, present, running, status_in
 from tests.support.cluster.stores import KEY, OTHER, at, rows
 
 FIRST = child_job_name(NAME, *FIRST_JOB)
@@ -75,7 +71,8 @@ def test_an_older_event_after_a_write_of_the_operator_changes_nothing() -> None:
 
 def test_an_own_status_write_does_not_requeue_and_a_spec_change_does() -> None:
     store = store_with()
-    assert not store.job_changed(at(12, job_body(status_in("train").dump())))
+    assert not store.job_changed(at(11, job_body(status_in("train").dump())))
+    assert store.job_changed(at(12, job_body())), "its status is lost"
     assert store.job_changed(at(13, job_body(suspend=True, generation=2)))
     assert store.job_changed(at(14, job_body(generation=2), deletionTimestamp="2026-01-02T12:00:00Z"))
 
@@ -223,18 +220,6 @@ def test_non_numeric_versions_make_every_read_live(kind: Any) -> None:
     assert store.held(KEY) is None
 
 
-def test_a_deleted_first_job_is_remembered_until_the_status_is_resolved() -> None:
-    first = with_resolved(child("prepare"))
-    store = store_with(("jobs", at(11, first)))
-    store.child_changed("jobs", at(12, first), deleted=True)
-    held = present(store.held(KEY))
-    assert held.observed.lost is not None
-    lists = (ChildList([], "30"), ChildList([], "30"))
-    assert store.note_live_read(at(13, job_body()), *lists).lost == held.observed.lost
-    store.job_changed(at(14, job_body(status_in("prepare").dump())))
-    assert present(store.held(KEY)).observed.lost is None
-
-
 @pytest.mark.parametrize("read_live", [True, False])
 def test_how_a_pod_has_ended_is_held_until_a_pass_has_decided(read_live: bool) -> None:
     store = store_with(("jobs", child("train")), ("pods", running(pod("train"))))
@@ -266,47 +251,6 @@ def test_a_pod_that_has_succeeded_is_held_until_its_job_has() -> None:
         observed = present(store.held(KEY)).observed
         store.decided(KEY, observed)
         assert (len(observed.pods), len(names(store)[1])) == (1, kept)
-
-
-def jobs_with_resolved(names: Iterable[str], length: int = 0) -> list[dict[str, Any]]:
-    """Jobs of the job with those names, each with the resolved spec."""
-    body = with_resolved(child("prepare"))
-    if length:
-        body["metadata"]["annotations"] = {RESOLVED_ANNOTATION: "x" * length}
-    return [at(11, body, name=name, uid=f"uid-{name}") for name in names]
-
-
-def test_only_the_first_job_may_state_the_resolved_spec() -> None:
-    foreign = jobs_with_resolved((f"x-{number}" for number in range(50)), length=MAX_RESOLVED)
-    store = store_with(*(("jobs", body) for body in foreign))
-    tracemalloc.start()
-    try:
-        for body in foreign:
-            store.child_changed("jobs", json.loads(json.dumps(at(12, body))))
-        grown = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-    assert grown < 10 * MAX_RESOLVED
-    store.child_changed("jobs", at(13, foreign[0]), deleted=True)
-    held = present(store.held(KEY))
-    assert (held.observed.lost, len(held.observed.children)) == (None, 49)
-
-
-@pytest.mark.parametrize(("length", "kept"), [(MAX_RESOLVED, MAX_RESOLVED), (MAX_RESOLVED + 1, 0)])
-def test_annotations_longer_than_any_operator_writes_are_dropped(length: int, kept: int) -> None:
-    (first,) = jobs_with_resolved([FIRST], length)
-    held = present(store_with(("jobs", first)).held(KEY))
-    assert [len(each.resolved) for each in held.observed.children] == [kept]
-
-
-def test_a_first_job_that_is_shown_before_its_job_is_read_once_more() -> None:
-    store = Store()
-    (first,) = jobs_with_resolved([FIRST])
-    store.child_changed("jobs", first)
-    store.job_changed(at(12, job_body()))
-    assert store.held(KEY) is None
-    store.note_live_read(at(12, job_body()), ChildList([child_view("jobs", first)], "30"), ChildList([], "30"))
-    assert present(store.held(KEY)).observed.children[0].resolved
 
 
 def test_a_job_is_settled_until_something_is_shown_about_it() -> None:
@@ -384,13 +328,3 @@ def test_a_child_that_cannot_be_read_is_held_and_reported_once(caplog: pytest.Lo
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot be read, so it counts as there: ValueError: Invalid isoformat string: 'never'" in caplog.text
     assert store.child_changed("pods", at(13, running(pod("train")))) == {KEY}
-
-
-@pytest.mark.parametrize("is_stored", [True, False], ids=["its status has it", "it has no status"])
-def test_a_job_shown_after_its_first_job_is_read_live_only_for_what_its_status_lacks(is_stored: bool) -> None:
-    store = Store()
-    store.child_changed("jobs", at(7, with_resolved(child("prepare"))))
-    store.job_changed(at(8, job_body(status_in("prepare").dump() if is_stored else None)))
-    assert (store.held(KEY) is not None) is is_stored
-    found = [object_version("jobs", at(7, child("prepare")))]
-    assert store.compare("jobs", None, found, "9") == (set() if is_stored else {KEY})

@@ -134,13 +134,6 @@ def test_the_document_has_no_operator_only_field() -> None:
     assert not {"scheduling", "retry", "suspend", "workspace"} & document_of(build("train"))["spec"].keys()
 
 
-def test_a_trainer_that_counts_suspensions_gets_a_high_disruption_limit() -> None:
-    begun = resolved().model_copy(update={"contract_version": 1})
-    job = build_job(make_job(retry={"maxDisruptions": 3}), begun, "train", 1)
-    assert document_of(job)["spec"]["retry"] == {"maxDisruptions": 1000}
-    assert environment_of(job)["QLORA_CONTRACT_VERSION"] == "1"
-
-
 def test_only_train_waits_in_the_queue_and_only_the_job_has_its_labels() -> None:
     queued = resolved().model_copy(update={"queue_name": "gpus", "queue_priority_class_name": "high"})
     labels = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "high"}

@@ -34,6 +34,7 @@ from tests.support.builders import (
     running,
     seen,
     status_in,
+    stored_again,
     time,
 )
 
@@ -87,7 +88,7 @@ def test_the_largest_numbers_that_a_pod_may_report_have_a_forecast() -> None:
     status = follow(make_job(status_with("prepare", slow)), child("prepare", Complete="Done"), done)
     assert status.forecast is not None
     assert float(present(status.forecast.cost).removesuffix(" EUR")) == pytest.approx(1e30 / 0.01e12 / 0.3 / 3600 * 1e9)
-    assert QLoRAJobStatus.model_validate(status.dump()) == status
+    assert stored_again(status) == status
 
 
 def test_prepare_is_followed_by_a_forecast_if_the_gpus_speed_is_known() -> None:

@@ -12,7 +12,6 @@ from qlora_api.usage import PodUsage, UsageStatus
 from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.observed.shared_pod import SharedPod
-from qlora_operator.decisions.observed.stored_job import parse_job
 from qlora_operator.decisions.usage.usage import count_usage
 from qlora_operator.metrics.metrics import Metrics
 from tests.support.builders import (
@@ -25,8 +24,10 @@ from tests.support.builders import (
     pod,
     present,
     progress,
+    read_job,
     running,
     status_in,
+    stored_again,
     time,
 )
 from tests.support.cluster.shared_pods import NAMES, UIDS, Pod, cell_body, cell_status
@@ -46,7 +47,7 @@ def shared(entries: tuple[PodUsage, ...]) -> SharedPod:
 
 
 def cell(name: str) -> Any:
-    return parse_job(cell_body(name=name))
+    return read_job(cell_body(name=name))
 
 
 class Shared:
@@ -78,7 +79,7 @@ class Shared:
 
     def _note(self, name: str, before: QLoRAJobStatus, status: QLoRAJobStatus) -> None:
         # What is stored is all that the next pass knows.
-        status = QLoRAJobStatus.model_validate(status.dump())
+        status = stored_again(status)
         usage = status.usage or UsageStatus()
         assert (before.usage or UsageStatus()).gpu_seconds <= usage.gpu_seconds
         assert usage.lost_gpu_seconds.total <= usage.gpu_seconds

@@ -26,6 +26,7 @@ from tests.support.builders import (
     running,
     seen,
     status_in,
+    stored_again,
     time,
 )
 from tests.support.cluster.train_pods import created, scheduled, usage_of
@@ -196,7 +197,7 @@ def test_many_foreign_pods_hide_none_and_do_not_fill_the_status() -> None:
         body = created(train_pod(number, at=at), at)
         status = then(status, job, waits, *many, running(body, since=at), at=at + 1)
         many.append(ended(body, 137, start=at, end=at + 7))
-        status = QLoRAJobStatus.model_validate(then(status, job, waits, *many, at=at + 8).dump())
+        status = stored_again(then(status, job, waits, *many, at=at + 8))
         expected += 7
         assert usage_of(status).gpu_seconds == 2 * expected
         assert len(usage_of(status).pods) <= 10

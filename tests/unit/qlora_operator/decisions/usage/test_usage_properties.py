@@ -6,10 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_api.contract import ProgressRecord
-from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import UsageStatus
 from qlora_operator.decisions.usage.usage import count_usage
-from tests.support.builders import after, child, ended, facts, make_job, pod, progress, running, status_in, time
+from tests.support.builders import (
+    after,
+    child,
+    ended,
+    facts,
+    make_job,
+    pod,
+    progress,
+    running,
+    status_in,
+    stored_again,
+    time,
+)
 from tests.support.cluster.train_pods import created, scheduled, usage_of
 
 _MOMENTS = st.integers(0, 400)
@@ -58,7 +69,7 @@ def test_usage_never_decreases_and_never_counts_twice(
         bodies = [body for number, body in enumerate(as_at(lives, moment)) if shown >> number & 1]
         report = None if news is None or not bodies else trains_since(bodies[-1], moment - news, moment)
         found = facts(make_job(status), child("train", created=-900), *bodies, now=after(moment), progress=report)
-        status = QLoRAJobStatus.model_validate(count_usage(status, found, until_now=news is not None).dump())
+        status = stored_again(count_usage(status, found, until_now=news is not None))
         usage = status.usage or UsageStatus()
         # A pod that is not seen ending is taken to have run until then, or until the next one was created.
         assert highest <= usage.gpu_seconds <= whole + 400
@@ -107,6 +118,6 @@ def test_pods_that_wait_and_run_at_the_same_time_count_once_each(
     status, job = status_in("train"), child("train", created=-900)
     for moment in [*moments, 10_000, 10_001]:
         found = facts(make_job(status), job, *at(moment), now=after(moment))
-        status = QLoRAJobStatus.model_validate(count_usage(status, found).dump())
+        status = stored_again(count_usage(status, found))
     assert usage_of(status).gpu_seconds == sum(runs for *_, runs in lives)
     assert len(usage_of(status).pods) <= 9
