@@ -207,6 +207,8 @@ class ResultRecord(_Record):
     dataset: DatasetStatus | None = None
     base: BaseStatus | None = None
     work: WorkStatus | None = None
+    trained: bool | None = None
+    """Of prepare: whether the workspace has the finished run, so that train has nothing to do."""
     training_since: Timestamp | None = None
     training_step: Count | None = None
     total_steps: Count | None = None

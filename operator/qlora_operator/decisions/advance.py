@@ -197,12 +197,14 @@ def _complete(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, record: Resu
     if step == "prepare":
         status = replace(with_known_facts(status, record), progress=None)
         status = status if record.work is None else forecast_of_work(status, record.work)
-    else:
+    if step == "train" or record.trained:
         status = with_training_facts(status, record)
     if step == "prepare":
         done = Reason("Done", record.message or "model and data are prepared")
         status = set_condition(status, job, now, "Prepared", "True", done)
-    return replace(status, step=new_step(job, _NEXT[step], status.first_attempt))
+    # If its status was lost, or it was cleaned up: a GPU has nothing to do for a finished run.
+    following: StepName = "publish" if record.trained else _NEXT[step]
+    return replace(status, step=new_step(job, following, status.first_attempt))
 
 
 def _complete_unverified(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, step: StepStatus) -> QLoRAJobStatus:

@@ -97,6 +97,10 @@ class Nodeless:
         """The train step ends well, with that loss on the held-out rows."""
         self._end(name, "train", 0, "Done", FOUND["train"] | {"eval_loss": eval_loss})
 
+    def find_trained(self, name: str) -> None:
+        """The prepare step ends well, and has found the finished run."""
+        self._end(name, "prepare", 0, "Done", FOUND["train"] | FOUND["prepare"] | {"trained": True})
+
     def prepare(self, name: str, memory: MemoryStatus) -> None:
         """The prepare step ends well, with that estimate."""
         self._end(name, "prepare", 0, "Done", FOUND["prepare"] | {"memory": memory})

@@ -3,13 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from qlora_api.contract import WorkspaceLayout
+import pytest
+
+from qlora_api.contract import WorkspaceLayout, needed_contract
+from qlora_trainer.core.file_names import ADAPTER_FILE
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.steps.clean import clean
+from qlora_trainer.steps.prepare import prepare
 from tests.support.commands.command import Files
-from tests.support.models.tiny import JOB_UID, POD_UID
-from tests.support.runs.published import published
+from tests.support.models.tiny import JOB_UID, POD_UID, Recorded
+from tests.support.runs.published import context, published
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -43,10 +49,41 @@ def test_clean_keeps_an_unpublished_adapter(trained: Files) -> None:
     assert not layout.checkpoints.exists()
 
 
+@pytest.mark.parametrize("is_cleaned", [False, True], ids=["as it ended", "cleaned"])
+def test_prepare_of_a_job_without_status_finds_the_run_and_makes_nothing(trained: Files, is_cleaned: bool) -> None:
+    record = published(trained)
+    layout = WorkspaceLayout(trained.workspace)
+    if is_cleaned:
+        clean(layout)
+    before = {path: path.stat().st_mtime_ns for path in layout.root.rglob("*")}
+
+    assert sha256_found_by_prepare(trained) == record.adapter.sha256
+
+    assert {path: path.stat().st_mtime_ns for path in layout.root.rglob("*")} == before
+
+
+def test_prepare_finds_a_run_that_is_not_published_yet_and_none_whose_adapter_is_gone(trained: Files) -> None:
+    layout = WorkspaceLayout(trained.workspace)
+    assert sha256_found_by_prepare(trained) == file_sha256(layout.trained / ADAPTER_FILE)
+    published(trained)
+    clean(layout)
+    (layout.adapter / ADAPTER_FILE).write_bytes(b"cut")
+    assert sha256_found_by_prepare(trained) is None
+
+
+def sha256_found_by_prepare(files: Files) -> str | None:
+    """The adapter of the finished run that prepare finds, None if it finds none."""
+    records = Recorded()
+    # As the operator sets it for a job whose profile has no key to sign with.
+    prepare(replace(context(files), contract_version=needed_contract(1)), records)
+    found = records.findings.trained
+    return None if found is None else found.adapter_sha256
+
+
 KILLED_WRITES = """
 import os, sys
 from pathlib import Path
-from qlora_api.contract import WorkspaceLayout
+from qlora_api.contract import WorkspaceLayout, needed_contract
 from qlora_trainer.core import filesystem
 workspace = WorkspaceLayout(Path(sys.argv[1]))
 folders = (workspace.trained, workspace.base, workspace.checkpoints / "step-1", workspace.models / "1")

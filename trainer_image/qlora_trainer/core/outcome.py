@@ -163,23 +163,31 @@ def _is_encodable(record: ResultRecord) -> bool:
     return True
 
 
+_FIGURES = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
+
+
 def _known_fields(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
     """Fields of the result record, from the completion record or the findings."""
     if isinstance(completion, PrepareRecord):
-        return {name: getattr(completion, name) for name in ("model_revision", "memory", "dataset", "base", "work")}
+        of_prepare = ("model_revision", "memory", "dataset", "base", "work")
+        known = {name: getattr(completion, name) for name in of_prepare}
+        return known if findings.trained is None else known | {"trained": True} | _of_run(findings.trained)
     known = {name: getattr(findings, name) for name in ("model_revision", "memory", "dataset", "gate")}
-    names: tuple[str, ...] = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
     if findings.progress is not None and findings.progress.step == "train":
         of_pairs = ("reward_margin", "accuracy", "eval_accuracy")
         further = (*of_pairs, "evaluations", "training_since")
-        known |= {name: getattr(findings.progress, name) for name in (*names, *further)}
+        known |= {name: getattr(findings.progress, name) for name in (*_FIGURES, *further)}
     if isinstance(completion, TrainRecord):
         # Also where it is not known: the latest progress is of the last step, the adapter perhaps of an earlier one.
-        known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss", "eval_accuracy")}
+        known |= _of_run(completion)
     if isinstance(completion, PublishRecord):
         names = ("adapter", "gate", "merged", "base", "report_sha256", "tracking")
         known |= {name: getattr(completion, name) for name in names}
     return known
+
+
+def _of_run(record: TrainRecord) -> dict[str, object]:
+    return {name: getattr(record, name) for name in (*_FIGURES, "initial_eval_loss", "eval_accuracy")}
 
 
 def summary(completion: CompletionRecord | None, step: StepName) -> str:

@@ -11,6 +11,7 @@ from qlora_api.artifact_status import GateStatus
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, ProgressRecord, Record, ResultRecord, encode_record
 from qlora_api.sources import SCHEMES
 from qlora_api.status import DatasetStatus, MemoryStatus
+from qlora_trainer.core.completion import TrainRecord
 
 # Passwords in addresses, tokens of clouds (JWT), private keys, credentials in headers and those of the stores: never in
 # a record, whatever a library quotes.
@@ -46,6 +47,8 @@ class Findings:
     memory: MemoryStatus | None = None
     dataset: DatasetStatus | None = None
     gate: GateStatus | None = None
+    trained: TrainRecord | None = None
+    """The finished run that prepare has found."""
     progress: ProgressRecord | None = None
     """The latest, written or not."""
 
@@ -72,6 +75,7 @@ class RecordWriter:
         memory: MemoryStatus | None = None,
         dataset: DatasetStatus | None = None,
         gate: GateStatus | None = None,
+        trained: TrainRecord | None = None,
     ) -> None:
         """Keep findings, so that the result has them even if the step fails afterwards."""
         self.findings = replace(
@@ -80,6 +84,7 @@ class RecordWriter:
             memory=memory or self.findings.memory,
             dataset=dataset or self.findings.dataset,
             gate=gate or self.findings.gate,
+            trained=trained or self.findings.trained,
         )
 
     def progress(self, record: ProgressRecord, *, force: bool = False) -> None:

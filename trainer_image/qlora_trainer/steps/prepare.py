@@ -30,6 +30,7 @@ from qlora_trainer.publishing.manifest import base_publisher
 from qlora_trainer.steps.prepare_checks import refresh_record
 from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
 from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, measure_memory
+from qlora_trainer.steps.publish import read_published
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.contents import SHARED_BASE, Publisher
 from qlora_trainer.stores.destinations.addresses import check_destination
@@ -54,6 +55,10 @@ def prepare(
 
     path, gpus = workspace.completion("prepare"), spec.resources.gpu_count
     written = read_completion(path, PrepareRecord)
+    if written is not None and (published := read_published(context)) is not None:
+        # A job whose status was lost: a clean-up may have left nothing else.
+        records.note(trained=published)
+        return written
     if written is None and spec.continues is not None:
         require_something_to_continue(mounts.continued, spec.continues)
         reject_other_settings(mounts.continued, spec.continues, run_settings(spec, context.device, gpus))
@@ -76,7 +81,8 @@ def prepare(
         record = _continue_run(job, mounts.continued, spec.continues, written)
     if record != written:
         write_completion(path, record)
-    records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
+    trained = PreparedJob.from_record(context, record, gpus).read_train_record()
+    records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset, trained=trained)
     return record
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qlora_api.artifact_status import AdapterStatus
-from qlora_api.contract import WorkspaceLayout
+from qlora_api.contract import WorkspaceLayout, needed_contract
 from qlora_api.schema import replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import StepName
@@ -47,6 +47,7 @@ from qlora_trainer.report.sweep_page import add_to_sweep_report
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.destinations.addresses import JobDestinations
 from qlora_trainer.stores.destinations.destination import Destination, is_published
+from qlora_trainer.training.prepared_job import PreparedJob
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,33 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     write_completion(workspace.completion("publish"), record)
     _add_to_sweep(job, workspace.report, mounts.sweep)
     return track(record)
+
+
+def read_published(context: StepContext) -> TrainRecord | None:
+    """The record of train, if its adapter is published and publish would have nothing to do. None otherwise.
+
+    Raises StepFailure if the destination cannot be reached.
+    """
+    workspace, identity = context.workspace, context.identity
+    written = read_completion(workspace.completion("publish"), PublishRecord)
+    if written is None or read_completion(workspace.completion("train"), TrainRecord) is None:
+        return None
+    job = _trained_job(context)
+    own = PreparedJob.from_record(context, job.prepared, context.spec.resources.gpu_count)
+    if job.trained.fingerprint != own.digest or (job.gate is not None and not job.gate.passed):
+        return None
+    destinations = JobDestinations(
+        job.spec.output,
+        workspace,
+        context.workspace_uri,
+        context.mounts,
+        context.secret("output"),
+        context.registries,
+        identity.pod_uid,
+    )
+    signs = context.contract_version >= needed_contract(1, signed=True)
+    done = _find_published(job, workspace, destinations.adapter(), destinations, has_key=signs)
+    return None if done is None else job.trained
 
 
 def _add_tracking(record: PublishRecord, tracking: TrackingStatus | None, path: Path) -> PublishRecord:

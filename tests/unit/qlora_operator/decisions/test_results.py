@@ -97,6 +97,15 @@ def test_the_status_names_page_and_tracked_runs_and_an_event_a_failed_upload() -
     assert tracking_event(make_job(end), end, NOW) is None
 
 
+def test_a_run_that_prepare_finds_finished_is_published_without_another_train_job() -> None:
+    body = pod("prepare")
+    found = FACTS["prepare"] | FACTS["train"] | {"trained": True}
+    done = ended(body, 0, result(body, "prepare", **found))
+    status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), done)
+    assert status.step == step_status("publish", jobUid="")
+    assert present(status.progress).summary == "100% 10/10"
+
+
 def test_the_results_of_prepare_are_shown_and_train_is_next() -> None:
     status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
     assert (status.memory, status.dataset, status.base) == (MEMORY, FOUND, BASE)
