@@ -33,7 +33,8 @@ from qlora_api.usage import ForecastStatus, UsageStatus
 MAX_DOCUMENT_LENGTH = 131_072
 """Of a job's document, in UTF-8 bytes: half of what all annotations of a pod may have together."""
 MAX_MIXED_SOURCE_LENGTH = 48
-MAX_CONDITIONS = 8
+MAX_CONDITIONS = 16
+"""Twice as many as the operator writes: a later release may add some, and an earlier one must read them."""
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 MemorySource = Literal["DryRun"]
@@ -266,7 +267,9 @@ class CheckpointStatus(ObservedModel):
 class AnnouncementStatus(ObservedModel):
     """The entry of output.announce: written, or rejected with a reason."""
 
-    entry: ShortText | None = Field(None, description="Its ConfigMap and key, CONFIGMAP/KEY; not set if rejected.")
+    entry: str | None = Field(
+        None, max_length=512, description="Its ConfigMap and key, CONFIGMAP/KEY; not set if rejected."
+    )
     rejection: Message = Field("", description="Why the entry is not written, and what to do; the operator retries.")
 
 

@@ -19,7 +19,7 @@ def _check_time(text: str) -> str:
     return text
 
 
-_HOURS = r"^[0-9]{1,16}\.[0-9]{2,4}$"
+_HOURS = r"^[0-9]{1,12}\.[0-9]{2,4}$"
 
 
 def seconds_of(hours: str) -> int:
@@ -40,7 +40,7 @@ GpuTime = Annotated[
     Field(ge=0, le=2**53),
     BeforeValidator(lambda value: seconds_of(value) if isinstance(value, str) else value),
     PlainSerializer(hours_of, return_type=str),
-    WithJsonSchema({"type": "string", "maxLength": 21, "pattern": _HOURS}),
+    WithJsonSchema({"type": "string", "maxLength": 17, "pattern": _HOURS}),
 ]
 """Seconds times GPUs in Python, GPU hours in JSON: sums of seconds are exact, and the API has one unit."""
 Timestamp = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"}), AfterValidator(_check_time)]

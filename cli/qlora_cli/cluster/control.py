@@ -36,7 +36,7 @@ def retry(cluster: Cluster, names: tuple[str, ...]) -> None:
         job = Job(cluster.get(JOBS, name))
         if job.phase != "Failed":
             fail(f"{name} is {job.phase}, and only a failed job can be retried")
-        cluster.merge(JOBS, name, {"spec": {"retry": {"request": datetime.now(UTC).isoformat(timespec="seconds")}}})
+        cluster.merge(JOBS, name, {"spec": {"retry": {"request": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"}}})
         click.echo(f"{name} is retried")
 
 

@@ -22,7 +22,7 @@ class AnnounceSpec(ApiModel):
     config_map: ObjectName = Field(
         description="Name of the ConfigMap, which several jobs may share. It is created if there is none; one that "
         'exists must have the label qlora.dev/announcements: "true". The operator adds the key JOB.json, once, after '
-        "success, and removes it when the job is deleted. The condition Announced reports it.",
+        "success, and removes it when the job is deleted. status.announcement reports it.",
     )
 
 

@@ -8,6 +8,7 @@ from qlora_operator.decisions.observed.conditions import Value, condition, is_tr
 from qlora_operator.decisions.observed.facts import set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.pods.blockers import blocking_reason
+from qlora_operator.decisions.pods.kueue import not_supported
 from qlora_operator.decisions.retention import claim_goes_now
 
 
@@ -52,6 +53,9 @@ def follow_cleanup(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
             "that Job to try again"
         )
         reason = Reason("CleanupFailed", sentence)
+    elif cleaning is not None and cleaning.managed_by:
+        why = not_supported(cleaning.name, cleaning.managed_by, None)
+        reason = Reason("CleanupFailed", f"{why.sentence}; delete that Job to try again")
     elif cleaning is not None:
         reason = blocking_reason(cleaning, observed, now) or reason
     return set_condition(status, job, now, "CleanedUp", value, reason)

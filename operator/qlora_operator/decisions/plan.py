@@ -50,7 +50,9 @@ class CreateClaim:
 
 @dataclass(frozen=True)
 class TryQueue:
-    """Find out, before anything is downloaded, that the queue runs Jobs elsewhere."""
+    """Find out, before anything is downloaded or trained, that the queue runs Jobs elsewhere."""
+
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,8 @@ def _on_the_way(
         return
     if any(now < due for due in _pauses(job, status, observed)):
         return
-    if (step.name, step.attempt) == FIRST_JOB and status.resolved is not None and status.resolved.queue_name:
-        yield TryQueue()
+    if step.name != "publish" and status.resolved is not None and status.resolved.queue_name:
+        yield TryQueue(step.attempt if step.name == "train" else status.first_attempt)
     if step.name == "prepare" and status.resolved is not None and status.resolved.claim_created:
         yield CreateClaim()
     if trains_together(job, step.name):

@@ -161,6 +161,8 @@ def _note_request(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     status = replace(status, retry_request=request)
     if step is None or not step.job_uid or step.running_pod or step.counted_pod:
         return status
+    if (child := facts.observed.child(step.job_name)) is not None and child.suspended:
+        return status  # another Job would lose its place in the queue
     resolved = with_profile_of_today(
         status.resolved,
         facts.job,

@@ -121,8 +121,8 @@ class Actions:
                     case DeleteJob(name, uid):
                         await self._delete_job(job, name, uid)
                         changed = True
-                    case TryQueue() if resolved is not None:
-                        await self._try_queue(job, resolved)
+                    case TryQueue(attempt) if resolved is not None:
+                        await self._try_queue(job, resolved, attempt)
                     case CreateClaim() if resolved is not None:
                         changed |= await self._create_claim(job, resolved)
                     case ConnectNodes():
@@ -183,14 +183,16 @@ class Actions:
         shown = self.store.child_changed("jobs", created)
         return created, new or key in shown
 
-    async def _try_queue(self, job: QLoRAJob, resolved: Resolved) -> None:
+    async def _try_queue(self, job: QLoRAJob, resolved: Resolved, attempt: int) -> None:
         """Raise _BlockedError if the job's queue gives its train Job to another controller."""
-        manifest = build_job(job, resolved, "train", 1)
+        manifest = build_job(job, resolved, "train", attempt)
         try:
             managed_by = foreign_manager(await self.cluster.try_job(job.namespace, manifest))
-        except (RejectedError, AlreadyExistsError) as error:
+        except AlreadyExistsError:
+            return  # its manager is read as that of any Job
+        except RejectedError as error:
             # That of a real Job is reported: by then, the quota that lacks room now may have some.
-            logger.debug("the queue cannot be tried: %s", error, extra={"key": (job.namespace, job.name)})
+            logger.warning("the queue cannot be tried: %s", error, extra={"key": (job.namespace, job.name)})
             return
         if managed_by:
             raise _BlockedError(not_supported(manifest["metadata"]["name"], managed_by, resolved.queue_name))

@@ -160,7 +160,7 @@ class ProfileReconciler:
         return entries.keys() - existing
 
     def _account(self, stored: StoredProfile, status: QLoRAProfileStatus) -> None:
-        """Let jobs see what their namespace has used, and requeue those for which that decides."""
+        """Let jobs see what their namespace has used, and requeue those that depend on it."""
         name, now, profile = stored.name, self._clock(), self._profiles.get(stored.name)
         used = {(name, each.namespace): seconds_of_month(status, each.namespace, now) for each in status.namespaces}
         kept = {group: seconds for group, seconds in self._accounts.spent.items() if group[0] != name}
@@ -173,6 +173,9 @@ class ProfileReconciler:
 
     async def _write(self, stored: StoredProfile, status: QLoRAProfileStatus) -> None:
         """Store the status if it differs, and requeue ended jobs that can note that they are counted."""
+        if not stored.has_status:
+            logger.error("QLoRAProfile %s: %s", stored.name, stored.problem)
+            return
         try:
             if status != stored.status:
                 self._profiles.changed(await self._cluster.apply_profile_status(stored, status.dump()))

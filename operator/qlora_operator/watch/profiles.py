@@ -52,7 +52,7 @@ class ProfileStore(Mapping[str, Profile]):
         self._refresh(name, before)
 
     def compare(self, bodies: Iterable[Object], version: str) -> None:
-        """Note a complete list, taken at `version`: what is not in it and not newer is gone."""
+        """Note a complete list, taken at `version`: a profile that is not in it and not newer is gone."""
         listed = set()
         for body in bodies:
             listed.add(body["metadata"]["name"])

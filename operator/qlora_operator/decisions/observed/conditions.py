@@ -55,7 +55,7 @@ def is_finished(status: QLoRAJobStatus) -> bool:
 
 
 def has_trained(status: QLoRAJobStatus) -> bool:
-    """Whether the train step has succeeded, in a run whose data and base are still there."""
+    """Whether the train step has succeeded since the last return to prepare."""
     return status.step is not None and status.step.name == "publish"
 
 

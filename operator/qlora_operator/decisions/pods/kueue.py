@@ -15,11 +15,13 @@ _ALTERNATE = (
 
 def not_supported(job_name: str, managed_by: str, queue: str | None) -> Reason:
     """Return why a Job that another controller runs is no step. `queue`: its LocalQueue, if the job names one."""
-    giver = f"LocalQueue {queue!r}" if queue else "the LocalQueue 'default', or a webhook,"
+    giver, remedy = "the LocalQueue 'default', or a webhook,", "ask the administrator to leave such Jobs alone"
+    if queue:
+        giver, remedy = f"LocalQueue {queue!r}", "create the job again with another spec.scheduling.queueName"
     return Reason(
         "QueueNotSupported",
-        f"{giver} gives Job {job_name} to {managed_by}, which runs it in another cluster, and the operator reads "
-        "results from pods of this one: create the job again with another spec.scheduling.queueName",
+        f"{giver} gives Job {job_name} to {managed_by}, perhaps in another cluster, and the operator reads results "
+        f"from pods that this cluster's Job controller runs: {remedy}",
     )
 
 

@@ -1,8 +1,8 @@
 """Sums up the GPU time of each namespace by month, so that it outlives the jobs.
 
 A job's usage only grows, and its status has it. The profile's status has, for each job, how much of that the sums
-include: `unsettled`. One write changes both, so that no second counts twice, whatever is lost or repeated. When a job
-has ended and all of its usage is in the sums, its own status notes that (`settledGpuHours`), and only then does the
+include: `unsettled`. One write changes both, so that no second counts twice, with any answer lost or repeated. When a
+job has ended and all of its usage is in the sums, its own status notes that (`settledGpuHours`), and only then does the
 entry go: from then on the job's status has the number. So the entries are bounded by the jobs that run, and not by
 those that exist. The entry of a deleted job goes with a later write than the one that counts its last seconds: if the
 answer to that is lost, it is repeated, and must find the entry.

@@ -31,6 +31,8 @@ class StoredProfile:
     profile: Profile | None
     problem: str = ""
     """Why no job can start with it; empty if jobs can."""
+    has_status: bool = True
+    """False if the status cannot be read: it must not be overwritten, as it has the GPU hours of deleted jobs."""
 
     @property
     def selects(self) -> bool:
@@ -42,27 +44,23 @@ class StoredProfile:
 def parse_profile(body: Object) -> StoredProfile:
     """Parse a QLoRAProfile, without its spec if that is invalid."""
     metadata, profile, problem = body["metadata"], None, ""
+    status: QLoRAProfileStatus | None = None
     try:
+        status = QLoRAProfileStatus.model_validate(body.get("status") or {})
         profile = Profile.model_validate(body.get("spec") or {})
     except ValidationError as error:
-        problem = f"this version of the operator cannot read the spec: {explain(error)}"
+        part = "status, which has the GPU hours" if status is None else "spec"
+        problem = f"this version of the operator cannot read the {part}: {explain(error)}"
     return StoredProfile(
         name=metadata["name"],
         uid=metadata["uid"],
         generation=metadata.get("generation", 0),
         resource_version=metadata.get("resourceVersion", ""),
-        status=_parse_status(body),
+        status=status or QLoRAProfileStatus(),
+        has_status=status is not None,
         profile=profile,
         problem=problem,
     )
-
-
-def _parse_status(body: Object) -> QLoRAProfileStatus:
-    """Parse the status, which the operator writes again if it cannot be read."""
-    try:
-        return QLoRAProfileStatus.model_validate(body.get("status") or {})
-    except ValidationError:
-        return QLoRAProfileStatus()
 
 
 def with_selected(profile: Profile, namespaces: Mapping[str, Labels]) -> Profile:

@@ -65,6 +65,8 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     # Count the time until now, for a later retry: the pods have not ended yet.
     counted = charge_running(counted, facts.observed, now)
     reason = Reason(BUDGET_EXCEEDED, _exceeded(counted, job, allowed))
+    if counted.forecast is not None:
+        counted = replace(counted, forecast=replace(counted.forecast, within_budget=False, message=reason.sentence))
     return fail(counted, job, now, failure_of(step.name, reason.word, reason.sentence, now))
 
 

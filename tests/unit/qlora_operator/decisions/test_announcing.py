@@ -10,6 +10,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from qlora_api.profile import Profile
+from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.announcing import (
     entry,
     is_to_be_announced,
@@ -62,6 +63,8 @@ def test_only_a_job_that_has_succeeded_is_announced_and_only_until_it_is() -> No
     assert is_to_be_announced(job, FINISHED)
     written = with_announcement(FINISHED, job)
     assert not is_to_be_announced(job, written)
+    longest = make_job(FINISHED, output={"announce": {"configMap": "m" * 253}})
+    QLoRAJobStatus.model_validate(with_announcement(FINISHED, longest).dump())
 
 
 def test_the_clean_up_does_not_wait_for_an_entry_that_is_rejected() -> None:

@@ -48,7 +48,13 @@ def test_a_valid_profile_is_ready_and_its_status_is_written_once() -> None:
     assert (status.observed_generation, [each.status for each in status.conditions]) == (3, ["True"])
     again = parse_profile(body | {"status": status.dump()})
     assert judged(again, NOW) == again.status
-    assert parse_profile(body | {"status": {"conditions": 7}}).status.conditions == ()
+
+
+def test_a_status_of_another_schema_is_kept_and_no_job_starts() -> None:
+    """It has the GPU hours of jobs that were deleted."""
+    stored = parse_profile(profile_body() | {"status": {"conditions": 7}})
+    assert (stored.has_status, stored.profile) == (False, None)
+    assert "cannot read the status, which has the GPU hours: conditions: " in stored.problem
 
 
 def test_a_selector_that_cannot_be_evaluated_is_reported() -> None:
