@@ -61,7 +61,7 @@ def test_damaged_rows_end_the_step_until_prepare_has_made_them_again(make_contex
     rows = context.workspace.root / prepare(context, Recorded()).data_path / "train.safetensors"
     interrupted_at(context, 2)
     os.truncate(rows, rows.stat().st_size - 1)
-    with failing(ExitCode.BAD_DATASET, match=r"is damaged .*; raise spec\.retry\.request"):
+    with failing(ExitCode.BAD_DATASET, match=r"is damaged .*; set a new spec\.retry\.request"):
         run(context)
     prepare(context, Recorded())
     assert run(context).training_step == 4
