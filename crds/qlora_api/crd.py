@@ -49,7 +49,7 @@ _COLUMNS = [
     _column("GPU-Hours", ".status.usage.gpuHours", wide=True, description="GPU hours that its train pods have used."),
     _column("Profile", ".spec.scheduling.profileName", wide=True, description="Its QLoRAProfile."),
     _column("GPUs", ".spec.resources.gpus", type_="integer", wide=True, description="GPUs of each train pod."),
-    _column("Queue", ".spec.scheduling.queueName", wide=True, description="LocalQueue of its train step."),
+    _column("Queue", ".status.queueName", wide=True, description="LocalQueue of its train step."),
     _REASON,
     _column("Age", ".metadata.creationTimestamp", type_="date", description="Time since the job was created."),
 ]

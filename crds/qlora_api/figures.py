@@ -112,7 +112,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
     progress, step = _with_measures(status.progress or ProgressStatus(), record), record.training_step
     if step:
         progress = _with_steps(progress, step, record.total_steps or step, ended=record.outcome == "succeeded")
-    outcome = record.message if record.outcome == "succeeded" else progress.outcome
+    outcome = record.message if (record.step, record.outcome) == ("train", "succeeded") else progress.outcome
     status = replace(status, progress=_with_time_left(replace(progress, outcome=outcome), None))
     if status.memory is not None and record.peak_memory_bytes is not None:
         status = replace(status, memory=replace(status.memory, peak_bytes=record.peak_memory_bytes))

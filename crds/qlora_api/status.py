@@ -313,6 +313,7 @@ class QLoRAJobStatus(ObservedModel):
     model_revision: ShortText | None = Field(
         None, description="Commit (hf://), or digest of the artifact (oci://) or the content, of the base model."
     )
+    queue_name: ShortText | None = Field(None, description="Kueue's LocalQueue of the train step; not set without one.")
     gpu_hours_limit: float | None = Field(
         None, gt=0, le=1e6, description="GPU hours that the profile allows the job; not set without such a limit."
     )

@@ -155,7 +155,8 @@ def status_in(step: StepName, attempt: int = 1, /, **fields: Any) -> QLoRAJobSta
         "step": step_status(step, attempt).dump(),
     }
     fixed = Resolved.model_validate(fields.get("resolved", resolved()))
-    start |= {"currentRevision": revision_of(fixed), "resolved": fixed}
+    workspace = {"claimName": fixed.claim_name, "path": fixed.workspace_path}
+    start |= {"currentRevision": revision_of(fixed), "resolved": fixed, "workspace": workspace}
     return QLoRAJobStatus.model_validate(start | fields)
 
 

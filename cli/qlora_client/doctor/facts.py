@@ -83,7 +83,7 @@ def profiles_of(facts: Facts) -> list[NamedProfile]:
         return [NamedProfile(each["metadata"]["name"], each.get("spec") or {}) for each in facts.profiles]
     found: dict[str, Object] = {}
     revisions = () if isinstance(facts.revisions, Unknown) else facts.revisions
-    copies = {each["metadata"]["name"]: each["data"]["profile"] for each in revisions}
+    copies = {each["metadata"]["name"]: (each.get("data") or {}).get("profile") for each in revisions}
     for job in () if isinstance(facts.jobs, Unknown) else facts.jobs:
         name = ((job.get("spec") or {}).get("scheduling") or {}).get("profileName", "default")
         copy = copies.get(str((job.get("status") or {}).get("currentRevision")))

@@ -47,6 +47,9 @@ def follow_cleanup(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
     if is_done:
         value = "True"
         reason = Reason("CleanedUp", "pods, checkpoints and prepared data are deleted; the adapter stays")
+    elif cleaning is None and now >= due and status.resolved is None and not claim_goes_now(job, status):
+        sentence = f"ControllerRevision {status.current_revision}, which names the workspace and the image, is gone"
+        reason = Reason("CleanupFailed", sentence)
     elif cleaning is not None and cleaning.failure is not None:
         sentence = (
             f"Job {cleaning.name}: {cleaning.failure.sentence}; see `kubectl logs job/{cleaning.name}`, and delete "

@@ -32,12 +32,10 @@ def continued_run(job: QLoRAJob, other: QLoRAJob | None) -> ContinuedRun | None:
     own = job.status.resolved
     if own is not None:
         return own.continued
-    if other is None or other.status.resolved is None:
+    if other is None or other.status.workspace is None:
         return None
-    resolved = other.status.resolved
-    return ContinuedRun(
-        job=other.name, uid=other.uid, claim_name=resolved.claim_name, workspace_path=resolved.workspace_path
-    )
+    workspace = other.status.workspace
+    return ContinuedRun(job=other.name, uid=other.uid, claim_name=workspace.claim_name, workspace_path=workspace.path)
 
 
 def objection_of_other_job(

@@ -29,11 +29,19 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return replace(status, resolved=None)
     if status.resolved is not None and status.step is None:
         # The first Job exists, and the status is not stored yet; or another client has emptied that: steps that are
-        # done report their results again.
-        return replace(status, step=new_step(job, "prepare", status.highest_attempt + 1))
+        # done report their results again. Without that Job nothing depends on the profile of that day but the run.
+        fixed: Resolved | None = status.resolved
+        if not facts.observed.children:
+            shared = facts.shared is not None
+            fixed = with_profile_of_today(
+                fixed, job, facts.profiles, facts.continued, is_shared=shared, same_trainer=True
+            )
+        return replace(status, resolved=fixed, step=new_step(job, "prepare", status.highest_attempt + 1))
     if status.resolved is not None and not _may_still_change(status, job, facts.observed, profile):
         return status
-    if profile is None or job.stops or objection(facts) is not None:
+    # The revision of a job that has started is gone: its values are fixed again, and nothing objects to its start.
+    is_to_start = job.status.current_revision is None
+    if profile is None or job.stops or (is_to_start and objection(facts) is not None):
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -38,6 +39,7 @@ def with_revision(status: QLoRAJobStatus, job: QLoRAJob) -> QLoRAJobStatus:
         image=resolved.profile.image,
         workspace=workspace,
         gpu_hours_limit=resolved.gpu_hours,
+        queue_name=resolved.queue_name,
     )
 
 
@@ -53,7 +55,7 @@ def build_revision(job: QLoRAJob, name: str, resolved: Resolved) -> Manifest:
             "ownerReferences": [owner_of(job, controller=True)],
         },
         "revision": _number(name),
-        "data": resolved.dump(),
+        "data": _as_go_sorts(resolved.dump()),
     }
 
 
@@ -80,8 +82,17 @@ def with_data_of(job: QLoRAJob, body: Object) -> QLoRAJob:
     return with_resolved(job, name, resolved)
 
 
+def _as_go_sorts(value: Any) -> Any:
+    """Sort keys, and write whole numbers without a point, as the API server does."""
+    if isinstance(value, dict):
+        return {key: _as_go_sorts(value[key]) for key in sorted(value)}
+    if isinstance(value, list):
+        return [_as_go_sorts(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _name(job: QLoRAJob, resolved: Resolved, number: int) -> str:
-    """Name a revision by its content, so that an existing one of that name is the same."""
+    """Name a revision by its content, so that the same one is not created twice."""
     content = json.dumps([job.uid, resolved.dump()], sort_keys=True)
     return f"{job.name}-{number}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 

@@ -122,10 +122,18 @@ def with_rejection(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, reason:
     return set_condition(status, job, now, "Succeeded", "Unknown", reason)
 
 
-def without_revision(status: QLoRAJobStatus, job: QLoRAJob) -> QLoRAJobStatus:
-    """Return the status with the job's revision as before: the next one could not be created."""
-    of_revision = ("current_revision", "resolved", "image", "workspace", "gpu_hours_limit")
-    return status.model_copy(update={name: getattr(job.status, name) for name in of_revision})
+def with_unfixed(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, reason: Reason) -> QLoRAJobStatus:
+    """Return the status of a job whose next revision could not be created.
+
+    One that has started stays as it was, so that a retry still waits for the values of that day.
+    """
+    if job.status.current_revision is None:
+        of_revision = ("current_revision", "resolved", "image", "workspace", "gpu_hours_limit", "queue_name")
+        status = status.model_copy(update={name: getattr(job.status, name) for name in of_revision})
+        return with_rejection(status, job, now, reason)
+    if is_finished(job.status):
+        return set_condition(job.status, job, now, "Stalled", "True", reason)
+    return with_rejection(job.status, job, now, reason)
 
 
 def _attempt(step: StepStatus | None) -> tuple[object, ...]:

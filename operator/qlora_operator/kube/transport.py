@@ -33,6 +33,19 @@ def unobserved(_method: str, _path: str, _status: int | None, _seconds: float) -
     """Observe no request."""
 
 
+_ESCAPED = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
+
+
+def as_go_writes(body: object) -> bytes:
+    """Encode JSON as Go's encoder does.
+
+    The API server compares the data of a ControllerRevision byte by byte with what it encodes itself: in another
+    encoding no client, and not the garbage collector either, could change its metadata.
+    """
+    text = json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.translate(_ESCAPED).encode()
+
+
 class TooLongError(Exception):
     """The content of an answer is longer than the caller wants to read."""
 
@@ -96,7 +109,7 @@ class Transport:
         without an answer, and ValueError if the body has a number that JSON does not have (infinite, or none at all).
         """
         url = f"{self._endpoint.server}{path}{'?' + urlencode(query) if query else ''}"
-        data = None if body is None else json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+        data = None if body is None else as_go_writes(body)
 
         async def send_with(credentials: Credentials) -> tuple[int, bytes]:
             began, answered = time.monotonic(), list[int]()

@@ -46,8 +46,8 @@ from qlora_operator.decisions.plan import (
     creates_first_job,
 )
 from qlora_operator.decisions.pods.kueue import not_supported
-from qlora_operator.decisions.revision import build_revision
-from qlora_operator.decisions.status import with_child, with_rejection, without_revision
+from qlora_operator.decisions.revision import build_revision, is_of_job
+from qlora_operator.decisions.status import with_child, with_rejection, with_unfixed
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, ForbiddenError, NotFoundError, RejectedError
 from qlora_operator.kube.listing import as_revision
@@ -103,13 +103,19 @@ class Actions:
             await self.cluster.create_revision(job.namespace, manifest)
             logger.info("created ControllerRevision %s", name, extra={"key": key})
         except AlreadyExistsError:
-            logger.debug("ControllerRevision %s exists already", name, extra={"key": key})
+            found = await self.cluster.get_revision(job.namespace, name)
+            if not (is_of_job(job, found) and found["data"] == manifest["data"]):
+                return self._unfixed(facts, status, f"ControllerRevision {name} exists with other content: delete it")
         except RejectedError as error:
-            reason = Reason("RevisionRejected", f"the API server rejects ControllerRevision {name}: {error}")
-            logger.warning("%s", reason.sentence, extra={"key": key})
-            return with_rejection(without_revision(status, job), job, facts.now, reason)
+            return self._unfixed(facts, status, f"the API server rejects ControllerRevision {name}: {error}")
         self.store.note_revision((job.namespace, job.uid), as_revision(manifest))
         return None
+
+    @staticmethod
+    def _unfixed(facts: Facts, status: QLoRAJobStatus, why: str) -> QLoRAJobStatus:
+        """Return the status of a job whose next revision does not exist: nothing follows from it."""
+        logger.warning("%s", why, extra={"key": (facts.job.namespace, facts.job.name)})
+        return with_unfixed(status, facts.job, facts.now, Reason("RevisionRejected", why))
 
     async def carry_out(self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> Result:
         """Carry them out. The status of the result is the one after the actions."""
@@ -129,8 +135,8 @@ class Actions:
                         await self._connect_nodes(job)
                     case ApplyClaimPolicy() if resolved is not None:
                         await self._apply_claim_policy(job, resolved)
-                    case DeleteClaim() if resolved is not None:
-                        await self._delete_claim(job, resolved)
+                    case DeleteClaim() if status.workspace is not None:
+                        await self._delete_claim(job, status.workspace.claim_name)
                         status = replace(status, claim_deletion_time=format_time(facts.now))
                     case DeleteQLoRAJob():
                         await self.cluster.delete_qlora_job(job)
@@ -227,31 +233,30 @@ class Actions:
 
         Raises ClusterError.
         """
-        found = await self._own_claim(job, resolved)
+        found = await self._own_claim(job, resolved.claim_name)
         before = () if found is None else found["metadata"].get("ownerReferences") or ()
         owners = owners_of_claim(job, resolved.profile, before)
         if found is not None and owners != list(before):
             await self.cluster.change_claim_owners(job.namespace, found, owners)
             logger.info("changed the owners of its claim", extra={"key": (job.namespace, job.name)})
 
-    async def _delete_claim(self, job: QLoRAJob, resolved: Resolved) -> None:
+    async def _delete_claim(self, job: QLoRAJob, name: str) -> None:
         """Delete the claim that was created for the job, if it exists.
 
         Raises _BlockedError if the API server does not allow it.
         """
-        name = resolved.claim_name
         try:
-            if (found := await self._own_claim(job, resolved)) is not None:
+            if (found := await self._own_claim(job, name)) is not None:
                 await self.cluster.delete_claim(job.namespace, found)
                 logger.info("deleted PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
         except RejectedError as error:
             sentence = f"the API server rejects the deletion of PersistentVolumeClaim {name}: {error}"
             raise _BlockedError(Reason("ClaimRejected", sentence)) from error
 
-    async def _own_claim(self, job: QLoRAJob, resolved: Resolved) -> Object | None:
+    async def _own_claim(self, job: QLoRAJob, name: str) -> Object | None:
         """Read the claim that was created for the job, None if there is no such."""
         try:
-            found = await self.cluster.get_claim(job.namespace, resolved.claim_name)
+            found = await self.cluster.get_claim(job.namespace, name)
         except NotFoundError:
             return None
         return found if _has_label(found, job) else None

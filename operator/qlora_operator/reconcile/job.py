@@ -286,7 +286,9 @@ class Reconciler:
         settled = is_noted and is_settled(view.job, view.observed) and (expires is None or now < expires)
         self.store.settle(key, settled)
         if not settled:
-            return replace(view, job=await self._revisions.fixed(view.job, live=view.live))
+            # A job that goes needs none.
+            fixed = view.job if view.job.deleting else await self._revisions.fixed(view.job, live=view.live)
+            return replace(view, job=fixed)
         self._forget(key)
         return _Done(None if expires is None else (expires - now).total_seconds())
 

@@ -43,5 +43,5 @@ class Revisions:
         if found is not None and is_of_job(job, found):
             return found
         key = (job.namespace, job.name)
-        logger.warning("ControllerRevision %s is gone: its values are fixed again", name, extra={"key": key})
+        logger.warning("ControllerRevision %s is gone", name, extra={"key": key})
         return None

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from devcluster.controlplane import ControlPlane, running
+from devcluster.errors import ClusterError
+from devcluster.kubectl import Kubectl
 from qlora_api.profile import Profile
 from qlora_operator.decisions.manifests.network import JobNetworkPolicies, build_policies
 from qlora_operator.decisions.manifests.objects import build_claim, build_job, build_peer_policy, build_peer_service
@@ -68,6 +70,7 @@ class Stolen:
     """The token's holder, and the answers to its attempts before the policies existed."""
 
     client: Client
+    kubectl: Kubectl
     before: dict[str, tuple[int, str]]
 
     def tries(self, attempt: Attempt) -> tuple[int, str]:
@@ -97,7 +100,7 @@ def stolen(helm: Helm) -> Iterator[Stolen]:
         where = (ENDED, f"--namespace={TEAM}", "--subresource=status", "--type=merge")
         plane.kubectl("patch", "qlorajob", *where, f"--patch={ended}")
         client = _client(plane)
-        found = Stolen(client, {})
+        found = Stolen(client, plane.kubectl, {})
         found.before.update({name: found.tries(each) for name, each in DENIED.items()})
         admission = [each for each in objects if each["kind"].startswith("ValidatingAdmission")]
         plane.kubectl.apply(yaml.safe_dump_all(admission))
@@ -150,6 +153,18 @@ def test_a_stolen_token_is_denied(stolen: Stolen, name: str) -> None:
     assert (status, attempt.says in message) == (422, True), (status, message)
     assert "ValidatingAdmissionPolicy 'qlora-operator-" in message
     assert stolen.before[name][0] < 300, f"denied without the policies: {stolen.before[name]}"
+
+
+def test_no_other_user_writes_a_revision_of_a_job(stolen: Stolen) -> None:
+    """The pods of a job without status are made from it."""
+
+    def answer() -> str:
+        try:
+            return stolen.kubectl("create", "--dry-run=server", "--filename=-", input_text=json.dumps(REVISION))
+        except ClusterError as error:
+            return str(error)
+
+    eventually(lambda: "only the operator writes the ControllerRevisions of a QLoRAJob" in answer(), seconds=60)
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)

@@ -131,16 +131,25 @@ def only_the_operators_pod_gets_a_token(chart: Rendered) -> Comparisons:
     yield found, {f"ServiceAccount {NAMESPACE}/{name}": False} if given["create"] else {}
 
 
+_COLLECTOR = "system:serviceaccount:kube-system:generic-garbage-collector"
+
+
 @promise
 def each_write_of_the_operator_is_admitted_by_a_policy(chart: Rendered) -> Comparisons:
     """RBAC selects kinds only. The API server tries the rules in test_admission.py."""
     policies = {each["metadata"]["name"].removeprefix(f"{chart.name}-"): each["spec"] for each in _admission(chart)}
     bound = [{"policyName": f"{chart.name}-{name}", "validationActions": ["Deny"]} for name in policies]
     yield [each["spec"] for each in chart.of("ValidatingAdmissionPolicyBinding")], bound
+    account = f"system:serviceaccount:{NAMESPACE}:{chart.pod['serviceAccountName']}"
+    if writers := policies.pop("revision-writers", None):
+        rule = {"apiGroups": ["apps"], "apiVersions": ["v1"], "resources": ["controllerrevisions"]}
+        rules = [rule | {"operations": ["CREATE", "UPDATE"]}]
+        yield (writers["failurePolicy"], writers["matchConstraints"]), ("Fail", {"resourceRules": rules})
+        others = f"!(request.userInfo.username in ['{_COLLECTOR}', '{account}'])"
+        yield [each["expression"] for each in writers["matchConditions"]], [others]
     granted = {(kind, verb) for kind, verbs in rights(chart.values).items() for verb in verbs & _WRITE}
     covered = {_right(spec["matchConstraints"], verb) for spec in policies.values() for verb in _verbs(spec)}
     yield covered, granted - _HARMLESS if chart.values["admission"]["enabled"] else set()
-    account = f"system:serviceaccount:{NAMESPACE}:{chart.pod['serviceAccountName']}"
     for spec in policies.values():
         yield [each["expression"] for each in spec["matchConditions"]], [f"request.userInfo.username == '{account}'"]
         (rule,) = spec["matchConstraints"]["resourceRules"]
@@ -205,7 +214,7 @@ def a_profile_has_the_defaults_that_it_does_not_replace(chart: Rendered) -> Comp
 @promise
 def nothing_but_its_own_deletion_deletes_a_profile(chart: Rendered) -> Comparisons:
     """Its status has the GPU hours of each namespace. Helm creates it first in a hook, and then takes it over."""
-    first = {"helm.sh/hook": "post-install,post-upgrade"}
+    first = {"helm.sh/hook": "post-install"}
     first |= {"meta.helm.sh/release-name": RELEASE, "meta.helm.sh/release-namespace": NAMESPACE}
     for profile in chart.of(PROFILE_KIND):
         yield profile["metadata"]["annotations"], {"helm.sh/resource-policy": "keep", **first}

@@ -157,6 +157,8 @@ class MemoryCluster:
 
     async def create_revision(self, namespace: str, manifest: Object) -> None:
         self._write("ControllerRevision")
+        if manifest["metadata"]["name"] in self.revisions:
+            raise AlreadyExistsError("already exists")
         self.revisions[manifest["metadata"]["name"]] = manifest
 
     async def create_claim(self, namespace: str, manifest: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from devcluster.certificates import Authority
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.connection import connect, endpoint_of
 from qlora_operator.kube.errors import ClusterError, RejectedError
-from qlora_operator.kube.transport import TooLongError
+from qlora_operator.kube.transport import TooLongError, as_go_writes
 from tests.support.builders import NAME, UID, job_body, make_job, present
 
 PLUGIN = """
@@ -310,3 +310,9 @@ def test_a_replaced_authority_is_read_again_and_the_old_one_distrusted(tmp_path:
         await server.end()
 
     asyncio.run(work())
+
+
+def test_json_is_encoded_as_the_api_server_encodes_it() -> None:
+    assert (
+        as_go_writes({"b": "é<&>\u2028", "a": [1, 0.5]}) == '{"b":"é\\u003c\\u0026\\u003e\\u2028","a":[1,0.5]}'.encode()
+    )

@@ -86,6 +86,40 @@ def test_no_job_is_created_before_the_revision_that_its_quota_rejects() -> None:
     assert (reason_of(cluster.status), cluster.status.current_revision) == ("RevisionRejected", None)
 
 
+def test_a_revision_of_that_name_that_another_user_made_is_not_used() -> None:
+    cluster = MemoryCluster(job_body())
+    reconcile(cluster)
+    (name,) = cluster.revisions
+    taken = MemoryCluster(job_body())
+    forged = revision_body(OLD, name)
+    taken.revisions = {name: forged | {"metadata": forged["metadata"] | {"ownerReferences": []}}}
+    reconcile(taken)
+    assert ("Job" not in taken.writes, reason_of(taken.status)) == (True, "RevisionRejected")
+
+
+def test_a_retry_whose_revision_is_rejected_is_still_to_be_taken_up() -> None:
+    failed = follow(
+        make_job(status_in("prepare", resolved=OLD.dump())), child("prepare", Failed="x"), ended(pod("prepare"), 10)
+    )
+    cluster = MemoryCluster(job_body(failed.dump(), retry={"request": "a"}), rejected=("ControllerRevision",))
+    reconcile(cluster)
+    assert (cluster.status.phase, reason_of(cluster.status, "Stalled")) == ("Failed", "RevisionRejected")
+    admitted = MemoryCluster(cluster.job)
+    reconcile(admitted)
+    assert admitted.jobs[-1]["spec"]["template"]["spec"]["containers"][0]["image"] == PROFILE.image
+
+
+def test_a_finished_job_without_its_revision_ends_as_it_should() -> None:
+    spec: dict[str, Any] = {"cleanupAfterSeconds": 0, "ttlSecondsAfterFinished": 60}
+    done = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
+    cluster = stored(done, **spec)
+    cluster.revisions = {}
+    reconcile(cluster)
+    assert reason_of(cluster.status, "CleanedUp") == "CleanupFailed"
+    reconcile(cluster, now=after(100))
+    assert cluster.job == {}
+
+
 def test_a_finished_job_needs_no_revision() -> None:
     cluster = stored(follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish")))
     cluster.revisions = {}
