@@ -11,7 +11,7 @@ from devcluster.layout import Layout
 from devcluster.processes import run
 from devcluster.product import ROOT, Images
 
-COMMIT = "cbd1e333f6b7f03bd96760520e898ba9fb9feb38"
+COMMIT = "06a30d3e0b503eb93df7418c0949e2e4201e71b8"
 """The start of upgrades. Raise it with each release, and `tests/support/previous_release` with it."""
 _BUILD_SECONDS = 3600.0
 
