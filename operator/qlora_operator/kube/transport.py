@@ -43,7 +43,8 @@ def as_go_writes(body: object) -> bytes:
     encoding no client, and not the garbage collector either, could change its metadata.
     """
     text = json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    return text.translate(_ESCAPED).encode()
+    # A pod's message may have half of a surrogate pair, which no UTF-8 has.
+    return text.translate(_ESCAPED).encode(errors="replace")
 
 
 class TooLongError(Exception):

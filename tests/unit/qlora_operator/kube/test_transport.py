@@ -316,3 +316,4 @@ def test_json_is_encoded_as_the_api_server_encodes_it() -> None:
     assert (
         as_go_writes({"b": "é<&>\u2028", "a": [1, 0.5]}) == '{"b":"é\\u003c\\u0026\\u003e\\u2028","a":[1,0.5]}'.encode()
     )
+    assert as_go_writes(json.loads('["half \\ud800"]')) == b'["half ?"]'
