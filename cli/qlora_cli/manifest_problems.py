@@ -29,6 +29,7 @@ _ADVICE: Mapping[tuple[str, ...], str] = {
     ("chatTemplate",): ", such as chatml or configMap://NAME/KEY",
     ("continues",): "; it is the name of the job whose checkpoint is taken up",
     ("fraction",): _SHARE,
+    ("gpuMemory",): "; write the unit, for example 24Gi",
     ("minImprovement",): _SHARE,
     ("minScore",): _SHARE,
     ("objective", '"kto"'): "; for these, make pairs of a good and a bad answer to the same prompt (format preference)",
@@ -54,7 +55,7 @@ _NUMBERS: Mapping[str, re.Pattern[str]] = {
 _NAME_CHARACTERS = "must be letters, digits, '-', '_' and '.'"
 WORDS_OF_PATTERN: Mapping[str, str] = {
     DOMAIN_PREFIXED_PATH: "must be a domain, '/' and a path, for example kueue.x-k8s.io/multikueue",
-    GPU_MEMORY: "must be whole GiB, for example 24Gi",
+    GPU_MEMORY: "must be whole GiB",
     r"\S": "must not be blank",
     r"^[0-9a-f]{64}$": "must be 64 lower-case hexadecimal digits",
     r"^[A-Za-z0-9][A-Za-z0-9._/-]*$": "must be a branch, tag or commit: letters, digits, '.', '_', '/' and '-', with a "
