@@ -161,7 +161,7 @@ def require_turns(attacked: Attacked, count: int, name: str) -> None:
     tenants.wait_for_pod(name, "prepare", VICTIM)
     statuses = 0
     for entry in written_by_the_operator(tenants.audited(since)):
-        where, what = entry["objectRef"]["namespace"], entry["objectRef"]["resource"]
+        where, what = _namespace(entry), entry["objectRef"]["resource"]
         statuses += (where, what) == (TENANT, "qlorajobs")
         if (where, what) == (VICTIM, "jobs"):
             break
