@@ -95,10 +95,11 @@ async def _seed(plane: ControlPlane, client: Client, options: argparse.Namespace
         await site.until(lambda: _is(client, "original-kept", "Succeeded"), "success", operator)
         await site.until(lambda: _is(client, "original-cleaned-up", "CleanedUp"), "clean-up", operator)
     kept = await seeding.template(client, "original-kept")
-    await seeding.copy(client, kept, [f"kept-{number}" for number in range(options.kept)])
     # A day after its end, the clean-up Job is gone too (`finishedJobSeconds` of the profile).
     cleaned_up = replace(await seeding.template(client, "original-cleaned-up"), children=(), pods=())
-    await seeding.copy(client, cleaned_up, [f"cleaned-up-{number}" for number in range(options.cleaned_up)])
+    with site.controllers_paused(plane):
+        await seeding.copy(client, kept, [f"kept-{number}" for number in range(options.kept)])
+        await seeding.copy(client, cleaned_up, [f"cleaned-up-{number}" for number in range(options.cleaned_up)])
 
 
 async def _is(client: Client, name: str, condition: str) -> bool:

@@ -32,13 +32,13 @@ def qlora_job(number: int, namespace: str = NAMESPACE, name: str = "", **spec: A
     }
 
 
-def profile() -> dict[str, Any]:
+def profile(spec: Profile = PROFILE) -> dict[str, Any]:
     """The only profile."""
     return {
         "apiVersion": API_VERSION,
         "kind": PROFILE_KIND,
         "metadata": {"name": "default"},
-        "spec": PROFILE.dump(),
+        "spec": spec.dump(),
     }
 
 

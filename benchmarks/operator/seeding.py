@@ -1,7 +1,8 @@
 """Copies a finished job with its Jobs and pods: thousands of them, without the hours that they took.
 
 The copies have the objects that the operator, the Job controller and a node have written for the original, with other
-names and UIDs. Claims are not copied: the operator does not watch them.
+names and UIDs. Claims are not copied: the operator does not watch them. The Job controller must stand still meanwhile:
+it would create pods for Jobs without their status.
 """
 
 import asyncio
@@ -15,8 +16,6 @@ from benchmarks.operator.objects import BATCH, COPIED_LABEL, CORE, NAMESPACE, jo
 from qlora_api.naming import JOB_UID_LABEL
 
 _AT_A_TIME = 32
-# No controller must read the copies: they describe the past.
-_MANAGED_BY = "qlora.dev/benchmark"
 _GENERATED_LABELS = ("controller-uid", "batch.kubernetes.io/controller-uid")
 _JOBS, _PODS = f"{BATCH}/namespaces/{NAMESPACE}/jobs", f"{CORE}/namespaces/{NAMESPACE}/pods"
 
@@ -54,7 +53,6 @@ async def _copy(client: Client, original: Template, name: str) -> None:
     for child in original.children:
         body = bare(child, known)
         body["spec"].pop("selector", None)
-        body["spec"]["managedBy"] = _MANAGED_BY
         for metadata in (body["metadata"], body["spec"]["template"]["metadata"]):
             metadata["labels"] = {
                 key: value for key, value in metadata["labels"].items() if key not in _GENERATED_LABELS

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,17 @@ def control_plane(namespaces: Sequence[str], controllers: Sequence[str] = UNHURR
 def processes_of(plane: ControlPlane) -> dict[str, Processes]:
     """Return the processes of etcd, kube-apiserver and kube-controller-manager."""
     return {each.name: Processes((each.pid,)) for each in processes.records(plane.directory / "processes")}
+
+
+@contextmanager
+def controllers_paused(plane: ControlPlane) -> Iterator[None]:
+    """Stop kube-controller-manager during the block."""
+    (pid,) = processes_of(plane)["kube-controller-manager"].pids
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def api_server(plane: ControlPlane) -> Processes:

@@ -18,12 +18,13 @@ from typing import Any
 from benchmarks.operator import site
 from benchmarks.operator.client import Client, connect
 from benchmarks.operator.node import playing
-from benchmarks.operator.objects import BATCH, CORE, NAMESPACE, PROFILE, QLORA, jobs_path, qlora_job
+from benchmarks.operator.objects import BATCH, CORE, NAMESPACE, PROFILE, QLORA, jobs_path, profile, qlora_job
 from benchmarks.operator.simulation import Lives, create_in_turn
 from benchmarks.operator.site import MIB, Processes
 from benchmarks.operator.table import Target, head, row, targets
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_LABEL
+from qlora_api.profile import Profile
 
 _MONTHS = 12
 _JOBS_OF_A_DAY = 2000
@@ -49,11 +50,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run."""
     policy = {"whenDeleted": "Delete", "whenFinished": "Delete"}
     workspace = PROFILE.workspace.dump() | {"persistentVolumeClaimRetentionPolicy": policy}
-    profile = PROFILE.dump() | {"ttlSecondsAfterFinished": _TTL_SECONDS, "workspace": workspace}
-    with (
-        site.control_plane([NAMESPACE], site.HURRIED) as plane,
-        site.operator(plane, profiles={"default": profile}) as operator,
-    ):
+    deleting = Profile.model_validate(
+        PROFILE.dump() | {"ttlSecondsAfterFinished": _TTL_SECONDS, "workspace": workspace}
+    )
+    with site.control_plane([NAMESPACE], site.HURRIED) as plane, site.operator(plane) as operator:
+        plane.kubectl.apply(json.dumps(profile(deleting)))
         return asyncio.run(_measure(plane, Processes((operator.pid,)), options.jobs))
 
 
