@@ -23,11 +23,12 @@ from qlora_operator.kube.errors import ClusterError, ConflictError
 
 logger = logging.getLogger(__name__)
 
-# Parts of the Lease's duration: after how long without a renewal the leader stops, how often it renews, and the longest
-# request that it waits for.
+# Parts of the Lease's duration: after how long without a renewal the leader stops, how often it renews, the longest
+# request that it waits for, and how often another candidate reads the Lease, which a leader that ends sets free.
 _STOP_AFTER = 2 / 3
 _RENEW_EVERY = 1 / 6
 _LONGEST_REQUEST = 1 / 6
+_TRY_EVERY = 1 / 15
 _JITTER = 0.2
 # Longer than the work needs to stop on request.
 _STOPPING_SECONDS = 30.0
@@ -164,7 +165,7 @@ class Election:
     async def _acquire(self) -> None:
         while not await self._try():
             remaining = self._changed_at + self._settings.duration - self._now()
-            pause = self._settings.duration * _RENEW_EVERY * random.uniform(1, 1 + _JITTER)  # noqa: S311 - spreads load
+            pause = self._settings.duration * _TRY_EVERY * random.uniform(1, 1 + _JITTER)  # noqa: S311 - spreads load
             await asyncio.sleep(min(pause, remaining) if remaining > 0 else pause)
 
     async def _work(self, work: Work) -> None:
