@@ -119,7 +119,7 @@ def read_progress(cluster: Cluster, job: Job) -> Iterator[ProgressRecord]:
             continue
         try:
             for entry in cluster.log(pod.name, CONTAINER):
-                record = decode_record(entry.text, job_uid=job.uid, pod_uid=pod.uid)
+                record = decode_record(entry.text, job_uid=job.run_uid, pod_uid=pod.uid)
                 if isinstance(record, ProgressRecord):
                     yield record
         except MissingError:

@@ -16,6 +16,10 @@ STEP_LABEL = "qlora.dev/step"
 # Labels of the cells of a sweep, and of the claim that was created for them.
 SWEEP_LABEL = "qlora.dev/sweep"
 SWEEP_UID_LABEL = "qlora.dev/sweep-uid"
+# Annotation of a job that was restored from a backup, which resumes the run that its ControllerRevision names.
+RESTORED_ANNOTATION = "qlora.dev/restored"
+# The same by Velero, which writes this label into everything that it restores.
+VELERO_LABEL = "velero.io/restore-name"
 # Annotation of a cell whose spec.suspend its sweep has set.
 SUSPENDED_ANNOTATION = "qlora.dev/suspended-by-sweep"
 # Annotation of a cell that its sweep has stopped for good, with the reason.

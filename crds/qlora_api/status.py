@@ -308,6 +308,12 @@ class QLoRAJobStatus(ObservedModel):
     )
     resolved: SkipJsonSchema[Resolved | None] = Field(None, exclude=True)
     """The data of that ControllerRevision: in memory only."""
+    run_uid: str | None = Field(
+        None,
+        max_length=64,
+        description="UID of the job that began the run, as its records and its adapter name it; not set if that is "
+        "this one's own. A job that was restored from a backup has it.",
+    )
     image: str | None = Field(None, max_length=512, description="The trainer's image; not set before it has started.")
     workspace: WorkspaceStatus | None = Field(None, description="The job's workspace; not set before it has started.")
     model_revision: ShortText | None = Field(

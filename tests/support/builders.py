@@ -34,7 +34,7 @@ UID = "0a1b2c3d-0000-4000-8000-000000000000"
 PROFILE = Profile.model_validate({"image": "example.org/qlora-trainer@sha256:0", "gpuResource": "nvidia.com/gpu"})
 PROFILES = {"default": PROFILE}
 REVISION = f"{NAME}-1-0123456789"
-DOCUMENT = '{"spec":{"model":{"source":"hf://org/model"},"resources":{}}}'
+DOCUMENT = f'{{"metadata":{{"uid":"{UID}"}},"spec":{{"model":{{"source":"hf://org/model"}},"resources":{{}}}}}}'
 
 MODEL = {"source": "hf://org/model"}
 DATASET = {"source": "hf://org/rows"}

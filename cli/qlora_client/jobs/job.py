@@ -33,6 +33,11 @@ class Job:
         return str(self.body["metadata"]["uid"])
 
     @property
+    def run_uid(self) -> str:
+        """The UID in the records of its run: another one's, if the job was restored."""
+        return str(self.status.get("runUid") or self.uid)
+
+    @property
     def version(self) -> str:
         """The resourceVersion: later changes can be watched from it."""
         return str(self.body["metadata"]["resourceVersion"])

@@ -85,13 +85,17 @@ The writes of the operator that are admitted, by policy: `resources` as in a Val
         variables.owners.exists(owner, owner.kind in ['QLoRAJob', 'QLoRASweep'] &&
         owner.apiVersion.startsWith('qlora.dev/'))
 - name: revisions
-  resources: {apiGroups: [apps], apiVersions: [v1], resources: [controllerrevisions], operations: [CREATE]}
+  resources: {apiGroups: [apps], apiVersions: [v1], resources: [controllerrevisions], operations: [CREATE, UPDATE]}
   validations:
     - message: the operator creates only ControllerRevisions of a QLoRAJob, with its name and label
       expression: >-
         variables.owners.exists(owner, owner.kind == 'QLoRAJob' && owner.apiVersion.startsWith('qlora.dev/') &&
         object.metadata.name.startsWith(owner.name + '-') &&
         object.metadata.?labels[?'qlora.dev/job-uid'].orValue('') == owner.uid)
+    - message: the operator changes only the owner of a restored ControllerRevision of a QLoRAJob
+      expression: >-
+        oldObject == null || (has(oldObject.metadata.labels) && 'qlora.dev/job-uid' in oldObject.metadata.labels &&
+        !oldObject.metadata.?ownerReferences.orValue([]).exists(owner, owner.?controller.orValue(false)))
 - name: cells
   resources: {apiGroups: [qlora.dev], apiVersions: ["*"], resources: [qlorajobs], operations: [CREATE, UPDATE]}
   validations:

@@ -20,10 +20,10 @@ claims that it has created by their retention policy, which also decides their o
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
-# What was fixed at the start of a job.
+# What was fixed at the start of a job. Those of a restored job get it as their owner.
 - apiGroups: [apps]
   resources: [controllerrevisions]
-  verbs: [get, list, create]
+  verbs: [get, list, create, patch]
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch]

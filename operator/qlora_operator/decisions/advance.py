@@ -99,7 +99,7 @@ def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, chil
         return _after_unsupported(status, facts, step)
     if spared and step.failures <= allowed and not ended[-1].decisive:
         return replace(status, step=next_attempt(step, facts.job))
-    record = ended[-1].result(facts.job.uid, step.name)
+    record = ended[-1].result(facts.job.run_uid, step.name)
     status = with_known_facts(status, record) if record else status
     return fail(status, facts.job, facts.now, describe_failure(ended[-1], facts.job, step.name))
 
@@ -121,7 +121,7 @@ def _follow_failure_together(
         return _after_unsupported(status, facts, step)
     if not pod.decisive:
         return status if step.counted_pod else replace(status, step=next_attempt(step, facts.job))
-    record = pod.result(facts.job.uid, step.name)
+    record = pod.result(facts.job.run_uid, step.name)
     status = with_known_facts(status, record) if record else status
     return fail(status, facts.job, facts.now, describe_failure(pod, facts.job, step.name))
 
@@ -154,7 +154,7 @@ def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -
 def _verified(pods: tuple[Pod, ...], job: QLoRAJob, step: StepName) -> ResultRecord | None:
     # Of several nodes, node 0 has written the adapter.
     for pod in reversed([pod for pod in pods if pod.node == 0]):
-        record = pod.result(job.uid, step)
+        record = pod.result(job.run_uid, step)
         if pod.exited_well and record is not None and (record.outcome, record.exit_code) == ("succeeded", 0):
             return record if step != "publish" or _names_all(record, job.spec.output) else None
     return None

@@ -310,7 +310,7 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
     yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)
     yield from _pauses(job, status, observed)
-    if waits_for_other_job(job):
+    if waits_for_other_job(job) or (job.is_restored and status.resolved is None):
         yield now + OTHER_JOB_INTERVAL
     yield from (now + DETACHED_INTERVAL for pod in observed.live_pods if pod.detached)
     yield from (_queue_at(child, now) for child in _running(observed) if child.suspended)

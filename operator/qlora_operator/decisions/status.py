@@ -128,7 +128,7 @@ def with_unfixed(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, reason: R
     One that has started stays as it was, so that a retry still waits for the values of that day.
     """
     if job.status.current_revision is None:
-        of_revision = ("current_revision", "resolved", "image", "workspace", "gpu_hours_limit", "queue_name")
+        of_revision = ("current_revision", "resolved", "run_uid", "image", "workspace", "gpu_hours_limit", "queue_name")
         status = status.model_copy(update={name: getattr(job.status, name) for name in of_revision})
         return with_rejection(status, job, now, reason)
     if is_finished(job.status):

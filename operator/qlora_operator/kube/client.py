@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 
 from qlora_api.contract import TRAINER_CONTAINER
-from qlora_api.naming import JOB_UID_LABEL, SWEEP_UID_LABEL
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, SWEEP_UID_LABEL
 from qlora_api.profile import PROFILE_KIND, PROFILE_PLURAL
 from qlora_api.spec.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_api.sweep.spec import SWEEP_KIND, SWEEP_PLURAL
@@ -187,10 +187,10 @@ class Cluster(Api):
         }
         await self._json("DELETE", path, body=options)
 
-    async def list_revisions(self, namespace: str, job_uid: str) -> list[Object]:
-        """The ControllerRevisions that have the label of this QLoRAJob."""
+    async def list_revisions(self, namespace: str, job_name: str) -> list[Object]:
+        """The ControllerRevisions that have the label of a QLoRAJob of that name."""
         path = f"{_APPS}/namespaces/{namespace}/controllerrevisions"
-        pages = self._pages(path, _labelled(JOB_UID_LABEL, job_uid), as_revision)
+        pages = self._pages(path, _labelled(JOB_LABEL, job_name), as_revision)
         return [body async for page in pages for body in page.items]
 
     async def get_revision(self, namespace: str, name: str) -> Object:
@@ -201,6 +201,12 @@ class Cluster(Api):
     async def create_revision(self, namespace: str, manifest: Object) -> None:
         """Create a ControllerRevision. Raises AlreadyExistsError or RejectedError."""
         await self._request("POST", f"{_APPS}/namespaces/{namespace}/controllerrevisions", body=manifest)
+
+    async def adopt_revision(self, namespace: str, name: str, owner: Object) -> Object:
+        """Give a ControllerRevision its owner and the label of that. Raises RejectedError."""
+        path = f"{_APPS}/namespaces/{namespace}/controllerrevisions/{name}"
+        change = {"metadata": {"labels": {JOB_UID_LABEL: owner["uid"]}, "ownerReferences": [owner]}}
+        return as_revision(await self._json("PATCH", path, body=change, content_type="application/merge-patch+json"))
 
     async def create_claim(self, namespace: str, manifest: Object) -> None:
         """Create a PersistentVolumeClaim. Raises AlreadyExistsError if the name is taken."""

@@ -20,8 +20,10 @@ from qlora_api.naming import (
     JOB_UID_LABEL,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
+    RESTORED_ANNOTATION,
     RUNGS_ANNOTATION,
     SWEEP_UID_LABEL,
+    VELERO_LABEL,
 )
 from qlora_operator.decisions.observed.objects import ORPHANED, ChildJob, Object, Pod
 from qlora_operator.decisions.observed.parsing import controller_uid, parse_child, parse_pod
@@ -38,8 +40,8 @@ VERSIONS_PER_PAGE = 500
 
 # All that is read of a QLoRAJob's metadata. The rest may have a megabyte: of annotations, labels, or notes of managers.
 _READ_METADATA = ("namespace", "name", "uid", "resourceVersion", "generation", "deletionTimestamp")
-_READ_LABELS = (QUEUE_LABEL, QUEUE_PRIORITY_LABEL)
-_READ_ANNOTATIONS = (RUNGS_ANNOTATION, CELLS_IN_POD_ANNOTATION)
+_READ_LABELS = (QUEUE_LABEL, QUEUE_PRIORITY_LABEL, VELERO_LABEL)
+_READ_ANNOTATIONS = (RUNGS_ANNOTATION, CELLS_IN_POD_ANNOTATION, RESTORED_ANNOTATION)
 _LONGEST_ANNOTATION = 128
 
 

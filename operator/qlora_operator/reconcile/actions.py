@@ -214,9 +214,12 @@ class Actions:
             raise _BlockedError(Reason("ClaimRejected", sentence)) from error
         except AlreadyExistsError as error:
             existing = await self._existing(self.cluster.get_claim(job.namespace, name))
-            if not _has_label(existing, job):
+            if not _is_claim_of(job, existing):
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
                 raise _BlockedError(Reason("ClaimNameTaken", sentence)) from error
+            if job.began_as:
+                # A backup tool has restored it, without its owners.
+                await self._apply_claim_policy(job, resolved)
             return False
         return True
 
@@ -259,7 +262,7 @@ class Actions:
             found = await self.cluster.get_claim(job.namespace, name)
         except NotFoundError:
             return None
-        return found if _has_label(found, job) else None
+        return found if _is_claim_of(job, found) else None
 
     async def _connect_nodes(self, job: QLoRAJob) -> None:
         """Create the Service and NetworkPolicy of train pods on several nodes.
@@ -364,6 +367,11 @@ def _name_taken(found: Object, job: QLoRAJob, step: StepName) -> Reason | None:
 def _has_label(found: Object, job: QLoRAJob) -> bool:
     """Whether the object has the label of what was created for the job."""
     return bool((found["metadata"].get("labels") or {}).get(JOB_UID_LABEL) == job.uid)
+
+
+def _is_claim_of(job: QLoRAJob, found: Object) -> bool:
+    """Whether the claim was created for the job, or for the one that began its run."""
+    return (found["metadata"].get("labels") or {}).get(JOB_UID_LABEL) in (job.uid, job.run_uid)
 
 
 def _followed_at(created: Object, now: datetime) -> datetime | None:

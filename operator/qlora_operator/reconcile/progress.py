@@ -141,7 +141,7 @@ class ProgressReader:
             self._reading -= 1
         if text is None:
             return LogReading(again=self._schedule.done(key, self._monotonic(), pause=SECONDS_AFTER_FAILURE))
-        record = latest_record(text, job.uid, pod, step.name)
+        record = latest_record(text, job.run_uid, pod, step.name)
         others = [found for uid in beside if (found := latest_record(text, uid, pod, step.name)) is not None]
         newest = max(others, key=lambda found: parse_time(found.time), default=None)
         again, rest = self._schedule.done(key, self._monotonic()), self._rest(key, record)

@@ -26,6 +26,8 @@ from qlora_operator.decisions.sweeps.sweep import build_cell, build_sweep_claim,
 from tests.support.builders import NAME, PROFILE, make_job, resolved
 from tests.support.chart.rendered import NAMESPACE, Helm, Object
 from tests.support.chart.stolen_token import (
+    ADOPTED,
+    ANOTHERS,
     APPLY,
     CELL,
     CLAIM,
@@ -36,7 +38,9 @@ from tests.support.chart.stolen_token import (
     MERGE,
     NETWORKED,
     OTHERS,
+    RESTORED,
     REVISION,
+    STORED,
     TEAM,
     Attempt,
     cell,
@@ -96,6 +100,9 @@ def stolen(helm: Helm) -> Iterator[Stolen]:
         roles = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
         plane.kubectl.apply(yaml.safe_dump_all([each for each in objects if each["kind"] in roles]))
         plane.kubectl("create", "--filename=-", f"--namespace={TEAM}", input_text=json.dumps(_existing()))
+        writes = ("--verb=create", "--resource=controllerrevisions.apps")
+        plane.kubectl("create", "role", "tenant", *writes, f"--namespace={TEAM}")
+        plane.kubectl("create", "rolebinding", "tenant", "--role=tenant", "--user=tenant", f"--namespace={TEAM}")
         ended = '{"status": {"completionTime": "2026-01-02T03:04:05Z"}}'
         where = (ENDED, f"--namespace={TEAM}", "--subresource=status", "--type=merge")
         plane.kubectl("patch", "qlorajob", *where, f"--patch={ended}")
@@ -132,6 +139,9 @@ def _existing() -> Object:
             foreign("PersistentVolumeClaim", spec=claim),
             CLAIM | {"metadata": {"name": KEPT, "labels": CLAIM["metadata"]["labels"]}},
             foreign("NetworkPolicy", spec=policy),
+            STORED,
+            RESTORED,
+            ANOTHERS,
             foreign("ConfigMap", data={"a": "b"}),
             adapters,
         ],
@@ -155,16 +165,21 @@ def test_a_stolen_token_is_denied(stolen: Stolen, name: str) -> None:
     assert stolen.before[name][0] < 300, f"denied without the policies: {stolen.before[name]}"
 
 
-def test_no_other_user_writes_a_revision_of_a_job(stolen: Stolen) -> None:
+@pytest.mark.parametrize("revision", [REVISION, RESTORED], ids=["of a job", "restored"])
+def test_a_backup_tool_writes_revisions_of_jobs_and_no_tenant_does(stolen: Stolen, revision: Object) -> None:
     """The pods of a job without status are made from it."""
+    body = json.dumps(revision | {"metadata": revision["metadata"] | {"name": f"{NAME}-6-new", "namespace": TEAM}})
 
-    def answer() -> str:
+    def answer(*user: str) -> str:
         try:
-            return stolen.kubectl("create", "--dry-run=server", "--filename=-", input_text=json.dumps(REVISION))
+            return stolen.kubectl(
+                "create", "--dry-run=server", "--validate=false", "--filename=-", *user, input_text=body
+            )
         except ClusterError as error:
             return str(error)
 
-    eventually(lambda: "only the operator writes the ControllerRevisions of a QLoRAJob" in answer(), seconds=60)
+    eventually(lambda: "are written by the operator" in answer("--as=tenant"), seconds=60, every=0.2)
+    assert "created" in answer(), "with the right to write the status of jobs"
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
@@ -216,6 +231,8 @@ def own_writes() -> Iterator[tuple[str, Attempt]]:
         path = path_of(TEAM, "networkpolicies", f"{name}?fieldManager=qlora-operator&force=true")
         yield f"a NetworkPolicy {name}", Attempt("PATCH", path, policy, "", APPLY)
     yield "a revision", Attempt("POST", path_of(TEAM, "controllerrevisions"), REVISION, "")
+    path = path_of(TEAM, "controllerrevisions", RESTORED["metadata"]["name"])
+    yield "an adopted revision", Attempt("PATCH", path, {"metadata": ADOPTED}, "", MERGE)
     yield "a cell", Attempt("POST", path_of(TEAM, "qlorajobs"), build_cell(sweep, sweep.cells()[0]), "")
     labelled = {"metadata": {"name": "new", "labels": {"qlora.dev/announcements": "true"}}}
     yield "an announcement", Attempt("POST", path_of(TEAM, "configmaps"), foreign("ConfigMap") | labelled, "")

@@ -141,6 +141,8 @@ _CELLS = "only QLoRAJobs that are cells of a QLoRASweep"
 _SUSPEND = "changes only suspend and cleanupAfterSeconds"
 _POLICIES = "only the NetworkPolicies of jobs"
 _SERVICES = "only headless Services for the pods of one QLoRAJob"
+_OF_JOB = "only ControllerRevisions of a QLoRAJob"
+_RESTORED = "only the owner of a restored ControllerRevision"
 _OWNERS = "changes only the owners of a claim"
 _CLAIMS = "only claims of jobs and sweeps, and creates them for new and empty volumes"
 _CONFIG_MAPS = "only ConfigMaps with the label"
@@ -148,6 +150,12 @@ _TEMPLATE = train_job()["spec"]["template"]["metadata"]["labels"]
 _CONTROLLER: Object = train_job()["metadata"]["ownerReferences"][0]
 CLAIM = build_claim(make_job(), resolved(PROFILE))
 REVISION = revision_body()
+ADOPTED = {field: REVISION["metadata"][field] for field in ("labels", "ownerReferences")}
+_WITHOUT_OWNER = {"name": f"{NAME}-9-restored", "labels": REVISION["metadata"]["labels"]}
+RESTORED = REVISION | {"metadata": _WITHOUT_OWNER}
+ANOTHERS = REVISION | {"metadata": {"name": f"{NAME}-7-database"}}
+STORED = REVISION | {"metadata": REVISION["metadata"] | {"name": f"{NAME}-8-stored", "namespace": TEAM}}
+_LABELED: Object = {"metadata": {"labels": {"a": "b"}}}
 _STATEFUL_SET = _CONTROLLER | {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "database"}
 _SERVICE = build_peer_service(make_job(resources={"nodes": 2}))
 _JOBS, _SERVERS = build_policies(JobNetworkPolicies(), [PROFILE])
@@ -162,7 +170,7 @@ def _with(body: Object, part: str, **changes: Any) -> Object:
 
 def _revision(**metadata: Any) -> Attempt:
     body = _with(REVISION, "metadata", **metadata)
-    return _create("controllerrevisions", body, "only ControllerRevisions of a QLoRAJob")
+    return _create("controllerrevisions", body, _OF_JOB)
 
 
 DENIED: dict[str, Attempt] = {
@@ -254,6 +262,11 @@ DENIED: dict[str, Attempt] = {
     "a revision of a StatefulSet": _revision(ownerReferences=[_STATEFUL_SET]),
     "a revision of another name": _revision(name="database-1"),
     "a revision of another job than its label": _revision(labels={"qlora.dev/job-uid": OTHERS}),
+    "another's revision becomes one of a job": _merge(
+        "controllerrevisions", ANOTHERS["metadata"]["name"], {"metadata": ADOPTED}, _RESTORED
+    ),
+    "a revision of a job gets a label": _merge("controllerrevisions", STORED["metadata"]["name"], _LABELED, _RESTORED),
+    "a restored revision gets no owner": _merge("controllerrevisions", RESTORED["metadata"]["name"], _LABELED, _OF_JOB),
     "a revision in the system's namespace": _create(
         "controllerrevisions", _with(REVISION, "metadata", namespace="kube-system"), _NAMESPACE, "kube-system"
     ),
@@ -293,7 +306,6 @@ DENIED: dict[str, Attempt] = {
 
 _RBAC = "cannot"
 FORBIDDEN: dict[str, Attempt] = {
-    "a revision of a job is changed": _merge("controllerrevisions", NAME, {"data": {}}, _RBAC),
     "a running Job gets other labels": _merge("jobs", NAME, {"metadata": {"labels": {"a": "b"}}}, _RBAC),
     "a suspended Job is resumed": _merge("jobs", NAME, {"spec": {"suspend": False}}, _RBAC),
     "all Jobs are deleted": Attempt("DELETE", path_of(TEAM, "jobs"), {}, _RBAC),

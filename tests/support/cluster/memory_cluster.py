@@ -84,7 +84,8 @@ class MemoryCluster:
 
     async def list_jobs(self, namespace: str, job_uid: str) -> ChildList:
         self.reads += 1
-        return ChildList([child_view("jobs", body) for body in self.jobs], str(self.version))
+        labelled = [body for body in self.jobs if body["metadata"]["labels"][JOB_UID_LABEL] == job_uid]
+        return ChildList([child_view("jobs", body) for body in labelled], str(self.version))
 
     async def list_pods(self, namespace: str, job_uid: str) -> ChildList:
         self.reads += 1
@@ -160,6 +161,17 @@ class MemoryCluster:
         if manifest["metadata"]["name"] in self.revisions:
             raise AlreadyExistsError("already exists")
         self.revisions[manifest["metadata"]["name"]] = manifest
+
+    async def adopt_revision(self, namespace: str, name: str, owner: Object) -> Object:
+        self._write("owner of a ControllerRevision")
+        metadata = self.revisions[name]["metadata"] | {"ownerReferences": [owner]}
+        self.revisions[name] = {**self.revisions[name], "metadata": metadata}
+        return self.revisions[name]
+
+    async def change_claim_owners(self, namespace: str, claim: Object, owners: Sequence[Object]) -> None:
+        self._write("owners of a claim")
+        metadata = claim["metadata"] | {"ownerReferences": list(owners)}
+        self.claims[metadata["name"]] = {**claim, "metadata": metadata}
 
     async def create_claim(self, namespace: str, manifest: dict[str, Any]) -> None:
         self._write("PersistentVolumeClaim")

@@ -11,7 +11,7 @@ from typing import Any
 from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from qlora_api.contract import ResultRecord, encode_record
-from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, SPEC_ANNOTATION, STEP_LABEL
 from qlora_api.profile import PROFILE_KIND, PROFILE_PLURAL
 from qlora_api.spec.job import API_VERSION
 from qlora_api.status import MemoryStatus, StepName
@@ -145,7 +145,10 @@ class Nodeless:
 
     def _end_pod(self, pod: dict[str, Any], code: int, reason: str, fields: dict[str, Any]) -> None:
         labels = pod["metadata"]["labels"]
-        fields = {"job_uid": labels[JOB_UID_LABEL]} | fields
+        # As the trainer reads it: a restored job has another.
+        document = json.loads(pod["metadata"].get("annotations", {}).get(SPEC_ANNOTATION, "{}"))
+        uid = document["metadata"]["uid"] if document else labels[JOB_UID_LABEL]
+        fields = {"job_uid": uid} | fields
         record = ResultRecord(
             pod_uid=pod["metadata"]["uid"],
             step=labels[STEP_LABEL],

@@ -34,7 +34,6 @@ POD = f"{SWEEP}-p00"
 NAMES = tuple(f"{SWEEP}-{number:02}" for number in range(3))
 UIDS = {name: f"{number}aaaaaaa-0000-4000-8000-000000000000" for number, name in enumerate(NAMES, 1)}
 OWNER = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRASweep", "name": SWEEP, "uid": SWEEP_UID, "controller": True}
-DOCUMENT = json.dumps({"metadata": {}, "spec": {}})
 Doing = str
 
 
@@ -42,8 +41,9 @@ def cell_status(doing: Doing, name: str = NAMES[0], **fields: Any) -> QLoRAJobSt
     """The status of a cell that is `doing` so; "training" is alone."""
     if doing == "new":
         return None
+    document = json.dumps({"metadata": {"uid": UIDS[name]}, "spec": {}})
     fixed = resolved().model_copy(
-        update={"claim_name": "team", "claim_created": False, "workspace_path": f"{name}-folder", "document": DOCUMENT}
+        update={"claim_name": "team", "claim_created": False, "workspace_path": f"{name}-folder", "document": document}
     )
     fixed = Resolved.model_validate(fields.get("resolved", fixed))
     step: StepName = "prepare" if doing in ("preparing", "failed") else "publish" if doing == "trained" else "train"

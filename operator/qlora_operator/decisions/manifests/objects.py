@@ -194,7 +194,7 @@ def document(job: QLoRAJob) -> str:
     content = {
         "apiVersion": API_VERSION,
         "kind": KIND,
-        "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
+        "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.run_uid},
         "spec": {field: spec[field] for field in STEP_FIELDS if field in spec},
     }
     return _as_json(content)

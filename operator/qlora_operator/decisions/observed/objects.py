@@ -44,6 +44,10 @@ class QLoRAJob:
     """As stored, with the values of its revision if that was read."""
     revision: str = ""
     """Name of that revision, which the stored status may not name yet; empty if none was found."""
+    began_as: str = ""
+    """UID of the job that began the run, if another: this one was restored from a backup; else empty."""
+    is_restored: bool = False
+    """Whether a backup tool or a user marks it as restored, so that its run may exist."""
     queue_name: str | None = None
     """Kueue's LocalQueue: of the spec, else of the label."""
     queue_priority_class_name: str | None = None
@@ -62,6 +66,11 @@ class QLoRAJob:
     """Why this operator must not continue the job, which it stops on request only; empty if it can."""
     hold: Reason | None = None
     """Why its profile stops it for now, as spec.suspend does: no pod starts, and a running one saves a checkpoint."""
+
+    @property
+    def run_uid(self) -> str:
+        """The job's UID in the records of its run, and in the names of its folder and claim."""
+        return self.began_as or self.uid
 
     @property
     def stops(self) -> bool:

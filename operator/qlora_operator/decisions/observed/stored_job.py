@@ -15,7 +15,9 @@ from qlora_api.naming import (
     CELLS_IN_POD_ANNOTATION,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
+    RESTORED_ANNOTATION,
     RUNGS_ANNOTATION,
+    VELERO_LABEL,
     shared_folder,
 )
 from qlora_api.schema import replace
@@ -62,6 +64,8 @@ def parse_job(body: Object) -> QLoRAJob:
         deleting="deletionTimestamp" in metadata,
         spec=spec,
         status=status,
+        began_as=status.run_uid or "",
+        is_restored=_is_restored(metadata),
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority_class_name=spec.scheduling.queue_priority_class_name or labels.get(QUEUE_PRIORITY_LABEL),
         shares=None if sweep is None else shared_folder(*sweep),
@@ -77,7 +81,19 @@ def with_resolved(job: QLoRAJob, name: str, resolved: Resolved) -> QLoRAJob:
     """Return the job with what its revision of that name has fixed."""
     spec = _with_fixed_nodes(job.spec, resolved)
     status, problem = replace(job.status, resolved=resolved), job.problem or _unknown_contract(resolved)
-    return dataclasses.replace(job, spec=spec, status=status, revision=name, problem=problem)
+    began_as = uid if (uid := uid_of_run(resolved)) != job.uid else ""
+    return dataclasses.replace(job, spec=spec, status=status, revision=name, began_as=began_as, problem=problem)
+
+
+def uid_of_run(resolved: Resolved) -> str:
+    """Return the UID in the document that the pods of the run read."""
+    return str(json.loads(resolved.document)["metadata"]["uid"])
+
+
+def _is_restored(metadata: Object) -> bool:
+    """Whether a user, or Velero, marks the job as restored from a backup."""
+    marks = metadata.get("annotations") or {}, metadata.get("labels") or {}
+    return marks[0].get(RESTORED_ANNOTATION) == "true" or bool(marks[1].get(VELERO_LABEL))
 
 
 def _sweep(metadata: Object) -> tuple[str, str] | None:

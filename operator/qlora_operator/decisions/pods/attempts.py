@@ -111,7 +111,7 @@ def _charge_earlier(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -
     It saves and stops after the step has left it for the next one.
     """
     for pod in observed.pods:
-        if pod.node == 0 and pod.result(job.uid, "train") is not None:
+        if pod.node == 0 and pod.result(job.run_uid, "train") is not None:
             status = _charge(status, job, pod)
     return status
 
@@ -133,7 +133,7 @@ def _charge(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
         return status
     seconds = status.active_seconds + _seconds(status, start, end)
     status = replace(status, active_seconds=seconds, active_until=format_time(end))
-    record = pod.result(job.uid, "train")
+    record = pod.result(job.run_uid, "train")
     return with_saved_step(status, record) if record else status
 
 
@@ -242,7 +242,7 @@ def describe_failure(pod: Pod, job: QLoRAJob, step: StepName) -> FailureStatus:
 def _explain(pod: Pod, job: QLoRAJob, step: StepName, exit_code: int | None) -> tuple[str, str]:
     if pod.out_of_memory:
         return "HostOutOfMemory", _out_of_memory(job, step)
-    record = pod.result(job.uid, step)
+    record = pod.result(job.run_uid, step)
     if record is not None and record.outcome == "failed":
         return record.reason, record.message
     if pod.reason == "Evicted":
@@ -307,7 +307,7 @@ def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, o
             # A pod that the kubelet rejects, for example, is retried without a limit, and has a reason.
             failures = status.failures + int(pod.failed)
             counted = replace(counted, failures=failures, last_failure=describe_failure(pod, job, step))
-    record = pod.result(job.uid, step)
+    record = pod.result(job.run_uid, step)
     return with_saved_step(counted, record) if record else counted
 
 

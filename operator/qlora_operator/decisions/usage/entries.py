@@ -42,7 +42,7 @@ def advance_entry(entry: PodUsage, pod: Pod, status: QLoRAJobStatus, facts: Fact
     record = facts.progress
     if record is not None and not _reports_on(record.pod_uid, pod, facts.observed):
         record = None
-    result = pod.result(facts.job.uid, "train")
+    result = pod.result(facts.job.run_uid, "train")
     trained_since = (record and record.training_since) or (result and result.training_since) or entry.trained_since
     if record is not None and entry.from_step is None and record.training_since is not None:
         entry = replace(entry, from_step=record.training_step)

@@ -1,5 +1,6 @@
 """The pod of several cells: its start, its cells, and the cells without it."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -354,7 +355,8 @@ def test_a_pod_trains_as_many_as_its_annotations_have_room_for() -> None:
     found = Pod()
     status = cell_status("prepared") or pytest.fail("it has one")
     fixed = status.resolved or pytest.fail("it has started")
-    large = fixed.model_copy(update={"document": "x" * (MAX_DOCUMENTS // 2)})
+    document = json.loads(fixed.document) | {"spec": "x" * (MAX_DOCUMENTS // 2 - 100)}
+    large = fixed.model_copy(update={"document": json.dumps(document)})
     found.cells = {name: cell_body(name=name, status={"resolved": large.dump()}) for name in NAMES}
     assert found.then().status.cells == (FIRST, SECOND)
 
