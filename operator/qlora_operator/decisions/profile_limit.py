@@ -26,13 +26,14 @@ def held_back(facts: Facts) -> Reason | None:
     Returns None if it does not, or another reason keeps it too.
     """
     job = facts.job
-    if not _needs_a_place(job):
+    reached = job_limit_reached(job, facts.profiles, facts.jobs_of_profile)
+    if reached is None or not _needs_a_place(job):
         return None
     if _is_new(job):
         other = objection_to_job(job, facts.profiles, facts.continued, facts.continued_writer)
     else:
         other = objection_to_retry(job, facts.profiles)
-    return job_limit_reached(job, facts.profiles, facts.jobs_of_profile) if other is None else None
+    return reached if other is None else None
 
 
 def _needs_a_place(job: QLoRAJob) -> bool:
