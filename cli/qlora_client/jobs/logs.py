@@ -113,7 +113,7 @@ def _without_repeats(say: Say) -> Say:
 def _lines(cluster: Cluster, job: Job, pod: Pod, place: _Place, *, follow: bool) -> Iterator[LogLine]:
     entries = cluster.log(pod.name, CONTAINER, follow=follow and not pod.ended, since=place.time)
     for entry in place.new(entries):
-        yield LogLine(job.uid, pod.name, pod.step, entry.text)
+        yield LogLine(job.run_uid, pod.name, pod.step, entry.text)
 
 
 def _waits_for(job: Job, pods: Collection[Pod], places: Collection[str]) -> str:

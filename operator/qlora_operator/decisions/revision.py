@@ -11,11 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_api.naming import RESTORED_ANNOTATION, VELERO_LABEL
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, Resolved, WorkspaceStatus
-from qlora_operator.decisions.manifests.objects import Manifest, document, labels_of, owner_of
-from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
+from qlora_operator.decisions.manifests.objects import Manifest, labels_of, owner_of
+from qlora_operator.decisions.observed.objects import Object, QLoRAJob
 from qlora_operator.decisions.observed.parsing import controller_uid
 from qlora_operator.decisions.observed.stored_job import UnreadableJobError, explain, with_resolved
 
@@ -37,7 +36,6 @@ def with_revision(status: QLoRAJobStatus, job: QLoRAJob) -> QLoRAJobStatus:
     return replace(
         status,
         current_revision=name,
-        run_uid=job.began_as or None,
         image=resolved.profile.image,
         workspace=workspace,
         gpu_hours_limit=resolved.gpu_hours,
@@ -65,45 +63,6 @@ def newest(job: QLoRAJob, found: Iterable[Object]) -> Object | None:
     """Return the latest of the job's own revisions, None without one."""
     own = (body for body in found if is_of_job(job, body))
     return max(own, key=lambda body: (body["revision"], body["metadata"]["name"]), default=None)
-
-
-def newest_orphan(found: Iterable[Object]) -> Object | None:
-    """Return the latest revision without a controller, None without one: a backup tool has restored it."""
-    orphans = (body for body in found if not controller_uid(body))
-    return max(orphans, key=lambda body: (body["revision"], body["metadata"]["name"]), default=None)
-
-
-def restore_blocked(problem: str) -> Reason:
-    """Return why a restored job does not resume its run, with what to do otherwise."""
-    return Reason(
-        "RestoreBlocked",
-        f"the job is marked as restored, and {problem}; or remove the mark (annotation {RESTORED_ANNOTATION}, label "
-        f"{VELERO_LABEL}), and the job trains from the start",
-    )
-
-
-def objection_to_restore(
-    job: QLoRAJob, name: str, resolved: Resolved, writer: str, *, has_claim: bool
-) -> Reason | None:
-    """Return why a restored job cannot resume the run of the revision of that name, or None if it can.
-
-    `writer`: a pod or Job that may still write into the run's folder.
-    """
-    if not _has_spec_of(job, resolved):
-        return restore_blocked(f"ControllerRevision {name} is of another spec: restore the job with that spec")
-    if not has_claim:
-        return restore_blocked(
-            f"PersistentVolumeClaim {resolved.claim_name}, which has its run, is missing: restore it"
-        )
-    if writer:
-        return restore_blocked(f"{writer} may still write into the folder of its run: delete it")
-    return None
-
-
-def _has_spec_of(job: QLoRAJob, resolved: Resolved) -> bool:
-    """Whether the job has the spec that was fixed, apart from the gate, which may change."""
-    fixed, current = (json.loads(each)["spec"] | {"gate": None} for each in (resolved.document, document(job)))
-    return bool(fixed == current)
 
 
 def is_of_job(job: QLoRAJob, body: Object) -> bool:

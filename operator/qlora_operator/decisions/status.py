@@ -53,7 +53,10 @@ class Decision:
 
 def next_status(facts: Facts) -> Decision:
     """Decide the next status, equal to the stored one if nothing has changed."""
-    return Decision.from_status(facts.job, _next_status(facts), facts.observed)
+    status, run_uid = _next_status(facts), facts.job.began_as or None
+    # Also of a job that was restored with its status, and has ended.
+    status = status if status.run_uid == run_uid else replace(status, run_uid=run_uid)
+    return Decision.from_status(facts.job, status, facts.observed)
 
 
 def _next_status(facts: Facts) -> QLoRAJobStatus:
@@ -128,7 +131,7 @@ def with_unfixed(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, reason: R
     One that has started stays as it was, so that a retry still waits for the values of that day.
     """
     if job.status.current_revision is None:
-        of_revision = ("current_revision", "resolved", "run_uid", "image", "workspace", "gpu_hours_limit", "queue_name")
+        of_revision = ("current_revision", "resolved", "image", "workspace", "gpu_hours_limit", "queue_name")
         status = status.model_copy(update={name: getattr(job.status, name) for name in of_revision})
         return with_rejection(status, job, now, reason)
     if is_finished(job.status):

@@ -28,6 +28,7 @@ from qlora_operator.kube.errors import (
 )
 from qlora_operator.kube.listing import (
     VERSIONS_PER_PAGE,
+    ChildKind,
     ChildList,
     ChildView,
     Kind,
@@ -37,6 +38,7 @@ from qlora_operator.kube.listing import (
     compact,
     object_version,
     parse_versions,
+    unfinished,
 )
 from qlora_operator.kube.transport import (
     Query,
@@ -94,6 +96,18 @@ class Cluster(Api):
     async def list_pods(self, namespace: str, job_uid: str) -> ChildList:
         """The pods that have the label of this QLoRAJob."""
         return await self._list_pods(namespace, _labelled(JOB_UID_LABEL, job_uid))
+
+    async def list_unfinished(self, namespace: str, job_name: str, *, except_of: str) -> list[str]:
+        """Name the pods and Jobs of QLoRAJobs of that name that have not ended, but for those of one UID."""
+        found = list[str]()
+        # The Jobs afterwards: one that has not ended may have made a pod in between.
+        kinds: tuple[tuple[ChildKind, str], ...] = (("pods", _CORE), ("jobs", _JOBS))
+        for kind, prefix in kinds:
+            path, read = f"{prefix}/namespaces/{namespace}/{kind}", partial(unfinished, kind)
+            async for page in self._pages(path, _labelled(JOB_LABEL, job_name), read):
+                left = (each for each in page.items if each is not None)
+                found += [name for of, name, uid in left if of == job_name and uid != except_of]
+        return found
 
     async def list_pods_of_child(self, namespace: str, child_uid: str) -> Sequence[ChildView]:
         """The pods that have the Job controller's label for the Job of that UID."""
@@ -202,10 +216,14 @@ class Cluster(Api):
         """Create a ControllerRevision. Raises AlreadyExistsError or RejectedError."""
         await self._request("POST", f"{_APPS}/namespaces/{namespace}/controllerrevisions", body=manifest)
 
-    async def adopt_revision(self, namespace: str, name: str, owner: Object) -> Object:
-        """Give a ControllerRevision its owner and the label of that. Raises RejectedError."""
+    async def adopt_revision(self, namespace: str, name: str, version: str, owner: Object) -> Object:
+        """Give a ControllerRevision its owner and the label of that.
+
+        Raises ConflictError if it has changed since that version, and RejectedError.
+        """
         path = f"{_APPS}/namespaces/{namespace}/controllerrevisions/{name}"
-        change = {"metadata": {"labels": {JOB_UID_LABEL: owner["uid"]}, "ownerReferences": [owner]}}
+        labels = {JOB_UID_LABEL: owner["uid"]}
+        change = {"metadata": {"resourceVersion": version, "labels": labels, "ownerReferences": [owner]}}
         return as_revision(await self._json("PATCH", path, body=change, content_type="application/merge-patch+json"))
 
     async def create_claim(self, namespace: str, manifest: Object) -> None:

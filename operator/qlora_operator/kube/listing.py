@@ -166,11 +166,28 @@ def compact(job: Object) -> dict[str, Any]:
 
 
 def as_revision(body: Object) -> dict[str, Any]:
-    """Drop all of a ControllerRevision but its name, its controller, its number and its data."""
-    metadata = body["metadata"]
-    owner = _controller(metadata)
-    kept = {"name": metadata["name"], "ownerReferences": [] if owner is None else [owner]}
+    """Drop the metadata of a ControllerRevision, apart from its controller and the UID in its label."""
+    metadata, kept = body["metadata"], dict[str, Any]()
+    for field in ("name", "resourceVersion"):
+        if field in metadata:
+            kept[field] = metadata[field]
+    if (uid := (metadata.get("labels") or {}).get(JOB_UID_LABEL)) is not None:
+        kept["labels"] = {JOB_UID_LABEL: uid}
+    if (owner := _controller(metadata)) is not None:
+        kept["ownerReferences"] = [owner]
     return {"metadata": kept, "revision": body["revision"], "data": body.get("data")}
+
+
+def unfinished(kind: ChildKind, body: Object) -> tuple[str, str, str] | None:
+    """Return names of the QLoRAJob and of the object, and the UID in its label, None if it has ended."""
+    labels, status = body["metadata"].get("labels") or {}, body.get("status") or {}
+    if kind == "pods":
+        has_ended = status.get("phase") in ("Succeeded", "Failed")
+    else:
+        ends = (each for each in status.get("conditions") or () if each.get("type") in ("Complete", "Failed"))
+        has_ended = any(each.get("status") == "True" for each in ends)
+    name = f"{'pod' if kind == 'pods' else 'Job'} {body['metadata']['name']}"
+    return None if has_ended else (_job_name(labels), name, labels.get(JOB_UID_LABEL, ""))
 
 
 def _controller(metadata: Object) -> dict[str, Any] | None:

@@ -225,7 +225,8 @@ class Reconciler:
             return _Done()
         view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
         found = await self._unless_settled(key, view)
-        if isinstance(found, _View) and found.job.status.resolved is None and held.observed.children:
+        unnamed = isinstance(found, _View) and found.job.status.resolved is None
+        if unnamed and (held.observed.children or job.is_restored):
             # It has a revision that its status does not name, and only a list shows.
             return await self._read(key)
         return found
@@ -283,11 +284,16 @@ class Reconciler:
         """Return the view with the job's revision, unless the job has nothing to do before its deletion."""
         now, expires = self.clock(), deletion_at(view.job, view.job.status, self.profiles)
         is_noted = not is_to_be_settled(view.job, view.job.status, self.accounts.counted_seconds(view.job))
-        settled = is_noted and is_settled(view.job, view.observed) and (expires is None or now < expires)
+        is_adopted = not view.job.is_restored or bool(view.job.began_as)
+        settled = is_noted and is_adopted and is_settled(view.job, view.observed) and (expires is None or now < expires)
         self.store.settle(key, settled)
         if not settled:
             # A job that goes needs none.
-            fixed = view.job if view.job.deleting else await self._revisions.fixed(view.job, live=view.live)
+            fixed = (
+                view.job
+                if view.job.deleting
+                else await self._revisions.fixed(view.job, live=view.live, adopts=view.live)
+            )
             return replace(view, job=fixed)
         self._forget(key)
         return _Done(None if expires is None else (expires - now).total_seconds())

@@ -19,7 +19,7 @@ from qlora_operator.kube.errors import (
     RejectedError,
     UnavailableError,
 )
-from qlora_operator.kube.listing import ChildList, ChildView, child_view
+from qlora_operator.kube.listing import ChildList, ChildView, child_view, unfinished
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.watch.store import Store
@@ -67,7 +67,7 @@ class MemoryCluster:
         self.managed_by: str | None = None
         """The controller that a webhook gives Jobs to."""
         self.tried, self.queue_rejects = 0, False
-        self._rejected = rejected
+        self.rejected = rejected
 
     @property
     def status(self) -> QLoRAJobStatus:
@@ -75,7 +75,7 @@ class MemoryCluster:
 
     def _write(self, kind: str) -> None:
         self.writes.append(kind)
-        if kind in self._rejected:
+        if kind in self.rejected:
             raise RejectedError("exceeded quota: team")
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
@@ -162,9 +162,14 @@ class MemoryCluster:
             raise AlreadyExistsError("already exists")
         self.revisions[manifest["metadata"]["name"]] = manifest
 
-    async def adopt_revision(self, namespace: str, name: str, owner: Object) -> Object:
+    async def list_unfinished(self, namespace: str, job_name: str, *, except_of: str) -> list[str]:
+        left = [unfinished("pods", body) for body in self.pods] + [unfinished("jobs", body) for body in self.jobs]
+        return [each[1] for each in left if each is not None and (each[0], each[2] == except_of) == (job_name, False)]
+
+    async def adopt_revision(self, namespace: str, name: str, version: str, owner: Object) -> Object:
         self._write("owner of a ControllerRevision")
-        metadata = self.revisions[name]["metadata"] | {"ownerReferences": [owner]}
+        labels = {"labels": {JOB_UID_LABEL: owner["uid"]}}
+        metadata = self.revisions[name]["metadata"] | labels | {"ownerReferences": [owner]}
         self.revisions[name] = {**self.revisions[name], "metadata": metadata}
         return self.revisions[name]
 

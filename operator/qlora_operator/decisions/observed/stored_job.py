@@ -64,7 +64,7 @@ def parse_job(body: Object) -> QLoRAJob:
         deleting="deletionTimestamp" in metadata,
         spec=spec,
         status=status,
-        began_as=status.run_uid or "",
+        began_as=status.run_uid if status.run_uid and _UID.fullmatch(status.run_uid) else "",
         is_restored=_is_restored(metadata),
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority_class_name=spec.scheduling.queue_priority_class_name or labels.get(QUEUE_PRIORITY_LABEL),
@@ -86,8 +86,8 @@ def with_resolved(job: QLoRAJob, name: str, resolved: Resolved) -> QLoRAJob:
 
 
 def uid_of_run(resolved: Resolved) -> str:
-    """Return the UID in the document that the pods of the run read."""
-    return str(json.loads(resolved.document)["metadata"]["uid"])
+    """Return the UID in the document that the pods of the run read, empty without one."""
+    return str(json.loads(resolved.document).get("metadata", {}).get("uid", ""))
 
 
 def _is_restored(metadata: Object) -> bool:

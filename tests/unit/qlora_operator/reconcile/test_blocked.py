@@ -100,7 +100,7 @@ def _unwatched(cluster: MemoryCluster) -> None:
 
 def _quota(kind: str) -> Callable[[MemoryCluster], None]:
     def exceed(cluster: MemoryCluster) -> None:
-        cluster._rejected = (kind,)
+        cluster.rejected = (kind,)
 
     return exceed
 
@@ -124,7 +124,7 @@ def test_creation_retries_back_off_and_the_backoff_resets_after_success(
     assert [until_it_waits(reconciler) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     assert reason_of(cluster.status) == reason
     assert ("exceeded quota: team" in message_of(cluster.status)) == reason.endswith("Rejected")
-    cluster.existing, cluster._rejected = None, ()
+    cluster.existing, cluster.rejected = None, ()
     until_it_waits(reconciler)
     assert cluster.status.phase == "Preparing"
     assert reconciler.blocked.next(KEY) == 5
@@ -194,7 +194,7 @@ def test_service_and_policy_of_peers_are_restored_while_a_pod_starts() -> None:
 def test_a_rejected_deletion_under_a_finalizer_is_retried_with_backoff() -> None:
     cluster = stored(status_in("train"))
     cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
-    cluster.jobs, cluster._rejected = [child("train")], (f"deletion of {NAME}-train-1",)
+    cluster.jobs, cluster.rejected = [child("train")], (f"deletion of {NAME}-train-1",)
     reconciler = operator(cluster, shown(cluster))
     assert [asyncio.run(reconciler.reconcile(KEY)) for _ in range(3)] == [5, 10, 20]
     assert reason_of(cluster.status) == "JobRejected"
@@ -223,6 +223,6 @@ def test_a_taken_name_is_reported_with_the_object_that_needs_it(job: dict[str, A
 def test_a_deletion_that_the_api_server_rejects_is_reported() -> None:
     cluster = stored(status_in("train"), suspend=True)
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
-    cluster._rejected = (f"deletion of {NAME}-train-1",)
+    cluster.rejected = (f"deletion of {NAME}-train-1",)
     assert reconcile(cluster) == 5
     assert reason_of(cluster.status) == "JobRejected"

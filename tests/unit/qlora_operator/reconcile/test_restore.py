@@ -1,6 +1,7 @@
 """A job that was restored from a backup, with another UID: it resumes its run, or reports what that needs."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +15,22 @@ from tests.support.builders import (
     REVISION,
     UID,
     child,
+    condition,
     job_body,
     make_job,
     message_of,
+    pod,
     reason_of,
     resolved,
     revision_body,
+    running,
     status_in,
+    time,
 )
 from tests.support.cluster.memory_cluster import MemoryCluster, reconcile, shown
 
+Change = Callable[[MemoryCluster], None]
+SECOND = "5e4d3c2b-0000-4000-8000-000000000000"
 FIRST = "9f8e7d6c-0000-4000-8000-000000000000"
 CLAIM = workspace_claim_name(NAME, FIRST)
 OF_FIRST = {"labels": {JOB_UID_LABEL: FIRST}}
@@ -85,37 +92,118 @@ def test_a_job_that_is_not_marked_leaves_a_restored_revision_alone() -> None:
     assert "owner of a ControllerRevision" not in cluster.writes
 
 
+def test_a_job_whose_status_was_restored_too_waits_for_its_revision() -> None:
+    cluster = restored(status_in("train").dump())
+    cluster.revisions = {}
+    reconcile(cluster)
+    assert {"Job", "ControllerRevision"}.isdisjoint(cluster.writes)
+
+
+def test_a_finished_job_whose_status_was_restored_keeps_its_revision() -> None:
+    ends = {"phase": "Succeeded", "completionTime": time(), "conditions": [condition("Succeeded", "True")]}
+    cluster = restored(status_in("publish").dump() | ends)
+    reconcile(cluster)
+    assert cluster.revisions[REVISION]["metadata"]["ownerReferences"][0]["uid"] == UID
+    assert (cluster.status.phase, cluster.status.run_uid) == ("Succeeded", FIRST)
+
+
+def with_more_memory(cluster: MemoryCluster) -> None:
+    cluster.job["spec"]["resources"] = {"memory": "64Gi"}
+
+
+def with_a_gate(cluster: MemoryCluster) -> None:
+    cluster.job["spec"]["gate"] = {"maxEvalLoss": 2.0}
+
+
+def of_an_earlier_release(cluster: MemoryCluster) -> None:
+    """It lacked a field that has a default."""
+    fixed = cluster.revisions[REVISION]["data"]
+    content = json.loads(fixed["document"])
+    del content["spec"]["training"]["learningRate"], content["spec"]["quantization"]
+    fixed["document"] = json.dumps(content)
+
+
+def beside_junk(cluster: MemoryCluster) -> None:
+    """Of a tenant, who cannot give it the label that admission policies check; and of a release to come."""
+    good = cluster.revisions[REVISION]
+    unlabeled = good | {"metadata": {"name": "tune-9-a"}, "revision": 99}
+    unreadable = good | {"metadata": good["metadata"] | {"name": "tune-9-b"}, "revision": 99, "data": {"claimName": 7}}
+    cluster.revisions |= {"tune-9-a": unlabeled, "tune-9-b": unreadable}
+
+
+@pytest.mark.parametrize("change", [with_more_memory, with_a_gate, of_an_earlier_release, beside_junk])
+def test_a_restored_job_resumes_its_run_with(change: Change) -> None:
+    cluster = restored(dataset={"source": "hf://org/rows", "eval": {"fraction": 0.1}})
+    change(cluster)
+    reconcile(cluster)
+    assert (cluster.status.run_uid, len(cluster.jobs)) == (FIRST, 1)
+
+
 def without_claim(cluster: MemoryCluster) -> None:
     cluster.claims = {}
 
 
-def with_a_train_job(cluster: MemoryCluster) -> None:
-    old = child("train", owner=FIRST)
-    old["metadata"]["labels"][JOB_UID_LABEL] = FIRST
+def with_a_claim_that_goes(cluster: MemoryCluster) -> None:
+    cluster.claims[CLAIM] = {"metadata": {"name": CLAIM, "deletionTimestamp": "now", **OF_FIRST}}
+
+
+def with_an_old_job(cluster: MemoryCluster) -> None:
+    old = child("clean", owner=SECOND)
+    old["metadata"]["labels"][JOB_UID_LABEL] = SECOND
     cluster.jobs = [old]
+
+
+def with_an_old_pod(cluster: MemoryCluster) -> None:
+    old = running(pod("train"))
+    old["metadata"]["labels"][JOB_UID_LABEL] = SECOND
+    cluster.pods = [old]
 
 
 def with_another_spec(cluster: MemoryCluster) -> None:
     cluster.job["spec"]["training"] = {"epochs": 7}
 
 
+def with_another_claim(cluster: MemoryCluster) -> None:
+    cluster.job["spec"]["workspace"] = {"claimName": "mine"}
+
+
 def without_revision(cluster: MemoryCluster) -> None:
     cluster.revisions = {}
+
+
+def with_two_runs(cluster: MemoryCluster) -> None:
+    other = json.loads(json.dumps(cluster.revisions[REVISION]).replace(FIRST, SECOND).replace(REVISION, "tune-3-b"))
+    cluster.revisions["tune-3-b"] = other | {"revision": 3}
+
+
+def of_a_cell(cluster: MemoryCluster) -> None:
+    cluster.revisions[REVISION]["data"]["sharedPath"] = "rates.sweep"
+
+
+def with_an_old_role(cluster: MemoryCluster) -> None:
+    cluster.rejected = ("owner of a ControllerRevision",)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (without_claim, f"PersistentVolumeClaim {CLAIM}, which has its run, is missing"),
-        (with_a_train_job, f"Job {NAME}-train-1 may still write"),
+        (with_a_claim_that_goes, f"PersistentVolumeClaim {CLAIM}, which has its run, is missing"),
+        (with_an_old_job, f"Job {NAME}-clean-1 may still write"),
+        (with_an_old_pod, f"pod {NAME}-train-1-pod1 may still write"),
         (with_another_spec, f"ControllerRevision {REVISION} is of another spec"),
+        (with_another_claim, f"ControllerRevision {REVISION} is of another spec"),
         (without_revision, "has no ControllerRevision of it without an owner"),
+        (with_two_runs, f"{REVISION}, tune-3-b are of several runs"),
+        (of_a_cell, "a cell of a sweep"),
+        (with_an_old_role, "exceeded quota"),
     ],
 )
-def test_a_restored_job_starts_nothing_while_its_run_cannot_be_resumed(change: Any, says: str) -> None:
+def test_a_restored_job_starts_nothing_while_its_run_cannot_be_resumed(change: Change, says: str) -> None:
     cluster = restored()
     change(cluster)
     again = reconcile(cluster)
     assert (again, reason_of(cluster.status)) == (15, "RestoreBlocked")
     assert says in message_of(cluster.status)
-    assert {"Job", "ControllerRevision", "owner of a ControllerRevision"}.isdisjoint(cluster.writes)
+    assert {"Job", "ControllerRevision"}.isdisjoint(cluster.writes)
+    assert "ownerReferences" not in cluster.revisions.get(REVISION, {"metadata": {}})["metadata"]
