@@ -145,3 +145,11 @@ def test_without_following_logs_end_and_an_absent_cluster_is_an_error() -> None:
     cluster.pods, cluster.logs = [pod("first")], {"first": iter([[line(0, "a"), AWAY]])}
     with pytest.raises(UnreachableError, match="the cluster is away"):
         read_all(cluster, follow=False)
+
+
+def test_the_lines_of_a_restored_job_have_the_uid_that_its_records_name() -> None:
+    restored = job(1)
+    restored["status"]["runUid"] = "0"
+    cluster = Played(restored)
+    cluster.pods, cluster.logs = [pod("first")], {"first": iter([[line(0, "a")]])}
+    assert [each.job_uid for each in cluster.timed(read_logs, "demo", ["train"], follow=False)] == ["0"]

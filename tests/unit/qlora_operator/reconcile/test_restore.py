@@ -100,7 +100,7 @@ def test_a_job_whose_status_was_restored_too_waits_for_its_revision() -> None:
 
 
 def test_a_finished_job_whose_status_was_restored_keeps_its_revision() -> None:
-    ends = {"phase": "Succeeded", "completionTime": time(), "conditions": [condition("Succeeded", "True")]}
+    ends: dict[str, Any] = {"phase": "Succeeded", "completionTime": time(), "conditions": [condition("Succeeded", "True")]}
     cluster = restored(status_in("publish").dump() | ends)
     reconcile(cluster)
     assert cluster.revisions[REVISION]["metadata"]["ownerReferences"][0]["uid"] == UID
@@ -125,7 +125,7 @@ def of_an_earlier_release(cluster: MemoryCluster) -> None:
 
 def beside_junk(cluster: MemoryCluster) -> None:
     """Of a tenant, who cannot give it the label that admission policies check; and of a release to come."""
-    good = cluster.revisions[REVISION]
+    good = dict(cluster.revisions[REVISION])
     unlabeled = good | {"metadata": {"name": "tune-9-a"}, "revision": 99}
     unreadable = good | {"metadata": good["metadata"] | {"name": "tune-9-b"}, "revision": 99, "data": {"claimName": 7}}
     cluster.revisions |= {"tune-9-a": unlabeled, "tune-9-b": unreadable}
