@@ -100,7 +100,8 @@ def test_a_job_whose_status_was_restored_too_waits_for_its_revision() -> None:
 
 
 def test_a_finished_job_whose_status_was_restored_keeps_its_revision() -> None:
-    ends: dict[str, Any] = {"phase": "Succeeded", "completionTime": time(), "conditions": [condition("Succeeded", "True")]}
+    conditions = [condition("Succeeded", "True")]
+    ends: dict[str, Any] = {"phase": "Succeeded", "completionTime": time(), "conditions": conditions}
     cluster = restored(status_in("publish").dump() | ends)
     reconcile(cluster)
     assert cluster.revisions[REVISION]["metadata"]["ownerReferences"][0]["uid"] == UID
