@@ -40,6 +40,8 @@ QUEUE_INTERVAL, FIRST_QUEUE_INTERVAL = timedelta(seconds=60), timedelta(seconds=
 DETACHED_INTERVAL = timedelta(seconds=15)
 # An event of another job does not requeue a job that waits for its end.
 OTHER_JOB_INTERVAL = timedelta(seconds=15)
+# No watch shows the revision and the claim of a restored job, and a backup tool may take minutes.
+RESTORE_INTERVAL = timedelta(seconds=60)
 _SHORTLY = timedelta(seconds=1)
 
 
@@ -310,8 +312,10 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
     yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)
     yield from _pauses(job, status, observed)
-    if waits_for_other_job(job) or (job.is_restored and status.resolved is None):
+    if waits_for_other_job(job):
         yield now + OTHER_JOB_INTERVAL
+    if job.adopts and job.status.resolved is None:
+        yield now + RESTORE_INTERVAL
     yield from (now + DETACHED_INTERVAL for pod in observed.live_pods if pod.detached)
     yield from (_queue_at(child, now) for child in _running(observed) if child.suspended)
 

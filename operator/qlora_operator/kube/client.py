@@ -38,7 +38,7 @@ from qlora_operator.kube.listing import (
     compact,
     object_version,
     parse_versions,
-    unfinished,
+    unfinished_of_earlier,
 )
 from qlora_operator.kube.transport import (
     Query,
@@ -97,16 +97,15 @@ class Cluster(Api):
         """The pods that have the label of this QLoRAJob."""
         return await self._list_pods(namespace, _labelled(JOB_UID_LABEL, job_uid))
 
-    async def list_unfinished(self, namespace: str, job_name: str, *, except_of: str) -> list[str]:
-        """Name the pods and Jobs of QLoRAJobs of that name that have not ended, but for those of one UID."""
+    async def list_unfinished_of_earlier(self, namespace: str, job_name: str, uid: str) -> list[str]:
+        """Name pods and Jobs that have not ended, of QLoRAJobs of that name and another UID."""
         found = list[str]()
         # The Jobs afterwards: one that has not ended may have made a pod in between.
         kinds: tuple[tuple[ChildKind, str], ...] = (("pods", _CORE), ("jobs", _JOBS))
         for kind, prefix in kinds:
-            path, read = f"{prefix}/namespaces/{namespace}/{kind}", partial(unfinished, kind)
+            path, read = f"{prefix}/namespaces/{namespace}/{kind}", partial(unfinished_of_earlier, kind, job_name, uid)
             async for page in self._pages(path, _labelled(JOB_LABEL, job_name), read):
-                left = (each for each in page.items if each is not None)
-                found += [name for of, name, uid in left if of == job_name and uid != except_of]
+                found += [name for name in page.items if name is not None]
         return found
 
     async def list_pods_of_child(self, namespace: str, child_uid: str) -> Sequence[ChildView]:

@@ -166,11 +166,9 @@ def compact(job: Object) -> dict[str, Any]:
 
 
 def as_revision(body: Object) -> dict[str, Any]:
-    """Drop the metadata of a ControllerRevision, apart from its controller and the UID in its label."""
-    metadata, kept = body["metadata"], dict[str, Any]()
-    for field in ("name", "resourceVersion"):
-        if field in metadata:
-            kept[field] = metadata[field]
+    """Drop unused metadata of a ControllerRevision."""
+    metadata = body["metadata"]
+    kept = {field: metadata[field] for field in ("name", "resourceVersion") if field in metadata}
     if (uid := (metadata.get("labels") or {}).get(JOB_UID_LABEL)) is not None:
         kept["labels"] = {JOB_UID_LABEL: uid}
     if (owner := _controller(metadata)) is not None:
@@ -178,16 +176,13 @@ def as_revision(body: Object) -> dict[str, Any]:
     return {"metadata": kept, "revision": body["revision"], "data": body.get("data")}
 
 
-def unfinished(kind: ChildKind, body: Object) -> tuple[str, str, str] | None:
-    """Return names of the QLoRAJob and of the object, and the UID in its label, None if it has ended."""
-    labels, status = body["metadata"].get("labels") or {}, body.get("status") or {}
-    if kind == "pods":
-        has_ended = status.get("phase") in ("Succeeded", "Failed")
-    else:
-        ends = (each for each in status.get("conditions") or () if each.get("type") in ("Complete", "Failed"))
-        has_ended = any(each.get("status") == "True" for each in ends)
-    name = f"{'pod' if kind == 'pods' else 'Job'} {body['metadata']['name']}"
-    return None if has_ended else (_job_name(labels), name, labels.get(JOB_UID_LABEL, ""))
+def unfinished_of_earlier(kind: ChildKind, job_name: str, uid: str, body: Object) -> str | None:
+    """Name the Job or pod if it has not ended and is of a QLoRAJob of that name and another UID."""
+    labels = body["metadata"].get("labels") or {}
+    if _job_name(labels) != job_name or labels.get(JOB_UID_LABEL) == uid:
+        return None
+    has_ended = parse_pod(body).ended if kind == "pods" else parse_child(body).finished
+    return None if has_ended else f"{'pod' if kind == 'pods' else 'Job'} {body['metadata']['name']}"
 
 
 def _controller(metadata: Object) -> dict[str, Any] | None:

@@ -226,8 +226,8 @@ class Reconciler:
         view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
         found = await self._unless_settled(key, view)
         unnamed = isinstance(found, _View) and found.job.status.resolved is None
-        if unnamed and (held.observed.children or job.is_restored):
-            # It has a revision that its status does not name, and only a list shows.
+        if unnamed and (held.observed.children or job.adopts):
+            # It has a revision that its status does not name, or is to adopt one, and only a list shows it.
             return await self._read(key)
         return found
 
@@ -284,16 +284,13 @@ class Reconciler:
         """Return the view with the job's revision, unless the job has nothing to do before its deletion."""
         now, expires = self.clock(), deletion_at(view.job, view.job.status, self.profiles)
         is_noted = not is_to_be_settled(view.job, view.job.status, self.accounts.counted_seconds(view.job))
-        is_adopted = not view.job.is_restored or bool(view.job.began_as)
-        settled = is_noted and is_adopted and is_settled(view.job, view.observed) and (expires is None or now < expires)
+        settled = is_settled(view.job, view.observed) and is_noted and (expires is None or now < expires)
+        settled = settled and not view.job.adopts
         self.store.settle(key, settled)
         if not settled:
-            # A job that goes needs none.
-            fixed = (
-                view.job
-                if view.job.deleting
-                else await self._revisions.fixed(view.job, live=view.live, adopts=view.live)
-            )
+            if view.job.deleting:
+                return view  # it needs no revision
+            fixed = await self._revisions.fixed(view.job, live=view.live, adopts=view.live)
             return replace(view, job=fixed)
         self._forget(key)
         return _Done(None if expires is None else (expires - now).total_seconds())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from qlora_operator.decisions.manifests.objects import owner_of
 from qlora_operator.decisions.observed.objects import Object, QLoRAJob, Reason
-from qlora_operator.decisions.restore import blocked, choose, objection
+from qlora_operator.decisions.restore import objection_to_adoption, restore_blocked, revision_to_adopt
 from qlora_operator.decisions.revision import is_of_job, newest, with_data_of
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import NotFoundError, RejectedError
@@ -31,7 +31,7 @@ class Revisions:
         found = self.store.revision(job_id)
         if found is None or name not in (None, found["metadata"]["name"]):
             found, listed = await self._find(job, live=live) if name is None else await self._read(job, name)
-            if found is None and adopts and job.is_restored and not job.began_as:
+            if found is None and adopts and job.adopts:
                 adopted = await self._adopt(job, listed)
                 if isinstance(adopted, Reason):
                     return replace(job, hold=adopted)
@@ -46,30 +46,31 @@ class Revisions:
         return newest(job, listed), listed
 
     async def _read(self, job: QLoRAJob, name: str) -> tuple[Object | None, list[Object]]:
-        """Return the revision that the job's status names, if it is its own, and in any case."""
+        """Return the revision of the name in the status: if the job owns it, and in any case."""
         try:
             found = await self.cluster.get_revision(job.namespace, name)
         except NotFoundError:
             found = None
         if found is not None and is_of_job(job, found):
             return found, [found]
-        logger.warning("ControllerRevision %s is gone", name, extra={"key": (job.namespace, job.name)})
+        if not job.is_restored:
+            logger.warning("ControllerRevision %s is gone", name, extra={"key": (job.namespace, job.name)})
         return None, [] if found is None else [found]
 
     async def _adopt(self, job: QLoRAJob, listed: list[Object]) -> Object | Reason:
         """Become the owner of the restored revision, or return why not."""
-        chosen = choose(job, listed)
+        chosen = revision_to_adopt(job, listed)
         if isinstance(chosen, Reason):
             return chosen
-        unfinished = await self.cluster.list_unfinished(job.namespace, job.name, except_of=job.uid)
+        unfinished = await self.cluster.list_unfinished_of_earlier(job.namespace, job.name, job.uid)
         claim = await self._claim(job.namespace, chosen.resolved.claim_name)
-        if (why := objection(chosen.resolved, claim, unfinished)) is not None:
+        if (why := objection_to_adoption(job, chosen.resolved, claim, unfinished)) is not None:
             return why
         owner = owner_of(job, controller=True)
         try:
             adopted = await self.cluster.adopt_revision(job.namespace, chosen.name, chosen.version, owner)
         except RejectedError as error:
-            return blocked(f"the API server does not make it the owner of ControllerRevision {chosen.name}: {error}")
+            return restore_blocked(job, f"the API server keeps ControllerRevision {chosen.name} from it: {error}")
         logger.info("adopted ControllerRevision %s", chosen.name, extra={"key": (job.namespace, job.name)})
         return adopted
 

@@ -365,7 +365,9 @@ def _has_ended(body: Object) -> bool:
 
 def _marks(kept: Object) -> bytes:
     """Hash the fields that a relevant update changes and a status write does not."""
-    text = json.dumps([kept.get(name) for name in ("generation", "deletionTimestamp", "labels")], sort_keys=True)
+    text = json.dumps(
+        [kept.get(name) for name in ("generation", "deletionTimestamp", "labels", "annotations")], sort_keys=True
+    )
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 

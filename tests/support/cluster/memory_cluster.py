@@ -19,7 +19,7 @@ from qlora_operator.kube.errors import (
     RejectedError,
     UnavailableError,
 )
-from qlora_operator.kube.listing import ChildList, ChildView, child_view, unfinished
+from qlora_operator.kube.listing import ChildList, ChildView, child_view, unfinished_of_earlier
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
 from qlora_operator.watch.store import Store
@@ -162,9 +162,11 @@ class MemoryCluster:
             raise AlreadyExistsError("already exists")
         self.revisions[manifest["metadata"]["name"]] = manifest
 
-    async def list_unfinished(self, namespace: str, job_name: str, *, except_of: str) -> list[str]:
-        left = [unfinished("pods", body) for body in self.pods] + [unfinished("jobs", body) for body in self.jobs]
-        return [each[1] for each in left if each is not None and (each[0], each[2] == except_of) == (job_name, False)]
+    async def list_unfinished_of_earlier(self, namespace: str, job_name: str, uid: str) -> list[str]:
+        self.reads += 2
+        pods = [unfinished_of_earlier("pods", job_name, uid, body) for body in self.pods]
+        jobs = [unfinished_of_earlier("jobs", job_name, uid, body) for body in self.jobs]
+        return [name for name in (*pods, *jobs) if name is not None]
 
     async def adopt_revision(self, namespace: str, name: str, version: str, owner: Object) -> Object:
         self._write("owner of a ControllerRevision")

@@ -19,6 +19,7 @@ from qlora_api.naming import (
     RUNGS_ANNOTATION,
     VELERO_LABEL,
     shared_folder,
+    workspace_folder,
 )
 from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
@@ -65,7 +66,7 @@ def parse_job(body: Object) -> QLoRAJob:
         spec=spec,
         status=status,
         began_as=status.run_uid if status.run_uid and _UID.fullmatch(status.run_uid) else "",
-        is_restored=_is_restored(metadata),
+        is_restored=_is_restored(metadata, status),
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority_class_name=spec.scheduling.queue_priority_class_name or labels.get(QUEUE_PRIORITY_LABEL),
         shares=None if sweep is None else shared_folder(*sweep),
@@ -90,10 +91,13 @@ def uid_of_run(resolved: Resolved) -> str:
     return str(json.loads(resolved.document).get("metadata", {}).get("uid", ""))
 
 
-def _is_restored(metadata: Object) -> bool:
-    """Whether a user, or Velero, marks the job as restored from a backup."""
-    marks = metadata.get("annotations") or {}, metadata.get("labels") or {}
-    return marks[0].get(RESTORED_ANNOTATION) == "true" or bool(marks[1].get(VELERO_LABEL))
+def _is_restored(metadata: Object, status: QLoRAJobStatus) -> bool:
+    """Whether a user or Velero marks the job as restored, and its status has no run of its own."""
+    annotations, labels = metadata.get("annotations") or {}, metadata.get("labels") or {}
+    own = workspace_folder(metadata["name"], metadata["uid"])
+    if status.workspace is not None and status.workspace.path == own:
+        return False
+    return annotations.get(RESTORED_ANNOTATION) == "true" or bool(labels.get(VELERO_LABEL))
 
 
 def _sweep(metadata: Object) -> tuple[str, str] | None:

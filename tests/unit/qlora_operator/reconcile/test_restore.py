@@ -8,6 +8,7 @@ import pytest
 
 from qlora_api.naming import JOB_UID_LABEL, RESTORED_ANNOTATION, workspace_claim_name, workspace_folder
 from qlora_api.schema import replace
+from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.manifests.objects import document
 from tests.support.builders import (
     NAME,
@@ -33,6 +34,7 @@ Change = Callable[[MemoryCluster], None]
 SECOND = "5e4d3c2b-0000-4000-8000-000000000000"
 FIRST = "9f8e7d6c-0000-4000-8000-000000000000"
 CLAIM = workspace_claim_name(NAME, FIRST)
+HELD_OUT = {"source": "hf://org/rows", "eval": {"fraction": 0.1}}
 OF_FIRST = {"labels": {JOB_UID_LABEL: FIRST}}
 
 
@@ -77,8 +79,13 @@ def test_the_claim_of_a_restored_job_goes_with_it_if_it_is_to() -> None:
     assert cluster.claims[CLAIM]["metadata"]["ownerReferences"][0]["uid"] == UID
 
 
+def of_first(status: QLoRAJobStatus) -> dict[str, Any]:
+    """The status as a backup has it."""
+    return status.dump() | {"workspace": {"claimName": CLAIM, "path": workspace_folder(NAME, FIRST)}}
+
+
 def test_a_job_whose_status_was_restored_too_keeps_its_run() -> None:
-    cluster = restored(status_in("train").dump())
+    cluster = restored(of_first(status_in("train")))
     reconcile(cluster)
     assert (cluster.status.run_uid, cluster.status.current_revision) == (FIRST, REVISION)
     assert "PersistentVolumeClaim" not in cluster.writes
@@ -93,7 +100,7 @@ def test_a_job_that_is_not_marked_leaves_a_restored_revision_alone() -> None:
 
 
 def test_a_job_whose_status_was_restored_too_waits_for_its_revision() -> None:
-    cluster = restored(status_in("train").dump())
+    cluster = restored(of_first(status_in("train")))
     cluster.revisions = {}
     reconcile(cluster)
     assert {"Job", "ControllerRevision"}.isdisjoint(cluster.writes)
@@ -102,10 +109,28 @@ def test_a_job_whose_status_was_restored_too_waits_for_its_revision() -> None:
 def test_a_finished_job_whose_status_was_restored_keeps_its_revision() -> None:
     conditions = [condition("Succeeded", "True")]
     ends: dict[str, Any] = {"phase": "Succeeded", "completionTime": time(), "conditions": conditions}
-    cluster = restored(status_in("publish").dump() | ends)
+    cluster = restored(of_first(status_in("publish")) | ends)
     reconcile(cluster)
     assert cluster.revisions[REVISION]["metadata"]["ownerReferences"][0]["uid"] == UID
     assert (cluster.status.phase, cluster.status.run_uid) == ("Succeeded", FIRST)
+
+
+def test_a_job_that_is_marked_and_has_a_run_of_its_own_goes_on() -> None:
+    status = status_in("train").dump() | {"workspace": {"claimName": "own", "path": workspace_folder(NAME, UID)}}
+    cluster = restored(status)
+    cluster.jobs, cluster.pods, cluster.revisions = [child("train")], [running(pod("train"))], {}
+    reconcile(cluster)
+    assert (cluster.status.phase, cluster.status.run_uid, len(cluster.revisions)) == ("Training", None, 1)
+
+
+def test_a_suspended_job_decides_at_its_start_whether_it_resumes_its_run() -> None:
+    cluster = restored(suspend=True)
+    again = reconcile(cluster)
+    assert (again, cluster.status.phase) == (None, "Suspended")
+    assert "owner of a ControllerRevision" not in cluster.writes
+    cluster.job["spec"]["suspend"] = False
+    reconcile(cluster)
+    assert cluster.status.run_uid == FIRST
 
 
 def with_more_memory(cluster: MemoryCluster) -> None:
@@ -134,7 +159,7 @@ def beside_junk(cluster: MemoryCluster) -> None:
 
 @pytest.mark.parametrize("change", [with_more_memory, with_a_gate, of_an_earlier_release, beside_junk])
 def test_a_restored_job_resumes_its_run_with(change: Change) -> None:
-    cluster = restored(dataset={"source": "hf://org/rows", "eval": {"fraction": 0.1}})
+    cluster = restored(dataset=HELD_OUT)
     change(cluster)
     reconcile(cluster)
     assert (cluster.status.run_uid, len(cluster.jobs)) == (FIRST, 1)
@@ -146,6 +171,14 @@ def without_claim(cluster: MemoryCluster) -> None:
 
 def with_a_claim_that_goes(cluster: MemoryCluster) -> None:
     cluster.claims[CLAIM] = {"metadata": {"name": CLAIM, "deletionTimestamp": "now", **OF_FIRST}}
+
+
+def with_an_unlabeled_claim(cluster: MemoryCluster) -> None:
+    cluster.claims[CLAIM] = {"metadata": {"name": CLAIM}}
+
+
+def with_another_score(cluster: MemoryCluster) -> None:
+    cluster.job["spec"]["gate"] = {"minScore": 0.5, "score": {"check": "exactMatch"}}
 
 
 def with_an_old_job(cluster: MemoryCluster) -> None:
@@ -190,6 +223,8 @@ def with_an_old_role(cluster: MemoryCluster) -> None:
     [
         (without_claim, f"PersistentVolumeClaim {CLAIM}, which has its run, is missing"),
         (with_a_claim_that_goes, f"PersistentVolumeClaim {CLAIM}, which has its run, is missing"),
+        (with_an_unlabeled_claim, f"lacks the label {JOB_UID_LABEL}: set it to {FIRST}"),
+        (with_another_score, f"ControllerRevision {REVISION} is of another spec"),
         (with_an_old_job, f"Job {NAME}-clean-1 may still write"),
         (with_an_old_pod, f"pod {NAME}-train-1-pod1 may still write"),
         (with_another_spec, f"ControllerRevision {REVISION} is of another spec"),
@@ -201,10 +236,10 @@ def with_an_old_role(cluster: MemoryCluster) -> None:
     ],
 )
 def test_a_restored_job_starts_nothing_while_its_run_cannot_be_resumed(change: Change, says: str) -> None:
-    cluster = restored()
+    cluster = restored(dataset=HELD_OUT)
     change(cluster)
     again = reconcile(cluster)
-    assert (again, reason_of(cluster.status)) == (15, "RestoreBlocked")
+    assert (again, reason_of(cluster.status)) == (60, "RestoreBlocked")
     assert says in message_of(cluster.status)
     assert {"Job", "ControllerRevision"}.isdisjoint(cluster.writes)
     assert "ownerReferences" not in cluster.revisions.get(REVISION, {"metadata": {}})["metadata"]
