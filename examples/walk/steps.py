@@ -61,7 +61,7 @@ WALK = (
         _INSTALL,
         "kubectl qlora doctor",
         "`doctor` lists what a cluster lacks, with the fix. Here it is everything:",
-        shows=("install the operator's chart", "2 problems"),
+        shows=("install the operator's chart", "3 problems"),
         exit_code=1,
     ),
     Step(
