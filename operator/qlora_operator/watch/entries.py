@@ -57,13 +57,12 @@ class Entry:
         if isinstance(value, Pod) and value.ended and self.key is not None:
             self.last_words[value.uid] = value
 
-    def forget_last_words(self, counted: Iterable[str]) -> None:
-        """Drop those of counted pods, but not of one that counts with the end of its Job, which follows."""
+    def counted_last_words(self, counted: Iterable[str]) -> list[str]:
+        """Return those of counted pods, but not of one that counts with the end of its Job, which follows."""
         jobs = (child.value for child in self.children["jobs"].values())
         unfinished = {job.uid for job in jobs if isinstance(job, ChildJob) and not job.finished}
-        for uid in self.last_words.keys() & set(counted):
-            if not (self.last_words[uid].decisive and self.last_words[uid].owner_uid in unfinished):
-                del self.last_words[uid]
+        found = ((uid, self.last_words[uid]) for uid in self.last_words.keys() & set(counted))
+        return [uid for uid, pod in found if not (pod.decisive and pod.owner_uid in unfinished)]
 
 
 class Entries:

@@ -1,5 +1,6 @@
 """Holds what profiles need of each QLoRAJob and sweep: whose it is, its phase and its GPU time."""
 
+from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,9 @@ from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.observed.parsing import is_managed_elsewhere
 from qlora_operator.decisions.profiles.ledger import UsageLine
 from qlora_operator.keys import Key
+
+# Many more than passes that may not have ended yet.
+_MAX_DELETED_SWEEPS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class JobIndex:
     _jobs: dict[str, JobLine] = field(default_factory=dict)
     _sweeps: dict[str, JobLine] = field(default_factory=dict)
     _gone: dict[str, JobLine] = field(default_factory=dict)
-    _deleted_sweeps: set[str] = field(default_factory=set)
+    _deleted_sweeps: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_DELETED_SWEEPS))
 
     def note(self, body: Object, *, deleted: bool = False) -> None:
         """Note a QLoRAJob of any version, or as it was when it was deleted."""
@@ -57,7 +61,7 @@ class JobIndex:
 
     def drop_sweep(self, uid: str) -> None:
         """Note that the sweep is gone, also if a pass over it has not ended."""
-        self._deleted_sweeps.add(uid)
+        self._deleted_sweeps.append(uid)
         self.drop(uid)
 
     def drop(self, uid: str) -> None:

@@ -60,7 +60,7 @@ class Store:
         self.sweeps, self.jobs = SweepIndex(), JobIndex()
         self._buried: dict[str, int] = {}
         self._kept: dict[str, JobId] = {}
-        """The jobs of the pods whose last words were kept, by the pods' UIDs, the oldest first."""
+        """The jobs of the pods whose last words are kept, by the pods' UIDs, the oldest first."""
         self._ordered = True
 
     def held(self, key: Key) -> Held | None:
@@ -218,7 +218,7 @@ class Store:
         if entry := self._entry(key):
             entry.settled = settled
             if settled:
-                entry.last_words.clear()
+                self._drop_words(entry, entry.last_words)
 
     def note_revision(self, job_id: JobId, body: Object) -> None:
         """Keep the ControllerRevision of a job that is held, in place of another one."""
@@ -233,7 +233,7 @@ class Store:
     def decided(self, key: Key, observed: Observed) -> None:
         """Note that a decision from these children is stored, and need not be made again."""
         if entry := self._entry(key):
-            entry.forget_last_words(pod.uid for pod in observed.pods if pod.ended)
+            self._drop_words(entry, entry.counted_last_words(pod.uid for pod in observed.pods if pod.ended))
 
     def is_settled(self, key: Key) -> bool:
         """Whether nothing is left to do for the job."""
@@ -287,6 +287,7 @@ class Store:
         if entry.key is not None and self._ids.get(entry.key) == job_id:
             del self._ids[entry.key]
         entry.key, entry.body, entry.marks, entry.revision = None, b"", b"", b""
+        self._drop_words(entry, entry.last_words)
         self.jobs.drop(job_id[1])
         if entry.empty:
             self._entries.remove(job_id)
@@ -305,6 +306,11 @@ class Store:
         entry.settled = False
         if entry.empty:
             self._entries.remove(entry.job_id)
+
+    def _drop_words(self, entry: Entry, uids: Iterable[str]) -> None:
+        for uid in tuple(uids):
+            del entry.last_words[uid]
+            self._kept.pop(uid, None)
 
     def _drop_oldest_words(self) -> None:
         while len(self._kept) > _MAX_LAST_WORDS:
