@@ -19,7 +19,7 @@ _RIGHTS = {
     "qlorasweeps.qlora.dev": {"get", "list", "watch", "delete"},
     "qlorasweeps.qlora.dev/status": {"patch"},
     "jobs.batch": {"get", "list", "watch", "create", "delete"},
-    "controllerrevisions.apps": {"get", "list", "create"},
+    "controllerrevisions.apps": {"get", "list", "create", "patch"},
     "pods": {"list", "watch"},
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create", "patch", "delete"},
@@ -131,6 +131,10 @@ def only_the_operators_pod_gets_a_token(chart: Rendered) -> Comparisons:
     yield found, {f"ServiceAccount {NAMESPACE}/{name}": False} if given["create"] else {}
 
 
+_WRITES_NO_STATUS = (
+    "!authorizer.group('qlora.dev').resource('qlorajobs').subresource('status').namespace(request.namespace) "
+    ".check('patch').allowed()"
+)
 _COLLECTOR = "system:serviceaccount:kube-system:generic-garbage-collector"
 
 
@@ -146,7 +150,7 @@ def each_write_of_the_operator_is_admitted_by_a_policy(chart: Rendered) -> Compa
         rules = [rule | {"operations": ["CREATE", "UPDATE"]}]
         yield (writers["failurePolicy"], writers["matchConstraints"]), ("Fail", {"resourceRules": rules})
         others = f"!(request.userInfo.username in ['{_COLLECTOR}', '{account}'])"
-        yield [each["expression"] for each in writers["matchConditions"]], [others]
+        yield [each["expression"] for each in writers["matchConditions"]], [others, _WRITES_NO_STATUS]
     granted = {(kind, verb) for kind, verbs in rights(chart.values).items() for verb in verbs & _WRITE}
     covered = {_right(spec["matchConstraints"], verb) for spec in policies.values() for verb in _verbs(spec)}
     yield covered, granted - _HARMLESS if chart.values["admission"]["enabled"] else set()
