@@ -28,6 +28,7 @@ from tests.support.tenancy.tenancy import (
     add_namespaces,
     client,
     denied_to_the_operator,
+    granted_to_the_operator,
     used_by_the_operator,
 )
 from tests.support.waiting import eventually
@@ -194,7 +195,9 @@ def test_the_operator_lacks_no_right_with_a_node(tenants: Tenants, attacker: Ten
     )
     attacker.wait_for_phase(attacker.apply(several), "Queued", "Training")
     requests = tenants.audited(since)
-    assert used_by_the_operator(requests)
+    used, granted = used_by_the_operator(requests), granted_to_the_operator()
+    assert used
+    assert {kind for kind, verbs in used.items() if not verbs <= granted.get(kind, set())} == set()
     denied = denied_to_the_operator(requests)
     assert [uri for uri in denied if "/namespaces/capped/" not in uri] == [], "a quota denies, in that namespace"
     assert json.dumps(requests).count(CANARY) == 0

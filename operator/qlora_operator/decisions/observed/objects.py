@@ -65,7 +65,7 @@ class QLoRAJob:
     problem: str = ""
     """Why this operator must not continue the job, which it stops on request only; empty if it can."""
     hold: Reason | None = None
-    """Why its profile stops it for now, as spec.suspend does: no pod starts, and a running one saves a checkpoint."""
+    """Why its profile, or its restore, stops it for now, as spec.suspend does: a running pod saves a checkpoint."""
 
     @property
     def run_uid(self) -> str:
