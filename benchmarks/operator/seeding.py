@@ -1,8 +1,8 @@
 """Copies a finished job with its Jobs and pods: thousands of them, without the hours that they took.
 
 The copies have the objects that the operator, the Job controller and a node have written for the original, with other
-names and UIDs. Claims are not copied: the operator does not watch them. Stop the Job controller first: it would create pods
-for Jobs that have no status yet.
+names and UIDs. Claims are not copied: the operator does not watch them. Stop the Job controller first: it would create
+pods for Jobs that have no status yet.
 """
 
 import asyncio
