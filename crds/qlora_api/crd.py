@@ -5,6 +5,7 @@ It has a structural schema with CEL rules, columns and defaults.
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -13,9 +14,31 @@ from qlora_api.kubernetes_values import DNS_LABEL
 from qlora_api.profile import PROFILE_KIND, PROFILE_PLURAL, Profile
 from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.schema import VALIDATIONS, rule, rules
-from qlora_api.spec.job import GROUP, KIND, MAX_NAME_LENGTH, OTHER_JOB_RULE, PLURAL, VERSION, QLoRAJobSpec
+from qlora_api.spec.execution import WorkspaceSpec
+from qlora_api.spec.job import (
+    GROUP,
+    HAS_SCORE,
+    KIND,
+    MAX_NAME_LENGTH,
+    MUTABLE_FIELDS,
+    OTHER_JOB_RULE,
+    PLURAL,
+    POLICY_FIELD,
+    REMEDY,
+    VERSION,
+    QLoRAJobSpec,
+)
+from qlora_api.spec.training import ResourcesSpec
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.sweep.spec import MAX_SWEEP_NAME_LENGTH, NAME_WITH_BEST_RULE, SWEEP_KIND, SWEEP_PLURAL, QLoRASweepSpec
+from qlora_api.sweep.spec import (
+    MAX_SWEEP_NAME_LENGTH,
+    MUTABLE_SWEEP_FIELDS,
+    NAME_WITH_BEST_RULE,
+    SWEEP_KIND,
+    SWEEP_PLURAL,
+    QLoRASweepSpec,
+)
+from qlora_api.sweep.spec import REMEDY as REMEDY_OF_SWEEP
 from qlora_api.sweep.status import QLoRASweepStatus
 
 Schema = dict[str, Any]
@@ -89,13 +112,15 @@ _PROFILE_COLUMNS = [
 
 def custom_resource_definition() -> Schema:
     """The complete CustomResourceDefinition of QLoRAJob as a plain object."""
+    spec = structural_schema(QLoRAJobSpec, defaults=True)
+    _fix_spec(spec)
     return _definition(
         KIND,
         PLURAL,
         "qj",
         "QLoRAJob fine-tunes a language model: a frozen 4-bit base, a trained adapter (QLoRA).",
         (_name_rule(MAX_NAME_LENGTH, "the job's pods"), OTHER_JOB_RULE),
-        (structural_schema(QLoRAJobSpec, defaults=True), structural_schema(QLoRAJobStatus, defaults=False)),
+        (spec, structural_schema(QLoRAJobStatus, defaults=False)),
         _COLUMNS,
         (".spec.model.source", ".status.phase"),
     )
@@ -104,9 +129,7 @@ def custom_resource_definition() -> Schema:
 def sweep_definition() -> Schema:
     """The complete CustomResourceDefinition of QLoRASweep as a plain object."""
     spec = structural_schema(QLoRASweepSpec, defaults=True)
-    # The template never changes, by a rule of the sweep: those of a job would name fields that a sweep does not have.
-    template = spec["properties"]["template"]["properties"]
-    template["spec"] = _without_transitions(template["spec"])
+    _fix_fields(spec, QLoRASweepSpec, except_for=MUTABLE_SWEEP_FIELDS, remedy=REMEDY_OF_SWEEP, of="the sweep")
     return _definition(
         SWEEP_KIND,
         SWEEP_PLURAL,
@@ -209,20 +232,47 @@ def _definition(
     }
 
 
-def _without_transitions(schema: Schema) -> Schema:
-    """Drop the rules that compare with the stored object."""
-    result: Schema = {}
-    for key, value in schema.items():
-        if key == VALIDATIONS:
-            kept = [entry for entry in value if "oldSelf" not in entry["rule"]]
-            result |= {key: kept} if kept else {}
-        elif key == "properties":
-            result[key] = {name: _without_transitions(child) for name, child in value.items()}
-        elif key in ("items", "additionalProperties"):
-            result[key] = _without_transitions(value)
-        else:
-            result[key] = value
-    return result
+def _fix_fields(
+    schema: Schema,
+    model: type[BaseModel],
+    *,
+    except_for: Collection[str],
+    remedy: str,
+    path: str = "spec",
+    of: str = "the job",
+) -> None:
+    """Reject a changed, added or removed field of the model, by rules with one message for each field.
+
+    `path`: where the model is. `of`: the object, for people. A rule on the field itself is not evaluated when an
+    optional field appears or goes, and one on the parent costs the API server several times as much: for each field
+    that a rule reads, it collects all fields of the object again.
+    """
+    for name, field in model.model_fields.items():
+        if name in except_for:
+            continue
+        key = field.alias or name
+        _fix(schema["properties"][key], message := f"{path}.{key} cannot be changed once {of} exists: {remedy}")
+        if not field.is_required() and "default" not in schema["properties"][key]:
+            _add(schema, rule(f"has(self.{key}) == has(oldSelf.{key})", message))
+
+
+def _fix_spec(spec: Schema) -> None:
+    """Reject changes of what decides the adapter, or is fixed when the job starts."""
+    parts = spec["properties"]
+    _fix_fields(spec, QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources", "workspace"}, remedy=REMEDY)
+    _fix_fields(parts["resources"], ResourcesSpec, except_for={"memory"}, remedy=REMEDY, path="spec.resources")
+    _fix_fields(parts["workspace"], WorkspaceSpec, except_for={POLICY_FIELD}, remedy=REMEDY, path="spec.workspace")
+    message = f"spec.gate.score cannot be changed once the job exists, as training measures it: {REMEDY}"
+    _fix(parts["gate"]["properties"]["score"], message)
+    _add(spec, rule(f"({HAS_SCORE}) == ({HAS_SCORE.replace('self', 'oldSelf')})", message))
+
+
+def _fix(schema: Schema, message: str) -> None:
+    _add(schema, rule("self == oldSelf", message))
+
+
+def _add(schema: Schema, added: dict[str, str]) -> None:
+    schema[VALIDATIONS] = [*schema.get(VALIDATIONS, ()), added]
 
 
 def structural_schema(model: type[BaseModel], *, defaults: bool) -> Schema:

@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
-from pydantic.fields import FieldInfo
 
 VALIDATIONS = "x-kubernetes-validations"
 
@@ -67,22 +66,3 @@ def rule(expression: str, message: str) -> dict[str, str]:
 def rules(*entries: dict[str, Any]) -> dict[str, Any]:
     """CEL rules as `json_schema_extra`, of a model or of a field."""
     return {VALIDATIONS: list(entries)}
-
-
-def immutable(
-    model: type[BaseModel], *, except_for: frozenset[str], remedy: str, path: str = "", of: str = "the job"
-) -> list[dict[str, str]]:
-    """Transition rules that reject a changed, added or removed field of `model`; one rule and message per field.
-
-    They are on the parent because a rule on the field itself is not evaluated when an optional field appears or goes.
-    `path`: where the model is, from the spec on, with a dot at its end. `of`: the object, for people.
-    """
-
-    def transition(name: str, field: FieldInfo) -> dict[str, str]:
-        key = f"{path}{field.alias or name}"
-        same = f"self.{key} == oldSelf.{key}"
-        if not field.is_required():
-            same = f"has(self.{key}) == has(oldSelf.{key}) && (!has(self.{key}) || {same})"
-        return rule(same, f"spec.{key} cannot be changed once {of} exists: {remedy}")
-
-    return [transition(name, field) for name, field in model.model_fields.items() if name not in except_for]

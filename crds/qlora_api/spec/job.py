@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.kubernetes_values import DNS_LABEL, ManagedBy
 from qlora_api.retention import TtlSeconds
-from qlora_api.schema import ApiModel, immutable, rule, rules
+from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.execution import RetrySpec, SchedulingSpec, WorkspaceSpec
 from qlora_api.spec.gate import GateSpec
@@ -42,8 +42,8 @@ it.
 """
 STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources", "gate", "continues")
 """The parts of the spec that the pods read, if they are set; the others are for the operator only."""
-_REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
-_POLICY_FIELD = "persistent_volume_claim_retention_policy"
+REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
+POLICY_FIELD = "persistent_volume_claim_retention_policy"
 _POLICY = "workspace.persistentVolumeClaimRetentionPolicy"
 _ADAPTER_ON_THE_CLAIM = f"{_POLICY}: Delete would delete the adapter: set output.destination, or Retain"
 _MERGED_ON_THE_CLAIM = f"{_POLICY}: Delete would delete the merged model: set output.merged.destination, or Retain"
@@ -85,10 +85,9 @@ _CHECKS_UNUSED = (
     "dataset.columns.check is for a gate.score whose check is regex or jsonSchema and that has no pattern or schema: "
     "remove one of them"
 )
-_HAS_SCORE = "has(self.gate) && has(self.gate.score)"
-_HAD_SCORE = "has(oldSelf.gate) && has(oldSelf.gate.score)"
+HAS_SCORE = "has(self.gate) && has(self.gate.score)"
 _SCORE_OF_ROWS = (
-    f"({_HAS_SCORE} && self.gate.score.check != 'exactMatch' && !has(self.gate.score.schema) && "
+    f"({HAS_SCORE} && self.gate.score.check != 'exactMatch' && !has(self.gate.score.schema) && "
     "!has(self.gate.score.pattern))"
 )
 _HAS_CHECK = "(has({0}.columns) && has({0}.columns.check))"
@@ -142,19 +141,12 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             ),
             rule("!has(self.training.earlyStopping) || has(self.dataset.eval)", _STOPPED_BY_NOTHING),
             rule("!has(self.gate) || has(self.dataset.eval)", _GATE_AND_NO_ROWS),
-            rule(f"!({_HAS_SCORE}) || self.training.sharding != 'full'", _SCORE_AND_SHARDED),
-            rule(f"!({_HAS_SCORE}) || self.training.trainOn != 'all'", _SCORE_AND_NO_PROMPTS),
+            rule(f"!({HAS_SCORE}) || self.training.sharding != 'full'", _SCORE_AND_SHARDED),
+            rule(f"!({HAS_SCORE}) || self.training.trainOn != 'all'", _SCORE_AND_NO_PROMPTS),
             rule(f"!{_SCORE_OF_ROWS} || {_HAVE_CHECKS}", _CHECKS_NEEDED),
             rule(f"{_SCORE_OF_ROWS} || !{_HAS_ANY_CHECK}", _CHECKS_UNUSED),
-            rule(
-                f"({_HAS_SCORE}) == ({_HAD_SCORE}) && (!({_HAS_SCORE}) || self.gate.score == oldSelf.gate.score)",
-                f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
-            ),
             *tracking_rules(),
             *gguf_rules(),
-            *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources", "workspace"}, remedy=_REMEDY),
-            *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
-            *immutable(WorkspaceSpec, except_for=frozenset({_POLICY_FIELD}), remedy=_REMEDY, path="workspace."),
         )
     )
 

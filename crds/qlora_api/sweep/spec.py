@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from qlora_api.joinable import MAX_TOGETHER, not_together, rules_of_template
 from qlora_api.kubernetes_values import DNS_LABEL, ManagedBy
 from qlora_api.retention import TtlSeconds
-from qlora_api.schema import ApiModel, immutable, rule, rules
+from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of
 from qlora_api.spec.job import KEEPS_CLAIM, MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
 from qlora_api.spec.output import OutputSpec
@@ -67,7 +67,7 @@ _OTHER_ADAPTER = (
     "grid and cells, or remove lora.from"
 )
 _OF_THE_ADAPTER = ("rank", "alpha", "targetModules")
-_REMEDY = "delete the QLoRASweep and create it again, or create one with another name"
+REMEDY = "delete the QLoRASweep and create it again, or create one with another name"
 _NO_RUNG = (
     "halving compares cells at the evaluations after minSteps, minSteps · factor and so on: set "
     "spec.template.spec.training.evalEverySteps to minSteps, or to a divisor of it"
@@ -159,7 +159,6 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
             ),
             rule("self.cellsPerPod == 1 || !has(self.halving)", _STOPPED_TOGETHER),
             rule(f"!has(self.cells) || {_KEEPS_CLAIM} || self.cells.all(c, {_OUTSIDE})", _ON_THE_CLAIM),
-            *immutable(QLoRASweepSpec, except_for=MUTABLE_SWEEP_FIELDS, remedy=_REMEDY, of="the sweep"),
         )
     )
 

@@ -102,7 +102,6 @@ def test_exclusive_bounds_take_the_boolean_form() -> None:
 
 def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
     spec = SCHEMA["properties"]["spec"]
-    guarded = {name for name in spec["properties"] if any(f"self.{name} ==" in r["rule"] for r in spec[RULES])}
     mutable = {
         "suspend",
         "activeDeadlineSeconds",
@@ -113,12 +112,23 @@ def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
         "gate",
         "budget",
     }
-    assert set(spec["properties"]) - guarded == mutable | {"resources", "workspace"}
-    assert any("self.gate.score ==" in rule["rule"] for rule in spec[RULES])
-    for part, changes in (("resources", "memory"), ("workspace", "persistentVolumeClaimRetentionPolicy")):
-        fields = spec["properties"][part]["properties"]
-        guarded = {name for name in fields if any(f"self.{part}.{name} ==" in r["rule"] for r in spec[RULES])}
-        assert set(fields) - guarded == {changes}
+    parts = {"resources": {"memory"}, "workspace": {"persistentVolumeClaimRetentionPolicy"}}
+    assert _changeable(spec) == mutable | set(parts)
+    assert {part: _changeable(spec["properties"][part]) for part in parts} == parts
+    assert "score" not in _changeable(spec["properties"]["gate"])
+
+
+def _changeable(schema: dict[str, Any]) -> set[str]:
+    """Return the fields whose value may change."""
+    kept = {name for name, field in schema["properties"].items() if "self == oldSelf" in _expressions(field)}
+    sure = {*schema.get("required", ()), *(name for name in kept if "default" in schema["properties"][name])}
+    appear = {name for name in kept if f"has(self.{name}) == has(oldSelf.{name})" in _expressions(schema)}
+    assert kept - sure - appear <= {"score"}, "the rule about the existence of gate.score is one of the spec"
+    return set(schema["properties"]) - kept
+
+
+def _expressions(schema: dict[str, Any]) -> list[str]:
+    return [entry["rule"] for entry in schema.get(RULES, ())]
 
 
 RULES = "x-kubernetes-validations"
