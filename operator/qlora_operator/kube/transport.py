@@ -33,7 +33,7 @@ def unobserved(_method: str, _path: str, _status: int | None, _seconds: float) -
     """Observe no request."""
 
 
-_ESCAPED = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
+_ESCAPED = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
 def as_go_writes(body: object) -> bytes:
@@ -43,8 +43,11 @@ def as_go_writes(body: object) -> bytes:
     encoding no client, and not the garbage collector either, could change its metadata.
     """
     text = json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    # str.translate takes several times as long as the encoder.
+    for character, escape in _ESCAPED.items():
+        text = text.replace(character, escape)
     # A pod's message may have half of a surrogate pair, which no UTF-8 has.
-    return text.translate(_ESCAPED).encode(errors="replace")
+    return text.encode(errors="replace")
 
 
 class TooLongError(Exception):
