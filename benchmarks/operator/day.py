@@ -179,7 +179,8 @@ async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, A
         operator = stack.enter_context(site.operator(plane, resyncSeconds=_RESYNC_SECONDS))
         measured = Processes((operator.pid,))
         async with site.background(note_first_jobs(plane, first_job)):
-            await asyncio.sleep(2 * _SETTLE_SECONDS)
+            # The memory of the first resyncs is kept for the next: that is no growth.
+            await asyncio.sleep(2 * _RESYNC_SECONDS)
             audit_from, began = plane.audit_log.stat().st_size, time.monotonic()
             due = began
             while (now := time.monotonic()) - began < seconds:
