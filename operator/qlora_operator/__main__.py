@@ -184,7 +184,7 @@ class Operator:
         self._health.ready = {"schema": self._schema_problem}
         await self._check.run()
         hooks = Hooks(
-            self._request_now,
+            self._request,
             self._resync.monitor,
             self._metrics.show,
             self._signals.take,
@@ -200,13 +200,9 @@ class Operator:
             for task in beside:
                 task.cancel()
 
-    def _request(self, key: Key, after: float) -> None:
+    def _request(self, key: Key, after: float = 0.0, *, first: bool = False) -> None:
         if self._queue is not None:
-            self._queue.add(key, after)
-
-    def _request_now(self, key: Key, *, first: bool = False) -> None:
-        if self._queue is not None:
-            self._queue.add(key, first=first)
+            self._queue.add(key, after, first=first)
 
     def _request_sweep(self, key: Key, after: float) -> None:
         if self._sweeps is not None:
@@ -255,7 +251,7 @@ class Operator:
         settings, metrics, progress = self._settings, self._metrics, self._progress_reader()
         queue = WorkQueue(
             # It requests others, when one has ended that they wait for.
-            self._reconciler(progress, self._request_now).reconcile,
+            self._reconciler(progress, self._request).reconcile,
             monotonic=time.monotonic,
             workers=settings.workers,
             namespaces=settings.namespaces,

@@ -8,7 +8,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
@@ -33,8 +33,12 @@ _LOOK_SECONDS = 0.1
 Identity = tuple[Kind, str, str, str]
 """Kind, namespace, name and UID: a late event of a deleted object must not count for a new one of its name."""
 
-EnqueueAfter = Callable[[Key, float], None]
-"""Requests a job, so many seconds from now."""
+
+class EnqueueAfter(Protocol):
+    """Requests a job, so many seconds from now. `first`: before the jobs that have been started."""
+
+    def __call__(self, key: Key, after: float, /, *, first: bool = False) -> None:
+        """Request it."""
 
 
 @dataclass
@@ -191,9 +195,11 @@ class Resync:
         return changed
 
     def request_all(self, changed: set[Key]) -> None:
-        """Request these jobs and all of the store, those that have ended last."""
-        unfinished, ended = self._store.keys()
-        for key in {**dict.fromkeys(unfinished), **dict.fromkeys(changed)}:
+        """Request these jobs and all of the store: the new ones first, those that have ended last."""
+        new, started, ended = self._store.keys()
+        for key in new:
+            self._enqueue(key, 0.0, first=True)
+        for key in {**dict.fromkeys(started), **dict.fromkeys(changed)}:
             self._enqueue(key, 0.0)
         self._enqueue_all([key for key in ended if key not in changed])
 

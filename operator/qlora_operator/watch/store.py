@@ -207,11 +207,14 @@ class Store:
             self._bury(entry.job_id[1], entry.version)
             self._drop_job(entry.job_id)
 
-    def keys(self) -> tuple[list[Key], list[Key]]:
-        """Return the jobs that have not ended, and those that have."""
-        entries = [entry for job_id in self._ids.values() if (entry := self._entries.find(job_id)) is not None]
-        unfinished = [entry.key for entry in entries if entry.key is not None and not entry.ended]
-        return unfinished, [entry.key for entry in entries if entry.key is not None and entry.ended]
+    def keys(self) -> tuple[list[Key], list[Key], list[Key]]:
+        """Return the new jobs, those that have started, and those that have ended."""
+        new, started, ended = list[Key](), list[Key](), list[Key]()
+        for job_id in self._ids.values():
+            entry = self._entries.find(job_id)
+            if entry is not None and entry.key is not None:
+                (ended if entry.ended else started if entry.has_started else new).append(entry.key)
+        return new, started, ended
 
     def settle(self, key: Key, settled: bool) -> None:
         """Note, before a decision, whether the job needs nothing until its next event."""

@@ -249,7 +249,12 @@ async def _list(life: Life, reconciler: Reconciler, store: Store) -> None:
     """A resync, of whose jobs only this one is worked on."""
     asked: set[tuple[str, str]] = set()
     resync = Resync(
-        reconciler.cluster, (NAMESPACE,), lambda key, _: asked.add(key), store=store, interval=300, monotonic=float
+        reconciler.cluster,
+        (NAMESPACE,),
+        lambda key, _, **__: asked.add(key),
+        store=store,
+        interval=300,
+        monotonic=float,
     )
     for _ in range(2):
         asked.clear()

@@ -102,7 +102,7 @@ def test_no_address_or_name_of_a_job_is_opened_requested_or_started(spec: dict[s
 def test_an_operator_of_some_namespaces_lists_these_only() -> None:
     api = Recording(job_body())
     cluster, namespaces = Cluster(api), ("team-a", "team-b")
-    resync = Resync(cluster, namespaces, lambda *_: None, store=Store(), interval=300, monotonic=time.monotonic)
+    resync = Resync(cluster, namespaces, lambda *_, **__: None, store=Store(), interval=300, monotonic=time.monotonic)
     for listing in (resync._list_all(), resync.once(), resync._beat()):
         asyncio.run(listing)
     found = {path.partition("/namespaces/")[2] for path in api.paths}

@@ -126,6 +126,7 @@ class Played:
     def __init__(self, *jobs: dict[str, Any], namespaces: tuple[str, ...] = ()) -> None:
         self.lists, self.store, self._loop = Lists(*jobs), Store(), VirtualLoop()
         self.asked: list[tuple[str, str]] = []
+        self.first: list[tuple[str, str]] = []
         self.pauses: list[float] = []
         self.changes: list[tuple[str | None, bool]] = []
         self.resync = Resync(
@@ -138,8 +139,9 @@ class Played:
             on_access=lambda namespace, denied: self.changes.append((namespace, denied)),
         )
 
-    def _ask(self, key: tuple[str, str], after: float) -> None:
+    def _ask(self, key: tuple[str, str], after: float, *, first: bool = False) -> None:
         self.asked.append(key)
+        self.first += [key] if first else []
         self.pauses.append(after)
 
     def show(self, body: dict[str, Any]) -> None:
@@ -275,9 +277,10 @@ def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
     played.play(scenario)
 
 
-def test_at_the_start_unfinished_jobs_are_requested_before_ended_ones() -> None:
+def test_at_the_start_new_jobs_are_requested_first_and_ended_ones_last() -> None:
     phases = {"a": "Succeeded", "b": "Training", "c": "Failed", "d": "Queued"}
-    played = Played(*(listed(name, status={"phase": phase}) for name, phase in phases.items()))
+    started = (listed(name, status={"phase": phase, "currentRevision": "1"}) for name, phase in phases.items())
+    played = Played(*started, listed("new"))
 
     async def scenario() -> None:
         for body in played.lists.jobs:
@@ -285,8 +288,8 @@ def test_at_the_start_unfinished_jobs_are_requested_before_ended_ones() -> None:
         played.resync.request_all(await played.resync.first())
 
     played.play(scenario)
-    assert [name for _, name in played.asked] == ["b", "d", "a", "c"]
-    assert played.pauses == [0.0, 0.0, 0.0, 0.01]
+    assert [name for _, name in played.asked] == ["new", "b", "d", "a", "c"]
+    assert (played.first, played.pauses) == ([("team", "new")], [0.0, 0.0, 0.0, 0.0, 0.01])
 
 
 def test_the_work_begins_when_the_watches_have_shown_what_the_lists_have() -> None:
