@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _STOP_AFTER = 2 / 3
 _RENEW_EVERY = 1 / 6
 _LONGEST_REQUEST = 1 / 6
-_TRY_EVERY = 1 / 15
+_TRY_EVERY = 1 / 30
 _JITTER = 0.2
 # Longer than the work needs to stop on request.
 _STOPPING_SECONDS = 30.0
