@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from qlora_api.profile import PROFILE_PLURAL
 from qlora_api.spec.job import PLURAL
 from qlora_api.sweep.spec import SWEEP_PLURAL
 
-_RESOURCES = (PLURAL, SWEEP_PLURAL, "jobs", "pods")
+_RESOURCES = (PLURAL, SWEEP_PLURAL, PROFILE_PLURAL, "jobs", "pods")
 _LISTED = "LISTED"
 _TYPES = ("ADDED", "MODIFIED", "DELETED", _LISTED)
 
