@@ -1,6 +1,6 @@
 """This release with the one before it: neither may reject a job that the other has begun.
 
-`tests/support/previous_release` has its CustomResourceDefinition, and the schema of the document that its trainer
+`tests/support/previous_release` has its CustomResourceDefinitions, and the schema of the document that its trainer
 reads: of the first build that serves v1beta1. Earlier ones, which were no releases, served v1alpha1, and nothing
 converts their jobs: they must end before the definitions are deleted and this release is installed.
 """
@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from qlora_api.contract import ExitCode
-from qlora_api.crd import custom_resource_definition
+from qlora_api.crd import definitions
 from qlora_operator.decisions.manifests.objects import build_job, document
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.runner import require_known_contract
@@ -42,12 +42,7 @@ def test_the_previous_trainer_reads_this_operators_documents(contract_version: i
         jsonschema.validate(document_for_the_previous_trainer(contract_version, **spec), schema)
 
 
-def spec_of(crd: dict[str, Any]) -> dict[str, Any]:
-    schema: dict[str, Any] = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    return schema
-
-
-def added(new: dict[str, Any], old: dict[str, Any], path: str = "spec") -> dict[str, dict[str, Any]]:
+def added(new: dict[str, Any], old: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:
     """Return new fields' schemas by path. Fail if docs/reference/api-stability.md forbids a change."""
     found: dict[str, dict[str, Any]] = {}
     before, after = old.get("properties", {}), new.get("properties", {})
@@ -66,10 +61,13 @@ def added(new: dict[str, Any], old: dict[str, Any], path: str = "spec") -> dict[
     return found
 
 
-def test_fields_are_only_added_and_a_new_one_has_no_default() -> None:
-    previous = yaml.safe_load((PREVIOUS / "qlorajobs.qlora.dev.yaml").read_text())
-    fields = added(spec_of(custom_resource_definition()), spec_of(previous))
-    assert [path for path, schema in fields.items() if "default" in schema] == []
+@pytest.mark.parametrize("part", ["spec", "status"])
+@pytest.mark.parametrize("kind", definitions())
+def test_fields_are_only_added_and_a_new_one_has_no_default(kind: str, part: str) -> None:
+    this = definitions()[kind]
+    previous = yaml.safe_load((PREVIOUS / f"{this['metadata']['name']}.yaml").read_text())
+    new, old = (crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part] for crd in (this, previous))
+    assert [path for path, schema in added(new, old, part).items() if "default" in schema] == []
 
 
 @pytest.mark.parametrize("version", ["1", "2", "3", "4", "5"])
