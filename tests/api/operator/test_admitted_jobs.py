@@ -29,7 +29,7 @@ Accept = Callable[[Manifest], None]
 _OF_TEMPLATES = ("model", "dataset", "workspace", "scheduling", "retry", "activeDeadlineSeconds")
 """Parts that a sweep with several cells in a pod takes as they are."""
 _LONGEST_NAME, _ATTEMPT = "a" * MAX_NAME_LENGTH, 12_345
-_PROFILE = PROFILE.model_copy(update={"registries": ("example.org",)})
+_PROFILE = PROFILE.model_copy(update={"registries": ("example.org",), "allow_job_scheduling": True})
 _PLURALS = {
     "ControllerRevision": "controllerrevisions",
     "QLoRAJob": "qlorajobs",
@@ -65,13 +65,18 @@ def test_the_jobs_of_hundreds_of_admitted_specs_are_accepted(accept: Accept) -> 
 
 
 def _prove(accept: Accept, count: int) -> None:
+    reached = list[bool]()
+
     @settings(max_examples=count, suppress_health_check=list(HealthCheck))
     @given(spec=specs())
     def check(spec: Manifest) -> None:
-        for manifest in (*_of_job(spec), *_of_sweep(spec)):
+        manifests = (*_of_job(spec), *_of_sweep(spec))
+        for manifest in manifests:
             accept(manifest)
+        reached.append(any(manifest["kind"] == "Job" for manifest in manifests))
 
     check()
+    assert sum(reached) > len(reached) / 2, "most specs have Jobs"
 
 
 def _of_job(spec: Manifest) -> Iterator[Manifest]:

@@ -207,6 +207,8 @@ def test_one_of_two_operators_works_and_the_standby_takes_over(site: Site) -> No
         second = running.enter_context(site.operator("second", proxy=road, **settings))
         second.wait_until_ready()
         starts("both")
+        # It has the five watches, and so the jobs, before it is elected.
+        eventually(lambda: road.count("GET", "watch=true") >= 5, seconds=20, every=0.1, what="watches of the standby")
         assert (leads(first), leads(second)) == (True, False)
         assert road.count("POST", "/jobs") == 0
 

@@ -180,6 +180,7 @@ class SweepLives(Lives):
     @initialize(
         seed=_SEED,
         hours=st.sampled_from([None, None, _FEW_HOURS]),
+        jobs=st.sampled_from([None, None, 2]),  # fewer than a pod has cells is an objection
         shape=st.sampled_from([(2, 1), (2, 2), (2, 2), (2, 2), (3, 2), (4, 1)]),
         publish=st.sampled_from(["all", "best"]),
         failures=st.integers(0, 2),
@@ -190,13 +191,14 @@ class SweepLives(Lives):
         self,
         seed: int,
         hours: float | None,
+        jobs: int | None,
         shape: tuple[int, int],
         publish: str,
         failures: int,
         ttl: int | None,
         workspace: Object,
     ) -> None:
-        self.begin_world(seed, gpuHours=hours)
+        self.begin_world(seed, gpuHours=hours, jobs=jobs)
         cells, size = shape
         more = {"retry": {"maxFailures": failures}, "workspace": workspace, "output": _OUTPUT}
         spec = {
