@@ -212,7 +212,7 @@ def summary(job: Object) -> dict[str, object]:
     """The phase of a job, and the reason of its condition Succeeded."""
     status = job.get("status", {})
     reasons = {entry["type"]: entry["reason"] for entry in status.get("conditions", ())}
-    return {"phase": status.get("phase"), "reason": reasons.get("Succeeded"), "ready": reasons.get("Ready")}
+    return {"phase": status.get("phase"), "reason": reasons.get("Succeeded")}
 
 
 def controlled(pod: Object) -> bool:
