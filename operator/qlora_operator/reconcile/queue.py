@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 300.0
-_WORKERS_PER_RESERVED = 4
-_WORKERS_PER_FREE = 8
+_WORKERS_PER_RESERVED = 8
+_WORKERS_PER_FREE, _FEWEST_WITH_A_FREE_ONE = 8, 5
 _FEW_ENTRIES = 64
 
 
@@ -242,7 +242,7 @@ class WorkQueue:
         self._on_error = on_error
         self._on_start = on_start
         # A namespace next to one that has much work finds a worker free, and need not wait for one.
-        free = workers // _WORKERS_PER_FREE or int(workers > _WORKERS_PER_RESERVED)
+        free = workers // _WORKERS_PER_FREE or int(workers >= _FEWEST_WITH_A_FREE_ONE)
         if len(set(namespaces)) == 1:
             free = 0  # there are no other namespaces
         reserved = min(workers - 1, max(1, workers // _WORKERS_PER_RESERVED))
