@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_READS = 10.0
 SECONDS_AFTER_FAILURE = 60.0
+_PUT_OFF_SECONDS, _LONGEST_OVERDUE = 1.0, 3.0
 _FIGURES_PER_SECOND = 20
 """Writes of figures alone: up to 200 jobs, each reading is stored."""
 _LONGEST_UNSTORED = 60.0
@@ -53,6 +54,14 @@ class ReadSchedule:
         """Note the read of the log. Returns the seconds until the next, at least `pause`."""
         self._due[key] = self._reserve(now + pause, now)
         return self._due[key] - now
+
+    def put_off(self, key: Key, now: float) -> float:
+        """Keep the place of a job that no reader is free for. Returns the seconds until it tries again.
+
+        After some tries it gets another place: with nodes that do not answer, all jobs would try every second.
+        """
+        overdue = now - self._due[key]
+        return _PUT_OFF_SECONDS if overdue < _LONGEST_OVERDUE else self.done(key, now, pause=_PUT_OFF_SECONDS)
 
     @property
     def jobs(self) -> int:
@@ -133,7 +142,7 @@ class ProgressReader:
         if wait > 0:
             return LogReading(again=wait)
         if self._reading >= self._concurrent:
-            return LogReading(again=self._schedule.done(key, self._monotonic(), pause=1.0))
+            return LogReading(again=self._schedule.put_off(key, self._monotonic()))
         self._reading += 1
         try:
             text = await self._read_log(job.namespace, pod.name)

@@ -99,6 +99,16 @@ def test_each_job_is_read_as_often_as_the_budget_allows_and_never_beyond_it(jobs
     assert seconds <= longest <= seconds + 4
 
 
+def test_a_job_that_finds_no_reader_free_keeps_its_place_for_a_moment() -> None:
+    """All places of the next 16 seconds are taken: it would wait for that long."""
+    schedule, key = ReadSchedule(), ("team", "job0")
+    for number in range(2000):
+        schedule.seconds_until_due(("team", f"job{number}"), 0.0)
+    assert [schedule.put_off(key, seconds) for seconds in (0.0, 1.0, 2.0)] == [1.0, 1.0, 1.0]
+    assert schedule.seconds_until_due(key, 3.0) == 0
+    assert schedule.put_off(key, 3.0) == pytest.approx(13)
+
+
 def test_unreadable_logs_delay_no_other_job() -> None:
     schedule = ReadSchedule()
     for number in range(10):
