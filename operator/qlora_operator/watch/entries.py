@@ -29,6 +29,8 @@ class Entry:
     version: int = 0
     body: bytes = b""
     marks: bytes = b""
+    is_new: bool = True
+    """Whether no pass has written its status: a job that waits for a place has one."""
     has_started: bool = False
     revision: bytes = b""
     fresh: bool = False

@@ -196,10 +196,10 @@ class Resync:
 
     def request_all(self, changed: set[Key]) -> None:
         """Request these jobs and all of the store: the new ones first, those that have ended last."""
-        new, started, ended = self._store.keys()
+        new, known, ended = self._store.keys()
         for key in new:
             self._enqueue(key, 0.0, first=True)
-        for key in {**dict.fromkeys(started), **dict.fromkeys(changed)}:
+        for key in {**dict.fromkeys(known), **dict.fromkeys(changed)}:
             self._enqueue(key, 0.0)
         self._enqueue_all([key for key in ended if key not in changed])
 

@@ -100,6 +100,7 @@ class Store:
         news = entry.marks != marks or (entry.has_started and not has_started)
         entry.fresh = entry.fresh or (created and entry.empty)
         entry.key, entry.version, entry.marks, entry.has_started = key, version, marks, has_started
+        entry.is_new = "startTime" not in (body.get("status") or {})
         entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
         entry.settled, entry.ended = entry.settled and not news, _has_ended(body)
         self._take_name(key, entry)
@@ -208,13 +209,13 @@ class Store:
             self._drop_job(entry.job_id)
 
     def keys(self) -> tuple[list[Key], list[Key], list[Key]]:
-        """Return the new jobs, those that have started, and those that have ended."""
-        new, started, ended = list[Key](), list[Key](), list[Key]()
+        """Return the jobs without a status, the others that have not ended, and those that have."""
+        new, known, ended = list[Key](), list[Key](), list[Key]()
         for job_id in self._ids.values():
             entry = self._entries.find(job_id)
             if entry is not None and entry.key is not None:
-                (ended if entry.ended else started if entry.has_started else new).append(entry.key)
-        return new, started, ended
+                (ended if entry.ended else new if entry.is_new else known).append(entry.key)
+        return new, known, ended
 
     def settle(self, key: Key, settled: bool) -> None:
         """Note, before a decision, whether the job needs nothing until its next event."""

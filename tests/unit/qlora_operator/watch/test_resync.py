@@ -278,9 +278,10 @@ def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
 
 
 def test_at_the_start_new_jobs_are_requested_first_and_ended_ones_last() -> None:
-    phases = {"a": "Succeeded", "b": "Training", "c": "Failed", "d": "Queued"}
-    started = (listed(name, status={"phase": phase, "currentRevision": "1"}) for name, phase in phases.items())
-    played = Played(*started, listed("new"))
+    """A job that waits for a place, and has no revision yet, is not new."""
+    phases = {"a": "Succeeded", "b": "Training", "c": "Failed", "d": "Pending"}
+    known = (listed(name, status={"phase": phase, "startTime": "today"}) for name, phase in phases.items())
+    played = Played(*known, listed("new"))
 
     async def scenario() -> None:
         for body in played.lists.jobs:
