@@ -267,6 +267,7 @@ class Operator:
                 metrics=metrics,
                 accounts=self._accounts,
                 store=self._store,
+                enqueue=self._request_sweep,
                 note_usage=self._store.jobs.note_sweep,
             ).reconcile,
             monotonic=time.monotonic,

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
@@ -296,7 +296,9 @@ class Reconciler:
         return _Done(None if expires is None else (expires - now).total_seconds())
 
     async def _read_run(self, key: Key, view: "_View", shared: SharedPod | None) -> "_Run":
-        log = await self.progress.read(key, view.job, view.observed, shared) if self.progress else LogReading()
+        log, enqueue = LogReading(), partial(self.starts.enqueue, key)
+        if self.progress is not None:
+            log = await self.progress.read(key, view.job, view.observed, enqueue, shared)
         return _Run(log, await read_queue(self.cluster, view.job, view.observed))
 
     async def _read_facts(self, view: "_View", run: "_Run", shared: SharedPod | None, others: int) -> Facts:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_READS = 10.0
 SECONDS_AFTER_FAILURE = 60.0
-_PUT_OFF_SECONDS, _LONGEST_OVERDUE = 1.0, 3.0
+_SECONDS_FOR_A_TURN = 3.0
 _FIGURES_PER_SECOND = 20
 """Writes of figures alone: up to 200 jobs, each reading is stored."""
 _LONGEST_UNSTORED = 60.0
@@ -55,14 +55,6 @@ class ReadSchedule:
         self._due[key] = self._reserve(now + pause, now)
         return self._due[key] - now
 
-    def put_off(self, key: Key, now: float) -> float:
-        """Keep the place of a job that no reader is free for. Returns the seconds until it tries again.
-
-        After some tries it gets another place: with nodes that do not answer, all jobs would try every second.
-        """
-        overdue = now - self._due[key]
-        return _PUT_OFF_SECONDS if overdue < _LONGEST_OVERDUE else self.done(key, now, pause=_PUT_OFF_SECONDS)
-
     @property
     def jobs(self) -> int:
         """The number of jobs that share the budget."""
@@ -85,6 +77,49 @@ class ReadSchedule:
         return max(earliest, second + before / share)
 
 
+@dataclass
+class ReaderLine:
+    """Due jobs that wait for one of the `readers`, first come, first served."""
+
+    readers: int
+    _reading: int = 0
+    _waiting: dict[Key, Callable[[], None]] = field(default_factory=dict)
+    _turns: dict[Key, float] = field(default_factory=dict)
+    """When each enqueued job that has not begun to read got its reader."""
+
+    def begin(self, key: Key, enqueue: Callable[[], None], now: float) -> bool:
+        """Return whether the job may read; if not, it is enqueued when it may."""
+        if key not in self._turns:
+            self._waiting.setdefault(key, enqueue)
+            self._give_turns(now, here=key)
+        if self._turns.pop(key, None) is None:
+            return False
+        self._reading += 1
+        return True
+
+    def end(self, now: float) -> None:
+        """Give the reader to the job that has waited for longest."""
+        self._reading -= 1
+        self._give_turns(now)
+
+    def forget(self, key: Key, now: float) -> None:
+        """Drop a job that no longer runs."""
+        self._waiting.pop(key, None)
+        if self._turns.pop(key, None) is not None:
+            self._give_turns(now)
+
+    def _give_turns(self, now: float, here: Key | None = None) -> None:
+        """Enqueue as many jobs as readers are free, except the one that is `here`."""
+        # A job whose pass fails before it reads must not keep its reader.
+        self._turns = {key: since for key, since in self._turns.items() if now - since < _SECONDS_FOR_A_TURN}
+        while self._waiting and self._reading + len(self._turns) < self.readers:
+            key = next(iter(self._waiting))
+            enqueue = self._waiting.pop(key)
+            self._turns[key] = now
+            if key != here:
+                enqueue()
+
+
 @dataclass(frozen=True)
 class LogReading:
     """The result of reading the log of a job in one pass."""
@@ -103,7 +138,8 @@ class LogReading:
 class ProgressReader:
     """Reads the progress of one job when due: a failed read never fails the job.
 
-    At most `concurrent` logs are read at a time: a node that does not answer must not block all workers.
+    At most `concurrent` logs are read at a time: a node that does not answer must not block all workers. The other due
+    jobs wait in line, without a worker.
     """
 
     def __init__(
@@ -114,10 +150,9 @@ class ProgressReader:
         per_second: int = READS_PER_SECOND,
     ) -> None:
         self._read_log = read_log
-        self._concurrent = concurrent
-        self._reading = 0
         self._monotonic = monotonic
         self._schedule = ReadSchedule(per_second)
+        self._line = ReaderLine(concurrent)
         self._reported: dict[Key, str] = {}
         """The time of each job's latest record."""
 
@@ -126,12 +161,14 @@ class ProgressReader:
         key: Key,
         job: QLoRAJob,
         observed: Observed,
+        enqueue: Callable[[], None],
         shared: SharedPod | None = None,
         beside: Sequence[str] = (),
     ) -> LogReading:
         """Read the job's latest record in the pod that reports on it, if it is due.
 
-        `shared`: the pod of its sweep that trains it with other cells. `beside`: UIDs of other jobs in that log.
+        `enqueue`: called when a reader is free for a due job that has found none. `shared`: the pod of its sweep that
+        trains it with other cells. `beside`: UIDs of other jobs in that log.
         """
         step = job.status.step
         pod = _reporting(job, observed, shared)
@@ -141,13 +178,12 @@ class ProgressReader:
         wait = self._schedule.seconds_until_due(key, self._monotonic())
         if wait > 0:
             return LogReading(again=wait)
-        if self._reading >= self._concurrent:
-            return LogReading(again=self._schedule.put_off(key, self._monotonic()))
-        self._reading += 1
+        if not self._line.begin(key, enqueue, self._monotonic()):
+            return LogReading(again=SECONDS_AFTER_FAILURE)
         try:
             text = await self._read_log(job.namespace, pod.name)
         finally:
-            self._reading -= 1
+            self._line.end(self._monotonic())
         if text is None:
             return LogReading(again=self._schedule.done(key, self._monotonic(), pause=SECONDS_AFTER_FAILURE))
         record = latest_record(text, job.run_uid, pod, step.name)
@@ -170,6 +206,7 @@ class ProgressReader:
     def forget(self, key: Key) -> None:
         """Drop a job that is gone, or does not run."""
         self._schedule.forget(key)
+        self._line.forget(key, self._monotonic())
         self._reported.pop(key, None)
 
 

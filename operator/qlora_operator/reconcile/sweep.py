@@ -113,13 +113,15 @@ class SweepReconciler:
     blocked: Pauses = field(default_factory=Pauses)
     accounts: Accounts = field(default_factory=Accounts)
     store: Store = field(default_factory=Store)
+    enqueue: Callable[[Key, float], None] = lambda _key, _after: None
     note_usage: Callable[[Key, str, str, int], None] = lambda _key, _uid, _profile, _seconds: None
     """Notes the sweep's GPU seconds so far, with its key, UID and profile."""
     _denials: dict[Key, _Denial] = field(default_factory=dict)
 
     @cached_property
     def _pods(self) -> SweepPods:
-        return SweepPods(self.cluster, Revisions(self.cluster, self.store), self.profiles, self.progress, self.clock)
+        revisions = Revisions(self.cluster, self.store)
+        return SweepPods(self.cluster, revisions, self.profiles, self.progress, self.clock, self.enqueue)
 
     async def reconcile(self, key: Key) -> float | None:
         """Return the seconds until the next pass, or None if the next event is enough.

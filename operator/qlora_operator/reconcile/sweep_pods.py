@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from qlora_api.profile import Profile
 from qlora_api.schema import replace
@@ -27,6 +28,7 @@ from qlora_operator.decisions.sweeps.pods import (
     pods_of,
 )
 from qlora_operator.decisions.sweeps.sweep import CellJob, QLoRASweep
+from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
 from qlora_operator.kube.errors import AlreadyExistsError, ClusterError, NotFoundError, RejectedError
 from qlora_operator.reconcile.progress import LogReading, ProgressReader
@@ -59,6 +61,7 @@ class SweepPods:
     profiles: Mapping[str, Profile]
     progress: ProgressReader | None
     clock: Callable[[], datetime]
+    enqueue: Callable[[Key, float], None]
 
     async def follow(self, sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> FollowedPods:
         """Carry out the due actions for the sweep's pods.
@@ -116,8 +119,9 @@ class SweepPods:
         """Observations of the pod, and seconds until its log is read again."""
         job, log, observed = as_job(sweep, pod, names, jobs), LogReading(), of_pod(of_sweep, name_of(sweep, pod))
         if job is not None and self.progress is not None:
+            enqueue = partial(self.enqueue, (sweep.namespace, sweep.name), 0.0)
             beside = [cell.uid for cell in cells_of(pod, jobs)]
-            log = await self.progress.read((job.namespace, job.name), job, observed, beside=beside)
+            log = await self.progress.read((job.namespace, job.name), job, observed, enqueue, beside=beside)
         facts = PodFacts(
             observed=observed,
             now=self.clock(),

@@ -5,6 +5,7 @@ import heapq
 import json
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 
@@ -99,16 +100,6 @@ def test_each_job_is_read_as_often_as_the_budget_allows_and_never_beyond_it(jobs
     assert seconds <= longest <= seconds + 4
 
 
-def test_a_job_that_finds_no_reader_free_keeps_its_place_for_a_moment() -> None:
-    """All places of the next 16 seconds are taken: it would wait for that long."""
-    schedule, key = ReadSchedule(), ("team", "job0")
-    for number in range(2000):
-        schedule.seconds_until_due(("team", f"job{number}"), 0.0)
-    assert [schedule.put_off(key, seconds) for seconds in (0.0, 1.0, 2.0)] == [1.0, 1.0, 1.0]
-    assert schedule.seconds_until_due(key, 3.0) == 0
-    assert schedule.put_off(key, 3.0) == pytest.approx(13)
-
-
 def test_unreadable_logs_delay_no_other_job() -> None:
     schedule = ReadSchedule()
     for number in range(10):
@@ -116,6 +107,10 @@ def test_unreadable_logs_delay_no_other_job() -> None:
         schedule.done(("attacker", f"job{number}"), 0.0, pause=SECONDS_AFTER_FAILURE)
     assert schedule.seconds_until_due(("team", "a"), 0.0) < 1
     assert schedule.done(("team", "a"), 1.0) == pytest.approx(10)
+
+
+def unwanted() -> None:
+    raise AssertionError("a reader is free")
 
 
 class Clock:
@@ -138,15 +133,15 @@ def test_a_reader_reads_when_it_is_due_and_only_a_running_pod() -> None:
         job = make_job(status_in("train"))
         key = (job.namespace, job.name)
         pending, active = seen(child("train"), pod("train")), seen(child("train"), running(pod("train")))
-        assert await reader.read(key, job, pending) == LogReading()
-        reading = await reader.read(key, job, active)
+        assert await reader.read(key, job, pending, unwanted) == LogReading()
+        reading = await reader.read(key, job, active, unwanted)
         record, wait = reading.record, reading.again
         assert reading.done
         assert (record and record.training_step, wait) == (1, pytest.approx(10))
         clock.now = 4.0
-        assert (await reader.read(key, job, active)).again == pytest.approx(6)
+        assert (await reader.read(key, job, active, unwanted)).again == pytest.approx(6)
         clock.now = 10.0
-        assert present((await reader.read(key, job, active)).record).training_step == 2
+        assert present((await reader.read(key, job, active, unwanted)).record).training_step == 2
 
     asyncio.run(scenario())
     assert asked == [("team", f"{NAME}-train-1-pod1")] * 2
@@ -160,17 +155,18 @@ def test_an_unreadable_log_is_no_error_and_is_retried_after_a_minute() -> None:
         reader = ProgressReader(read_log, Clock(), concurrent=2)
         job = make_job(status_in("train"))
         active = seen(child("train"), running(pod("train")))
-        assert (await reader.read((job.namespace, job.name), job, active)).again == pytest.approx(60)
+        assert (await reader.read((job.namespace, job.name), job, active, unwanted)).again == pytest.approx(60)
 
     asyncio.run(scenario())
 
 
-def test_a_node_that_does_not_answer_holds_up_some_readers_only() -> None:
+def test_jobs_that_find_no_reader_free_are_read_in_their_order() -> None:
+    """A node that does not answer holds up its readers, and no worker."""
     answer = asyncio.Event()
     asked: list[str] = []
+    enqueued: list[str] = []
 
     async def read_log(namespace: str, name: str) -> str:
-        asked.append(name)
         await answer.wait()
         return ""
 
@@ -179,17 +175,27 @@ def test_a_node_that_does_not_answer_holds_up_some_readers_only() -> None:
         reader = ProgressReader(read_log, clock, concurrent=2)
         job = make_job(status_in("train"))
         active = seen(child("train"), running(pod("train")))
-        stuck = []
-        for name in ("first", "second"):
-            stuck.append(asyncio.create_task(reader.read(("team", name), job, active)))
-            await asyncio.sleep(0)
+
+        async def passes_over(name: str) -> LogReading:
             clock.now += 1
-        assert (await reader.read(("team", "third"), job, active)).again == pytest.approx(1)
-        assert len(asked) == 2
+            reading = await reader.read(("team", name), job, active, partial(enqueued.append, name))
+            asked.extend([name] if reading.done else [])
+            return reading
+
+        stuck = [asyncio.create_task(passes_over(name)) for name in ("job1", "job2")]
+        await asyncio.sleep(0)
+        for name in ("job3", "job4", "job5", "job3"):
+            assert (await passes_over(name)).again == pytest.approx(60)
+        reader.forget(("team", "job4"))
+        assert enqueued == []
         answer.set()
         await asyncio.gather(*stuck)
-        clock.now += 1
-        await reader.read(("team", "third"), job, active)
-        assert len(asked) == 3
+        assert enqueued == ["job3", "job5"]
+        assert (await passes_over("job6")).again == pytest.approx(60), "both readers are for jobs before it"
+        await passes_over("job5")
+        await passes_over("job6")
+        assert asked == ["job1", "job2", "job5", "job6"]
+        clock.now += 3  # job3 ended before it came: its turn is over
+        assert [(await passes_over(name)).done for name in ("job7", "job8")] == [True, True]
 
     asyncio.run(scenario())
