@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from qlora_api.contract import ProgressRecord, decode_record
 from qlora_api.figures import with_progress
@@ -132,7 +133,7 @@ class LogReading:
     done: bool = False
     """Whether the log could be read, so that a missing record is evidence."""
     rest: float = 0.0
-    """How many seconds the stored figures may stay as they are; 0 if this record was read before."""
+    """The age in seconds that stored figures may have; 0 if this record was read before."""
 
 
 class ProgressReader:
@@ -193,15 +194,19 @@ class ProgressReader:
         return LogReading(record, newest, again, done=True, rest=rest)
 
     def _rest(self, key: Key, record: ProgressRecord | None) -> float:
-        """Return the seconds between two writes of figures, 0 without a new record.
+        """Return the age that stored figures may have, 0 without a new record.
 
-        So a run that hangs after an unstored record is measured from when that was read.
+        So a run that hangs after an unstored record is measured from when that was read. With many jobs, each stores
+        its figures once in each of its periods. These begin at other times than those of the other jobs: writes of all
+        in one round of reads would make that round take twice as long.
         """
         if record is None or record.time == self._reported.get(key):
             return 0.0
         self._reported[key] = record.time
-        seconds = self._schedule.jobs / _FIGURES_PER_SECOND
-        return min(seconds, _LONGEST_UNSTORED) if seconds > SECONDS_BETWEEN_READS else 0.0
+        seconds = min(self._schedule.jobs / _FIGURES_PER_SECOND, _LONGEST_UNSTORED)
+        if seconds <= SECONDS_BETWEEN_READS:
+            return 0.0
+        return (self._monotonic() + crc32("/".join(key).encode())) % seconds
 
     def forget(self, key: Key) -> None:
         """Drop a job that is gone, or does not run."""

@@ -2,7 +2,9 @@
 
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -24,9 +26,10 @@ class Training:
         self.cluster.jobs, self.cluster.pods = [child("train")], [running(pod("train"))]
         self.metrics, self.now, self._log = Metrics(), 0.0, ""
         self._store = shown(self.cluster)
-        self._reader = ProgressReader(self._read_log, lambda: self.now, concurrent=1)
+        # The job's period begins a second before each full minute.
+        self._reader = ProgressReader(self._read_log, lambda: self.now + 1 - crc32("/".join(KEY).encode()), 1)
         for number in range(jobs):
-            self._reader._schedule.seconds_until_due(("team", f"other{number}"), 0.0)
+            self._reader._schedule.seconds_until_due(("team", f"other{number}"), self._reader._monotonic())
         self.report(0)
         self.report(60)
 
@@ -55,12 +58,12 @@ def test_the_figures_of_few_jobs_are_stored_with_each_reading() -> None:
 
 def test_the_figures_of_two_thousand_jobs_are_stored_once_a_minute_and_shown_at_each_reading() -> None:
     job = Training(jobs=2000)
-    seconds = range(80, 260, 20)
+    seconds = range(80, 320, 20)
     stored = [at for at in seconds if job.report(at, training_step=100 + at // 60, loss=at / 100)]
-    assert stored == [120, 180, 240]
+    assert [later - earlier for earlier, later in pairwise(stored)] == [60, 60, 60]
     assert job.cluster.status.progress is not None
-    assert job.cluster.status.progress.loss == 2.4
-    job.report(260, loss=2.6)
+    assert job.cluster.status.progress.loss == stored[-1] / 100
+    job.report(stored[-1] + 20, loss=2.6)
     assert job.metrics.registry.get_sample_value("qlora_job_loss", {"namespace": "team", "name": NAME}) == 2.6
 
 

@@ -19,7 +19,20 @@ from qlora_operator.reconcile.progress import (
     latest_record,
 )
 from qlora_operator.settings import READS_PER_SECOND
-from tests.support.builders import NAME, NOW, UID, child, make_job, pod, present, progress, running, seen, status_in
+from tests.support.builders import (
+    NAME,
+    NOW,
+    UID,
+    child,
+    make_job,
+    pod,
+    present,
+    progress,
+    running,
+    seen,
+    status_in,
+    time,
+)
 
 POD = Pod(name="pod", uid=f"uid-{NAME}-train-1-pod1", owner_uid="", created=NOW, phase="Running")
 
@@ -199,3 +212,28 @@ def test_jobs_that_find_no_reader_free_are_read_in_their_order() -> None:
         assert [(await passes_over(name)).done for name in ("job7", "job8")] == [True, True]
 
     asyncio.run(scenario())
+
+
+def test_figures_of_many_jobs_are_not_stored_in_the_same_round_of_reads() -> None:
+    """A write costs the API server more than a read: all in one round would delay the reads of that round."""
+    clock, stored = Clock(), dict.fromkeys((("team", f"job{number}") for number in range(600)), 0.0)
+
+    async def read_log(namespace: str, name: str) -> str:
+        return line(time=time(int(clock.now)))
+
+    async def scenario() -> list[int]:
+        reader = ProgressReader(read_log, clock, concurrent=8)
+        job, active = make_job(status_in("train")), seen(child("train"), running(pod("train")))
+        writes = []
+        for seconds in range(0, 100, 10):
+            for key in stored:
+                reader._schedule._due[key] = clock.now = float(seconds)
+            ages = {key: (await reader.read(key, job, active, unwanted)).rest for key in stored}
+            written = [key for key, age in ages.items() if clock.now - stored[key] >= age]
+            stored.update(dict.fromkeys(written, clock.now))
+            writes.append(len(written))
+        return writes
+
+    writes = asyncio.run(scenario())[1:]
+    assert max(writes) < 300, "of 600, in a period of 30 seconds with three rounds"
+    assert sum(writes) >= 1200, "and each has its turn"
