@@ -20,6 +20,7 @@ from qlora_api.kubernetes_values import (
     QUANTITY,
 )
 from qlora_api.sweep.grid import Grid, Overrides
+from qlora_cli.addresses import advice_on_address
 
 Location = tuple[int | str, ...]
 
@@ -45,6 +46,12 @@ _TYPES: Mapping[str, str] = {
     "string_type": "text",
     "tuple_type": "a list: in [ ], or with '- ' before each entry",
 }
+# Of the addresses of models, data and adapters.
+_AN_ADDRESS = "pvc://CLAIM/PATH"
+# Fields whose number needs a unit.
+_WITH_UNIT = ("gpuMemory", "memory", "size")
+_OTHER_NAMES: Mapping[str, str] = {"profile": "profileName", "queue": "queueName"}
+"""Names by which users know fields."""
 # A field that more objects have, such as source, is ambiguous.
 _MAX_PLACES = 3
 _NUMBERS: Mapping[str, re.Pattern[str]] = {
@@ -82,6 +89,7 @@ def follows_from_another(problem: ErrorDetails) -> bool:
 def explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     """Return the sentence for a problem of a document that `model` validated as JSON."""
     message, value = problem["msg"].removeprefix("Value error, "), problem["input"]
+    field = str(problem["loc"][-1]) if problem["loc"] else ""
     message = message[:1].lower() + message[1:]
     match problem["type"]:
         case "extra_forbidden":
@@ -92,15 +100,22 @@ def explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
             return f"has {len(value)} entries, must have at least {problem['ctx']['min_length']}"
         case "too_long":
             return f"has {len(value)} entries, must have at most {problem['ctx']['max_length']}"
+        case "value_error" if isinstance(value, str) and _AN_ADDRESS in message:
+            head, _, allowed = message.partition(", must be ")
+            advice = advice_on_address(value)
+            link = " It" if advice.endswith("?") else "; it"
+            return f"{head}: {advice}{link} must be {allowed}" if advice else message
         case "value_error" if isinstance(value, (dict, list)) or "found" in message:
             return message
         case "model_type":
             message = f"must be an object with {', '.join(_field_names(problem['loc'], model))}"
         case "string_pattern_mismatch":
             message = WORDS_OF_PATTERN[problem["ctx"]["pattern"]]
+        case "string_type" if field in _WITH_UNIT and isinstance(value, int):
+            return f"found {describe_value(value)}, must have a unit, for example {value or 24}Gi"
         case known if known in _TYPES:
             message = f"must be {_TYPES[known]}{_quotes(known, value)}"
-    found, field = describe_value(value), str(problem["loc"][-1]) if problem["loc"] else ""
+    found = describe_value(value)
     advice = _ADVICE.get((field, found), _ADVICE.get((field,), ""))
     return f"found {found}, {message.replace('input should', 'must').replace('string should', 'must')}{advice}"
 
@@ -121,7 +136,7 @@ def _quotes(problem: str, value: Any) -> str:
 
 def _unknown_field(location: Location, model: type[BaseModel]) -> str:
     name, fields = str(location[-1]), _field_names(location[:-1], model)
-    places = _places(location, model)
+    places = _places((*location[:-1], _OTHER_NAMES.get(name, name)), model)
     if 0 < len(places) <= _MAX_PLACES:
         return f"unknown field; it is {' or '.join(places)}"
     close = difflib.get_close_matches(name, fields, n=1)

@@ -7,6 +7,7 @@ import click
 from pydantic import ValidationError
 
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument
+from qlora_cli.manifest_problems import explain
 from qlora_client.jobs.names import generated_name
 
 Object = dict[str, Any]
@@ -124,6 +125,4 @@ def _describe(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"])
     options = {f"spec.{option.field}": option.name for option in _OPTIONS} | {"metadata.name": "--name"}
-    text = problem["msg"].removeprefix("Value error, ")
-    found = f"found {problem['input']!r}: " if isinstance(problem["input"], str | int | float) else ""
-    return f"{options.get(field, field)}: {found}{text}"
+    return f"{options.get(field, field)}: {explain(problem, QLoRAJobDocument)}"

@@ -19,7 +19,7 @@ from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
 from qlora_cli.local.forecast import GpuOfPlan, gpu_of_profile, parse_gpu_memory, parse_price, show_forecast
 from qlora_cli.local.plan import find_config, make_plan, show_plan
 from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
-from qlora_cli.local.rows import RowAccess, show_lengths, show_rows
+from qlora_cli.local.rows import RowAccess, show_first_rows, show_lengths
 from qlora_cli.local.run import Display, Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
 from qlora_cli.local.run_sweep import LocalSweep, best_cell, earlier_sweep, run_sweep
 from qlora_cli.manifest import Document, ManifestError, load_manifest
@@ -165,20 +165,25 @@ def _show_plan(document: Document, config: Path, gpu_memory: int | None, gpu: Gp
 
 @click.command()
 @_file
-@click.option("--rows", type=click.IntRange(1, 1000), default=3, show_default=True, help="Rows to show.")
+@click.option(
+    "--rows",
+    type=click.IntRange(0, 1000),
+    default=3,
+    show_default=True,
+    help="Rows to read and show; 0 reads all, and shows 3.",
+)
 @_volume
 @_config_map
 @_tokenizer
 def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None) -> None:
     """Show the first rows of the job or sweep in FILE as the model sees them, and which tokens are trained on.
 
-    These are green on a terminal, and between [[ and ]] elsewhere or with NO_COLOR set.
+    These are green on a terminal, and between [[ and ]] elsewhere or with NO_COLOR set. Wrong rows are listed at the
+    end, with totals by kind.
     """
     access = _row_access(_spec(_load(file)), claims, config_maps, tokenizer)
     try:
-        with access.previews(rows) as previews:
-            for preview in previews:
-                show_rows(preview, Console(emoji=False))
+        show_first_rows(access, rows, Console(emoji=False))
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
 

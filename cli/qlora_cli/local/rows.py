@@ -20,13 +20,14 @@ from qlora_api.spec.model import BaseModelSpec
 from qlora_cli.local.plan import fetching, require_hub_client
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.failures import bad_configuration, model_unavailable
 from qlora_trainer.core.process import hide_gpus
 
 if TYPE_CHECKING:
     from qlora_trainer.data.build import ExaminedData
     from qlora_trainer.data.dataset import Dataset, TokenizedSource
-    from qlora_trainer.data.preview import Preview, PreviewedRow
+    from qlora_trainer.data.examples.wrong_rows import WrongRows
+    from qlora_trainer.data.preview import Counts, Preview, PreviewedRow
     from qlora_trainer.data.render.chat_template import Tokenizer
     from qlora_trainer.stores.access import StoreAccess
 
@@ -55,14 +56,14 @@ class RowAccess:
         return Tokenizer(folder, job_template(self.spec.dataset, self.mounts))
 
     @contextmanager
-    def previews(self, count: int) -> Iterator[Iterator["Preview"]]:
+    def previews(self, count: int, wrong: "WrongRows") -> Iterator[Iterator["Preview"]]:
         """Return `count` rows of each source, delete downloads. Raises StepFailure."""
         from qlora_trainer.data.preview import previews
 
         with TemporaryDirectory() as folder:
             tokenizer = self.tokenizer()
             dataset, training = self.spec.dataset, self.spec.training
-            yield previews(dataset, training, tokenizer, self._data(), Path(folder), count)
+            yield previews(dataset, training, tokenizer, self._data(), Path(folder), count, wrong)
 
     def examine(self, folder: Path) -> "ExaminedData":
         """Tokenize all rows with their files in `folder`. Raises StepFailure."""
@@ -99,7 +100,10 @@ def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
                 f"spec.model.source is {model.source}: give a folder for the claim with --volume {source.claim}=DIR, "
                 f"or {advice.removeprefix('give ')}"
             )
-        return mounts.volume(source)
+        folder = mounts.volume(source)
+        if not folder.is_dir():
+            raise model_unavailable(f"{folder} does not exist: correct {model.source}, or {advice}")
+        return folder
     if not isinstance(source, HubSource):
         raise bad_configuration(f"spec.model.source is {model.source}, which this command does not download: {advice}")
     require_hub_client(f"or {advice}")
@@ -113,10 +117,22 @@ def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
         return Path(snapshot_download(source.repository, revision=model.revision, allow_patterns=names))
 
 
+def show_first_rows(access: RowAccess, count: int, console: Console) -> None:
+    """Print `count` rows of each source. Raises StepFailure with all wrong ones, last."""
+    from qlora_trainer.data.examples.wrong_rows import WrongRows
+
+    wrong, read = WrongRows(), 0
+    with access.previews(count, wrong) as previews:
+        for preview in previews:
+            show_rows(preview, console)
+            read += preview.counts.read
+    wrong.require_none_of(read)
+
+
 def show_rows(preview: "Preview", console: Console, environment: Mapping[str, str] = os.environ) -> None:
     """Print each row's text; targets are green on a terminal, and elsewhere between [[ and ]].
 
-    Raises StepFailure for an invalid row, after those before it.
+    The preview collects invalid rows.
     """
     colored = console.is_terminal and not environment.get("NO_COLOR")
     reading = preview.reading
@@ -129,6 +145,16 @@ def show_rows(preview: "Preview", console: Console, environment: Mapping[str, st
     for row in preview.rows:
         console.print()
         _show_row(row, console, colored=colored)
+    if preview.counts.unread:
+        console.print(Text(f"\n{_not_read(preview.counts)}", "yellow"))
+
+
+def _not_read(counts: "Counts") -> str:
+    from qlora_trainer.data.preview import MOST_COUNTED
+
+    only = "Only the first row" if counts.read == 1 else f"Only the first {counts.read:,} rows"
+    all_rows = f"{'at least ' if counts.unread == MOST_COUNTED else ''}{counts.read + counts.unread:,}"
+    return f"{only} of {all_rows} {'was' if counts.read == 1 else 'were'} read: --rows 0 reads all."
 
 
 def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:

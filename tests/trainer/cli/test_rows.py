@@ -14,6 +14,7 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_cli.__main__ import main
 from qlora_cli.local.rows import RowAccess, show_rows
 from qlora_trainer.core.context import Mounts
+from qlora_trainer.data.examples.wrong_rows import WrongRows
 from tests.support.models.tiny import chat_row, write_rows
 
 ROWS = [chat_row("Which pods?", "kubectl get pods"), chat_row("Which nodes?", "kubectl get nodes " * 20)]
@@ -62,6 +63,8 @@ def test_a_row_is_shown_as_the_model_sees_it_with_its_targets(qlora: Any) -> Non
         "Which pods?<|im_end|>",
         "<|im_start|>assistant",
         "[[kubectl get pods<|im_end|>]]",
+        "",
+        "Only the first row of 2 was read: --rows 0 reads all.",
     ]
 
 
@@ -120,6 +123,41 @@ def test_a_wrong_row_ends_the_output_as_it_would_end_the_job(qlora: Any) -> None
     assert "Error: pvc://data/train.jsonl line 2: 'messages' is empty" in done.output
 
 
+def test_all_wrong_rows_are_listed_with_totals_by_kind(qlora: Any) -> None:
+    empty: dict[str, Any] = {"messages": []}
+    role = {"messages": [{"role": "me", "content": "a"}]}
+    done = qlora("data", [ROWS[0], empty, role, ROWS[0], empty], "--rows", "0")
+    assert done.exit_code == ExitCode.BAD_DATASET
+    assert "line 4: " in done.output
+    listed = done.output.partition("Error: 3 of the 5 rows that were read are wrong:\n")[2].splitlines()
+    assert [line.partition(": ")[0] for line in listed[:3]] == [f"pvc://data/train.jsonl line {n}" for n in (2, 3, 5)]
+    assert "\nWrong rows by kind:\n2: 'messages' is empty: must have" in done.output
+    assert "\n1: 'messages[…].role' is 'me': must be one of system, user," in done.output
+
+
+def test_all_rows_of_a_table_with_other_cells_are_listed(qlora: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.csv").write_text("instruction,output\nWhich?,pods\na,b,c\nWhich?,nodes\na\n")
+    done = qlora("data", ROWS, "--rows", "4", source="pvc://data/rows.csv")
+    assert done.exit_code == ExitCode.BAD_DATASET
+    assert "Error: 2 of the 4 rows that were read are wrong:\npvc://data/rows.csv row 2 " in done.output
+    assert "row 4 (ends in line 5) has 1 cells, but the header has 2" in done.output
+
+
+def test_rows_that_were_not_read_are_counted(qlora: Any) -> None:
+    done = qlora("data", [*ROWS[:1] * 4, {"messages": []}], "--rows", "2")
+    assert done.exit_code == 0, done.output
+    assert done.output.endswith("\nOnly the first 2 rows of 5 were read: --rows 0 reads all.\n")
+    assert "Only" not in qlora("data", ROWS, "--rows", "2").output
+
+
+def test_a_plan_names_further_wrong_rows_after_the_first(qlora: Any) -> None:
+    done = qlora("plan", [{"messages": []}, ROWS[0], {"messages": 3}], "--data")
+    assert done.exit_code == ExitCode.BAD_DATASET
+    assert "Error: pvc://data/train.jsonl line 1: 'messages' is empty" in done.output
+    assert "; in all, 2 of the 3 rows around it are wrong: pvc://data/train.jsonl line 3: 'messages'" in done.output
+
+
 def test_a_row_without_a_check_of_its_answer_is_reported_as_by_the_job(qlora: Any, tmp_path: Path) -> None:
     by_rows = {"columns": {"check": "expected"}, "eval": {"fraction": 0.5}}
     done = qlora("data", [ROWS[0] | {"expected": "pods"}, ROWS[1], ROWS[0]], **by_rows)
@@ -155,7 +193,7 @@ def test_on_a_terminal_targets_are_colored_unless_colors_are_off(
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     mounts = Mounts(claims={"models": tiny_llama.parent, "data": tmp_path / "data"})
     output = io.StringIO()
-    with RowAccess(QLoRAJobSpec.model_validate(spec_of()), mounts).previews(1) as (preview,):
+    with RowAccess(QLoRAJobSpec.model_validate(spec_of()), mounts).previews(1, WrongRows()) as (preview,):
         show_rows(preview, Console(file=output, force_terminal=True, width=200), {"NO_COLOR": no_color})
     assert ("\x1b[1;32mkubectl get pods<|im_end|>" in output.getvalue()) == (not no_color)
     assert ("[[kubectl get pods<|im_end|>]]" in output.getvalue()) == bool(no_color)

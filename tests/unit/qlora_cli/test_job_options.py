@@ -31,8 +31,8 @@ def test_each_option_sets_its_field_of_the_schema() -> None:
     ("values", "words"),
     [
         ({**NONE, "data": "hf://org/rows"}, "missing --model: name them, or the FILE of a whole job"),
-        ({**SMALLEST, "rank": 0}, "--rank: found 0: "),
-        ({**SMALLEST, "model": "org/model"}, "--model: found 'org/model': "),
+        ({**SMALLEST, "rank": 0}, "--rank: found 0, must be greater than or equal to 1"),
+        ({**SMALLEST, "model": "org/model"}, "--model: found 'org/model': did you mean hf://org/model? It must be hf:"),
         ({**SMALLEST, "epochs": 1, "max_steps": 4}, "spec.training: "),
     ],
 )

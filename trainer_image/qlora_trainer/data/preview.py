@@ -1,17 +1,19 @@
 """Reads a job's first rows, and divides their text into targets and the rest."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import numpy
 
 from qlora_api.schema import replace
-from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, source_format
+from qlora_trainer.data.examples.wrong_rows import WrongRows
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
 from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.data.read.reading import read_rows, read_used_rows
@@ -20,6 +22,12 @@ from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.statistics import EQUAL_ANSWERS
 from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY, ChunkMaker, Recipe, pair_rows
 from qlora_trainer.stores.access import StoreAccess
+
+ALL = 0
+"""As the number of rows to read."""
+_SHOWN_OF_ALL = 3
+MOST_COUNTED = 100_000
+"""Of the rows after those that are read."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,15 @@ class PreviewedRow:
     """Why prepare leaves the row out, or an empty string."""
 
 
+@dataclass
+class Counts:
+    """The rows of a source, counted while it is read."""
+
+    read: int = 0
+    unread: int = 0
+    """At most MOST_COUNTED."""
+
+
 @dataclass(frozen=True)
 class Preview:
     """The first rows of a data set, and how its rows are read."""
@@ -50,45 +67,97 @@ class Preview:
     uri: str
     reading: Reading
     rows: Iterator[PreviewedRow]
-    """Reads on each step. Raises StepFailure for the first invalid row."""
+    """Reads on each step, and collects wrong rows."""
+    counts: Counts
+    """Complete once `rows` has ended."""
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source's rows, and how they are read."""
+
+    uri: str
+    first: Row
+    others: Iterator[Row]
+    format: RowFormat
+    columns: Columns
+    field: str
     held_out: bool = False
 
 
 def previews(
-    spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: StoreAccess, download: Path, count: int
+    spec: DatasetSpec,
+    training: TrainingSpec,
+    tokenizer: Tokenizer,
+    access: StoreAccess,
+    download: Path,
+    count: int,
+    wrong: WrongRows,
 ) -> Iterator[Preview]:
-    """The first `count` rows of each source. Raises StepFailure as prepare does."""
-    first: Recipe | None = None
+    """The first `count` rows of each source; of ALL that are read, the first few.
+
+    Collects the wrong rows. Raises StepFailure for anything else, as prepare does.
+    """
+    for source in _sources(spec, training, access, download):
+        recipe = Recipe.from_spec(
+            spec, training, tokenizer, source.format, source.columns, source.field, vocabulary=ANY_VOCABULARY
+        )
+        recipe.require_place_for_settings(tokenizer, source.uri)
+        show = partial(_show, ChunkMaker(recipe, tokenizer), tokenizer)
+        reading = RowReader(source.format, source.columns).reading(source.first)
+        counts = Counts()
+        yield Preview(source.uri, reading, _read(source, count, show, counts, wrong), counts, source.held_out)
+
+
+def _sources(spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path) -> Iterator[_Source]:
+    first: _Source | None = None
     seed = training.seed if spec.shuffle else None
-    for number, (field, source) in enumerate(spec.training_sources.items()):
-        data = find_data(source.source, training_part(source, field), access, download / str(number))
-        rows = list(islice(read_used_rows(data.files, spec.max_rows, seed), count))
-        format_, columns = source_format(rows[0], spec, field, pairs=training.compares_answers)
-        recipe = Recipe.from_spec(spec, training, tokenizer, format_, columns, field, vocabulary=ANY_VOCABULARY)
-        first = first or recipe
-        yield _preview(data.uri, rows, recipe, tokenizer)
+    for number, (field, part) in enumerate(spec.training_sources.items()):
+        data = find_data(part.source, training_part(part, field), access, download / str(number))
+        rows = read_used_rows(data.files, spec.max_rows, seed)
+        row = next(rows)
+        format_, columns = source_format(row, spec, field, pairs=training.compares_answers)
+        source = _Source(data.uri, row, rows, format_, columns, field)
+        first = first or source
+        yield source
     if first is not None and spec.eval is not None and spec.eval.source is not None:
         data = find_data(spec.eval.source, evaluation_part(spec, spec.eval), access, download / "eval")
-        rows = list(islice(read_rows(data.files), count))
+        rows = read_rows(data.files)
         columns = replace(first.columns, check=spec.check_column(first.field, own_evaluation=True))
-        recipe = dataclasses.replace(first, columns=columns)
-        yield dataclasses.replace(_preview(data.uri, rows, recipe, tokenizer), held_out=True)
+        row = next(rows)
+        yield dataclasses.replace(first, uri=data.uri, first=row, others=rows, columns=columns, held_out=True)
 
 
-def _preview(uri: str, rows: Sequence[Row], recipe: Recipe, tokenizer: Tokenizer) -> Preview:
-    recipe.require_place_for_settings(tokenizer, uri)
-    reading = RowReader(recipe.format, recipe.columns).reading(rows[0])
-    return Preview(uri, reading, _show(rows, ChunkMaker(recipe, tokenizer), tokenizer))
+def _read(
+    source: _Source,
+    count: int,
+    show: Callable[[Row], Sequence[PreviewedRow]],
+    counts: Counts,
+    wrong: WrongRows,
+) -> Iterator[PreviewedRow]:
+    shown_rows = 0
+    # A file that cannot be read further ends the rows.
+    with wrong.collecting():
+        for row in chain((source.first,), source.others):
+            if count != ALL and counts.read == count:
+                counts.unread = 1 + sum(1 for _ in islice(source.others, MOST_COUNTED - 1))
+                return
+            counts.read += 1
+            shown: Sequence[PreviewedRow] = ()
+            with wrong.collecting(row.location):
+                shown = show(row)
+            if count != ALL or shown_rows < _SHOWN_OF_ALL:
+                yield from shown
+                shown_rows += bool(shown)
 
 
-def _show(rows: Sequence[Row], maker: ChunkMaker, tokenizer: Tokenizer) -> Iterator[PreviewedRow]:
-    reader = maker.recipe.row_reader()
-    for row in rows:
-        shown = list(_preview_row(tokenizer, maker.render(row), row.location, maker.recipe))
-        if not any(text.left_out for text in shown):
-            # A row that is used must have all that prepare asks for.
-            reader.check(row)
-        yield from shown
+def _show(maker: ChunkMaker, tokenizer: Tokenizer, row: Row) -> list[PreviewedRow]:
+    shown = list(_preview_row(tokenizer, maker.render(row), row.location, maker.recipe))
+    if not any(text.left_out for text in shown):
+        # A row that is used must have all that prepare asks for.
+        maker.recipe.row_reader().check(row)
+    return shown
 
 
 def _preview_row(

@@ -17,8 +17,8 @@ class Row:
 
     location: str
     """File and line (JSON), or file and row from 1 (CSV, Parquet), for messages."""
-    content: str | Mapping[str, object]
-    """The text of a JSON object, or the values by column."""
+    content: str | Mapping[str, object] | StepFailure
+    """The text of a JSON object, the values by column, or why it has none: the rows after it can be read."""
     size: int
     is_columnar: bool = False
     """Whether the file has typed columns.
@@ -28,6 +28,8 @@ class Row:
 
     def values(self) -> Mapping[str, object]:
         """The values by column, parsed at each call. Raises StepFailure BAD_DATASET."""
+        if isinstance(self.content, StepFailure):
+            raise self.content
         if not isinstance(self.content, str):
             return self.content
         value = parse_json(self.content, self.location, ONE_OBJECT_PER_LINE)

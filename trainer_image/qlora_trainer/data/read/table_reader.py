@@ -32,11 +32,13 @@ def read_csv(file: DataFile) -> Iterator[Row]:
                 number += 1
                 location = f"{file.name} row {number} (ends in line {reader.line_num})"
                 if len(cells) != len(header):
-                    raise bad_dataset(
+                    wrong = bad_dataset(
                         f"{location} has {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}): "
                         "put cells with commas or line breaks in double quotes"
                     )
-                yield Row(location, dict(zip(header, cells, strict=True)), sum(map(len, cells)))
+                    yield Row(location, wrong, sum(map(len, cells)))
+                else:
+                    yield Row(location, dict(zip(header, cells, strict=True)), sum(map(len, cells)))
     except csv.Error as error:
         raise bad_dataset(
             f"{file.name} line {reader.line_num} (after row {number}): not valid CSV ({error}): "

@@ -23,6 +23,7 @@ from qlora_api.spec.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.examples.example import PlainText, Preference, TokenizedRow
 from qlora_trainer.data.examples.formats import DATASET, PAIRS, PLAIN, RowReader
+from qlora_trainer.data.examples.wrong_rows import WrongRows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
@@ -118,14 +119,15 @@ class ChunkMaker:
         self._reader = recipe.row_reader()
 
     def make(self, rows: Sequence[Row]) -> Chunk:
-        """The chunk of these rows. Raises StepFailure for the first invalid one."""
+        """The chunk of these rows. Raises StepFailure, with the first invalid ones."""
+        wrong = WrongRows()
         used: list[TokenizedRow] = []
         locations: list[str] = []
         checks: list[str] = []
         too_long: list[int] = []
         unlabeled: list[str] = []
         first_too_long: str | None = None
-        for row, tokens in self._tokenize(rows):
+        for row, tokens in self._tokenize(rows, wrong):
             count = len(tokens.input_ids)
             if count > self.recipe.longest_allowed:
                 too_long.append(count)
@@ -136,8 +138,10 @@ class ChunkMaker:
                 self._require_known(int(tokens.input_ids.max()))
                 used.append(tokens)
                 locations.append(row.location)
-                check = self._reader.check(row)
-                checks += [] if check is None else [check.dump()]
+                with wrong.collecting(row.location):
+                    check = self._reader.check(row)
+                    checks += [] if check is None else [check.dump()]
+        wrong.require_none(len(rows))
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
         return Chunk.from_rows(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
 
@@ -150,11 +154,18 @@ class ChunkMaker:
             return self._tokenizer.render_pair(example, row.location, self.recipe.longest_allowed)
         return (self._tokenizer.render(example, row.location, self.recipe.longest_allowed),)
 
-    def _tokenize(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
+    def _tokenize(self, rows: Sequence[Row], wrong: WrongRows) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [text for row in batch for text in self.render(row)]
+            valid: list[Row] = []
+            rendered: list[Rendered] = []
+            for row in batch:
+                with wrong.collecting(row.location):
+                    rendered += self.render(row)
+                    valid.append(row)
+            if not valid:
+                continue
             tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
-            yield from zip(batch, pair_rows(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
+            yield from zip(valid, pair_rows(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
 
     def _require_known(self, largest: int) -> None:
         if largest >= self.recipe.vocabulary:
