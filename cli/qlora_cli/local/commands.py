@@ -13,17 +13,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlora_api.contract import ExitCode
-from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument
 from qlora_api.sweep.spec import QLoRASweepDocument
+from qlora_cli.local import shared_options
 from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
 from qlora_cli.local.forecast import GpuOfPlan, gpu_of_profile, parse_gpu_memory, parse_price, show_forecast
+from qlora_cli.local.given import Given
 from qlora_cli.local.plan import find_config, make_plan, show_plan
 from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
 from qlora_cli.local.rows import RowAccess, show_first_rows, show_lengths
 from qlora_cli.local.run import Display, Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
 from qlora_cli.local.run_sweep import LocalSweep, best_cell, earlier_sweep, run_sweep
 from qlora_cli.manifest import Document, ManifestError, load_manifest
-from qlora_trainer.core.context import Device, Mounts
+from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.model.memory.dry_run import INSTALL
@@ -35,45 +37,6 @@ def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn
     sys.exit(exit_code)
 
 
-def _folders(_context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
-    folders = {}
-    for value in values:
-        name, _, folder = value.partition("=")
-        if not (name and folder):
-            raise click.BadParameter(f"found {value!r}, must be {parameter.metavar}")
-        if not Path(folder).is_dir():
-            raise click.BadParameter(f"found {value!r}, and {folder} is not a folder: create it, or name another")
-        folders[name] = Path(folder)
-    return folders
-
-
-_file = click.argument("file", type=click.Path(path_type=Path))
-_volume = click.option(
-    "--volume",
-    "claims",
-    multiple=True,
-    metavar="CLAIM=DIR",
-    callback=_folders,
-    help="Folder to use for pvc://CLAIM/….",
-)
-
-
-_config_map = click.option(
-    "--config-map",
-    "config_maps",
-    multiple=True,
-    metavar="NAME=DIR",
-    callback=_folders,
-    help="Folder to use for configMap://NAME/….",
-)
-_tokenizer = click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="DIR",
-    help="Folder of the model's tokenizer.",
-)
-
-
 def _load(file: Path) -> Document:
     try:
         return load_manifest(file)
@@ -81,14 +44,17 @@ def _load(file: Path) -> Document:
         _fail(str(error))
 
 
-def _spec(document: Document) -> QLoRAJobSpec:
-    """The spec of the job, or of the sweep's template."""
-    return document.spec.template.spec if isinstance(document, QLoRASweepDocument) else document.spec
+def _load_given(file: str, model: str | None, claims: dict[str, Path], config_maps: dict[str, Path]) -> Given:
+    try:
+        return Given.load(file, model, claims, config_maps)
+    except ManifestError as error:
+        _fail(str(error))
 
 
 @click.command()
-@_file
-@_volume
+@shared_options.given
+@shared_options.model
+@shared_options.volume
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The model's config.json.")
 @click.option(
     "--gpu-memory",
@@ -119,10 +85,11 @@ def _spec(document: Document) -> QLoRAJobSpec:
     "`kubectl get qloraprofile NAME -o yaml`.",
 )
 @click.option("--tokens", type=click.IntRange(1, 10**15), help="Tokens of one epoch, for the forecast.")
-@_config_map
-@_tokenizer
+@shared_options.config_map
+@shared_options.tokenizer
 def plan(
-    file: Path,
+    file: str,
+    model: str | None,
     claims: dict[str, Path],
     config: Path | None,
     gpu_memory: int | None,
@@ -136,17 +103,21 @@ def plan(
 ) -> None:
     """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
 
+    FILE is a manifest, or rows: a file, a folder or an address.
+
     Of a QLoRASweep, show the cells and what each of its pods needs. With --gpu-tflops or --profile, show the GPU hours
     that a job is expected to take. Exits with 17 if it cannot fit, as the job itself does.
     """
-    document, console = _load(file), Console(emoji=False)
-    access = _row_access(_spec(document), claims, config_maps, tokenizer) if data else None
+    given, console = _load_given(file, model, claims, config_maps), Console(emoji=False)
+    if not given.has_model and (config is None or (data and tokenizer is None)):
+        _fail(f"{file} has rows, and a plan needs a model: give its address or folder with --model")
+    access = _row_access(given, tokenizer) if data else None
     try:
-        config = config or find_config(_spec(document).model, Mounts(claims=claims))
+        config = config or find_config(given.spec.model, given.mounts)
         gpu = GpuOfPlan(gpu_tflops or profile[0], gpu_hour_price or profile[1], tokens)
-        exit_code = _show_plan(document, config, gpu_memory, gpu, console)
+        exit_code = _show_plan(given.document, config, gpu_memory, gpu, console)
         if access is not None:
-            show_lengths(_spec(document), access, console)
+            show_lengths(given.spec, access, console)
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
     sys.exit(exit_code)
@@ -164,7 +135,8 @@ def _show_plan(document: Document, config: Path, gpu_memory: int | None, gpu: Gp
 
 
 @click.command()
-@_file
+@shared_options.given
+@shared_options.model
 @click.option(
     "--rows",
     type=click.IntRange(0, 1000),
@@ -172,32 +144,37 @@ def _show_plan(document: Document, config: Path, gpu_memory: int | None, gpu: Gp
     show_default=True,
     help="Rows to read and show; 0 reads all, and shows 3.",
 )
-@_volume
-@_config_map
-@_tokenizer
-def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None) -> None:
-    """Show the first rows of the job or sweep in FILE as the model sees them, and which tokens are trained on.
+@shared_options.volume
+@shared_options.config_map
+@shared_options.tokenizer
+def data(
+    file: str,
+    model: str | None,
+    rows: int,
+    claims: dict[str, Path],
+    config_maps: dict[str, Path],
+    tokenizer: Path | None,
+) -> None:
+    """Show the first rows of FILE as the model sees them, and which tokens are trained on.
 
-    These are green on a terminal, and between [[ and ]] elsewhere or with NO_COLOR set. Wrong rows are listed at the
-    end, with totals by kind.
+    FILE is a manifest, or rows: a file, a folder or an address. Tokens that are trained on are green on a terminal, and
+    between [[ and ]] elsewhere or with NO_COLOR set. Wrong rows are listed at the end, with totals by kind.
     """
-    access = _row_access(_spec(_load(file)), claims, config_maps, tokenizer)
+    access = _row_access(_load_given(file, model, claims, config_maps), tokenizer)
     try:
         show_first_rows(access, rows, Console(emoji=False))
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
 
 
-def _row_access(
-    spec: QLoRAJobSpec, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None
-) -> RowAccess:
+def _row_access(given: Given, tokenizer: Path | None) -> RowAccess:
     """Access to the job's rows; exits with a message if something is missing."""
-    missing = missing_data(spec, claims, config_maps)
+    missing = missing_data(given.spec, given.claims, given.config_maps)
     if missing:
         _fail("\n".join(missing))
     if importlib.util.find_spec("torch") is None:
         _fail(f"the trainer is not installed: {INSTALL}")
-    return RowAccess(spec, Mounts(claims=claims, config_map_folders=config_maps), tokenizer)
+    return RowAccess(given.spec, given.mounts, tokenizer, given.has_model, given.is_manifest)
 
 
 @click.command()
@@ -209,8 +186,8 @@ def _row_access(
     help="Folder of the run; kept between runs. Each cell of a sweep has a folder by its name in it.",
 )
 @click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails without one.")
-@_volume
-@_config_map
+@shared_options.volume
+@shared_options.config_map
 @click.option(
     "--continues",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

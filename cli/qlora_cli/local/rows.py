@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _TRAINED = "bold green"
 _MARKS = ("[[", "]]")
 _BAR_WIDTH = 40
+_MODEL_ADVICE = "To see rows as the model sees them, name it with --model, such as hf://ORG/NAME or its folder"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class RowAccess:
     mounts: Mounts
     tokenizer_folder: Path | None = None
     """Folder of the model's tokenizer, if it is given."""
+    has_model: bool = True
+    is_manifest: bool = True
+    """Whether the spec has the objective of its rows; it follows from them if not."""
 
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer with the job's chat template. Raises StepFailure."""
@@ -58,12 +62,15 @@ class RowAccess:
     @contextmanager
     def previews(self, count: int, wrong: "WrongRows") -> Iterator[Iterator["Preview"]]:
         """Return `count` rows of each source, delete downloads. Raises StepFailure."""
+        # Before PyTorch is loaded: see `tokenizer`.
+        hide_gpus()
         from qlora_trainer.data.preview import previews
 
         with TemporaryDirectory() as folder:
-            tokenizer = self.tokenizer()
+            tokenizer = self.tokenizer() if self.has_model or self.tokenizer_folder else None
             dataset, training = self.spec.dataset, self.spec.training
-            yield previews(dataset, training, tokenizer, self._data(), Path(folder), count, wrong)
+            access, known = self._data(), self.is_manifest
+            yield previews(dataset, training, tokenizer, access, Path(folder), count, wrong, objective_is_known=known)
 
     def examine(self, folder: Path) -> "ExaminedData":
         """Tokenize all rows with their files in `folder`. Raises StepFailure."""
@@ -137,14 +144,19 @@ def show_rows(preview: "Preview", console: Console, environment: Mapping[str, st
     colored = console.is_terminal and not environment.get("NO_COLOR")
     reading = preview.reading
     of = f"{preview.uri} (held out)" if preview.held_out else preview.uri
-    console.print(Text(printable(f"{of}: format {reading.format}, columns {', '.join(reading.columns)}")))
+    console.print(
+        Text(printable(f"{of}: format {reading.format}, columns {', '.join(reading.columns)}")), soft_wrap=True
+    )
     if reading.ignored:
         console.print(Text(printable(f"Not used: {', '.join(reading.ignored)}")))
-    how = Text("green", _TRAINED) if colored else Text(f"between {_MARKS[0]} and {_MARKS[1]}")
-    console.print(Text("Tokens that are trained on are ").append_text(how).append("."))
+    if preview.has_text:
+        how = Text("green", _TRAINED) if colored else Text(f"between {_MARKS[0]} and {_MARKS[1]}")
+        console.print(Text("Tokens that are trained on are ").append_text(how).append("."))
     for row in preview.rows:
         console.print()
         _show_row(row, console, colored=colored)
+    if not preview.has_text:
+        console.print(Text(f"{_counted(preview.counts.read)} read. {_MODEL_ADVICE}."), soft_wrap=True)
     if preview.counts.unread:
         console.print(Text(f"\n{_not_read(preview.counts)}", "yellow"))
 

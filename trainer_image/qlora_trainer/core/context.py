@@ -41,6 +41,8 @@ class Mounts:
     """Claims that are elsewhere: on a laptop, from `--volume CLAIM=DIR`."""
     config_map_folders: Mapping[str, Path] = field(default_factory=dict)
     """ConfigMaps as folders with a file per key, from `--config-map NAME=DIR`."""
+    local_names: Mapping[str, Path] = field(default_factory=dict)
+    """Folders that messages name instead of these claims: those of files that a user gave without an address."""
 
     def volume(self, source: VolumeSource) -> Path:
         """The path of a pvc:// address. Raises StepFailure UNREACHABLE if not mounted."""
@@ -48,6 +50,11 @@ class Mounts:
         if not root.is_dir():
             raise unreachable(f"volume claim {source.claim!r} is not mounted at {root}")
         return root / source.path if source.path else root
+
+    def name(self, source: VolumeSource) -> str:
+        """The pvc:// address for messages, or the path of a file that was given by it."""
+        folder = self.local_names.get(source.claim)
+        return str(source) if folder is None else str(folder / source.path)
 
     def config_map(self, source: ConfigMapSource) -> Path:
         """The file of a ConfigMap's key. Raises StepFailure UNREACHABLE if missing."""

@@ -12,7 +12,7 @@ import numpy
 from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.spec.training import TrainingSpec
-from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, source_format
+from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, has_pairs, source_format
 from qlora_trainer.data.examples.wrong_rows import WrongRows
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
 from qlora_trainer.data.read.locate import find_data
@@ -70,7 +70,9 @@ class Preview:
     """Reads on each step, and collects wrong rows."""
     counts: Counts
     """Complete once `rows` has ended."""
-    held_out: bool = False
+    has_text: bool
+    """False if rows are only read, without a tokenizer."""
+    held_out: bool
 
 
 @dataclass(frozen=True)
@@ -86,38 +88,55 @@ class _Source:
     held_out: bool = False
 
 
+_Show = Callable[[Row], Sequence[PreviewedRow]]
+
+
 def previews(
     spec: DatasetSpec,
     training: TrainingSpec,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     access: StoreAccess,
     download: Path,
     count: int,
     wrong: WrongRows,
+    *,
+    objective_is_known: bool = True,
 ) -> Iterator[Preview]:
     """The first `count` rows of each source; of ALL that are read, the first few.
 
+    Without a tokenizer, ALL are read and none is shown. The rows decide on an unknown objective.
     Collects the wrong rows. Raises StepFailure for anything else, as prepare does.
     """
-    for source in _sources(spec, training, access, download):
-        recipe = Recipe.from_spec(
-            spec, training, tokenizer, source.format, source.columns, source.field, vocabulary=ANY_VOCABULARY
-        )
-        recipe.require_place_for_settings(tokenizer, source.uri)
-        show = partial(_show, ChunkMaker(recipe, tokenizer), tokenizer)
+    for source in _sources(spec, training, access, download, objective_is_known=objective_is_known):
+        show = _show_with(source, spec, training, tokenizer)
         reading = RowReader(source.format, source.columns).reading(source.first)
         counts = Counts()
-        yield Preview(source.uri, reading, _read(source, count, show, counts, wrong), counts, source.held_out)
+        rows = _read(source, ALL if tokenizer is None else count, show, counts, wrong)
+        yield Preview(source.uri, reading, rows, counts, has_text=tokenizer is not None, held_out=source.held_out)
 
 
-def _sources(spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path) -> Iterator[_Source]:
+def _show_with(source: _Source, spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer | None) -> _Show:
+    """What shows a row of the source, or only checks it."""
+    if tokenizer is None:
+        return partial(_check, RowReader(source.format, source.columns, source.field))
+    recipe = Recipe.from_spec(
+        spec, training, tokenizer, source.format, source.columns, source.field, vocabulary=ANY_VOCABULARY
+    )
+    recipe.require_place_for_settings(tokenizer, source.uri)
+    return partial(_show, ChunkMaker(recipe, tokenizer), tokenizer)
+
+
+def _sources(
+    spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path, *, objective_is_known: bool
+) -> Iterator[_Source]:
     first: _Source | None = None
     seed = training.seed if spec.shuffle else None
     for number, (field, part) in enumerate(spec.training_sources.items()):
         data = find_data(part.source, training_part(part, field), access, download / str(number))
         rows = read_used_rows(data.files, spec.max_rows, seed)
         row = next(rows)
-        format_, columns = source_format(row, spec, field, pairs=training.compares_answers)
+        pairs = training.compares_answers if objective_is_known else has_pairs(row)
+        format_, columns = source_format(row, spec, field, pairs=pairs)
         source = _Source(data.uri, row, rows, format_, columns, field)
         first = first or source
         yield source
@@ -132,7 +151,7 @@ def _sources(spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, dow
 def _read(
     source: _Source,
     count: int,
-    show: Callable[[Row], Sequence[PreviewedRow]],
+    show: _Show,
     counts: Counts,
     wrong: WrongRows,
 ) -> Iterator[PreviewedRow]:
@@ -150,6 +169,11 @@ def _read(
             if count != ALL or shown_rows < _SHOWN_OF_ALL:
                 yield from shown
                 shown_rows += bool(shown)
+
+
+def _check(reader: RowReader, row: Row) -> tuple[PreviewedRow, ...]:
+    reader.read(row)
+    return ()
 
 
 def _show(maker: ChunkMaker, tokenizer: Tokenizer, row: Row) -> list[PreviewedRow]:

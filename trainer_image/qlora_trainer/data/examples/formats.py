@@ -188,6 +188,11 @@ def detect_format(
     )
 
 
+def has_pairs(row: Row) -> bool:
+    """Whether the row has the columns of a pair of answers."""
+    return row.values().keys() >= set(_FORMATS["preference"].required)
+
+
 def _require_no_pairs(row: Row, names: Columns, field: str, *, pairs: bool) -> None:
     """Reject pairs that the objective cannot use, or data without pairs it needs."""
     values = row.values()

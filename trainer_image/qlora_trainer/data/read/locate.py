@@ -53,17 +53,18 @@ def _mounted_data(uri: str, source: VolumeSource | ConfigMapSource, mounts: Moun
         return _one_file(DataFile(mounts.config_map(source), uri))
     volume = mounts.volume(VolumeSource(source.claim))
     path = mounts.volume(source)
+    name = mounts.name(source)
     if path.is_dir():
         if not path.resolve().is_relative_to(volume.resolve()):
-            require_regular(path, volume, str(source))
-        return _folder(path, volume, str(source))
+            require_regular(path, volume, name)
+        return _folder(path, volume, name)
     # A broken link does not exist either, but the address is right: require_regular reports it.
     if not path.exists() and not path.is_symlink():
         folder = path.parent
         inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        raise bad_dataset(f"{source} does not exist; its folder has {some_names(inside)}")
-    require_regular(path, volume, str(source))
-    return _one_file(DataFile(path, str(source)))
+        raise bad_dataset(f"{name} does not exist; its folder has {some_names(inside)}")
+    require_regular(path, volume, name)
+    return _one_file(DataFile(path, name))
 
 
 def _one_file(file: DataFile) -> DataFiles:
