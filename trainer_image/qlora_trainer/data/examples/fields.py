@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from qlora_api.spec.dataset import Columns, RowFormat
 from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.data.examples.column_names import did_you_mean
 from qlora_trainer.data.examples.conversations import Notation, checked_text, read_tools, read_turns
 from qlora_trainer.data.examples.example import Function, Message
 from qlora_trainer.data.read.rows import Row, list_names
@@ -39,7 +40,7 @@ class Fields:
             raise bad_dataset(
                 f"{self.row.location} has no column {column!r}, which format {self.format} needs; it has "
                 f"{list_names(self.values)}: name it in {self.setting}.columns.{field} or choose another "
-                f"{self.setting}.format"
+                f"{self.setting}.format{did_you_mean(column, self.values)}"
             )
         return self.values[column]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
+from qlora_trainer.data.examples.column_names import did_you_mean, matching_columns
 from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turns
 from qlora_trainer.data.examples.example import Conversation, Example, Message, PlainText, Preference, PromptCompletion
 from qlora_trainer.data.examples.fields import Fields, column_name
@@ -182,10 +183,23 @@ def detect_format(
         return _by_notation(values, fitting[0], names)
     needs = "; ".join(f"{format_}: {', '.join(required)}" for format_, required in needed.items())
     found = "fits more than one format, " + " and ".join(fitting) if fitting else "fits no format"
+    advice = "" if fitting else _advice(needed, names, values)
     raise bad_dataset(
         f"{row.location} {found}; it has the columns {list_names(values)}. Formats and the columns that they need are "
-        f"{needs}: set {field}.format, and {field}.columns where names differ"
+        f"{needs}: set {field}.format, and {field}.columns where names differ{advice}"
     )
+
+
+def _advice(needed: Mapping[RowFormat, list[str]], names: Columns, values: Mapping[str, object]) -> str:
+    """The columns that are meant, and the setting to write, for a message; empty if unknown."""
+    named = (column for _, column in names if column not in (None, *values))
+    meant = "".join(did_you_mean(column, values) for column in named)
+    for format_, required in needed.items():
+        by_field = dict(zip(_FORMATS[format_].required, required, strict=True))
+        if (columns := matching_columns(by_field, values)) is not None:
+            remedy = f"write `columns: {columns}`" if columns else "leave columns out"
+            return f"{meant} For format {format_}, {remedy}" if meant else f"; for format {format_}, {remedy}"
+    return meant
 
 
 def has_pairs(row: Row) -> bool:

@@ -10,6 +10,8 @@ from qlora_trainer.data.read.files import DataFile
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.read.text import MAX_LINE_BYTES, Inflation, lines
 
+# Of spreadsheets, by the name for people.
+_SEPARATORS = {";": "';'", "\t": "tabs"}
 _PARQUET_BATCH_ROWS = 64
 _PARQUET_SENT_BYTES = 2**26
 """Bytes sent together to the reading process. Single rows, shared values add more."""
@@ -48,6 +50,9 @@ def read_csv(file: DataFile) -> Iterator[Row]:
 
 def _header(cells: list[str], file: DataFile) -> list[str]:
     names = [cell.strip() for cell in cells]
+    separator = next((each for each in _SEPARATORS if len(names) == 1 and each in names[0]), None)
+    if separator is not None:
+        raise bad_dataset(f"{file.name} is separated by {_SEPARATORS[separator]}: save it with commas")
     if not all(names) or len(set(names)) != len(names):
         found = str(names)[:200]
         raise bad_dataset(f"{file.name} line 1 must be the header: unique names, none empty; found {found}")
