@@ -17,11 +17,14 @@ from qlora_api.printable import printable
 from qlora_api.spec.job import KIND, QLoRAJobDocument
 from qlora_api.sweep.spec import SWEEP_KIND, QLoRASweepDocument
 from qlora_cli.manifest_problems import Location, describe_value, explain, follows_from_another
+from qlora_cli.yaml_problems import describe_notation
 
 # The API server's limit for one object.
 _MAX_BYTES = 1_500_000
 # Written by the cluster and part of `kubectl get -o yaml`: not read from a manifest.
 _OBSERVED = frozenset({"status"})
+# Endings of files with rows.
+_ROWS = frozenset({".csv", ".jsonl", ".parquet"})
 # Errors of the YAML library for a value that does not match its tag.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
@@ -108,6 +111,11 @@ def _size(value: Any, known: dict[int, float]) -> float:
 
 def _parse(path: Path) -> CommentedMap:
     """Parse the only document, with line numbers, and reject duplicate keys."""
+    if _ROWS.intersection(path.suffixes):
+        raise ManifestError(
+            f"{path}: has rows, and this command reads a manifest, whose dataset.source names them; "
+            f"`qlora data {path}` shows them"
+        )
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -117,8 +125,8 @@ def _parse(path: Path) -> CommentedMap:
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from error
     except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ManifestError(f"{path}:{line}: {error.problem or error.context}") from error
+        line, problem = describe_notation(error, content)
+        raise ManifestError(f"{path}:{line}: {problem}") from error
     except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
         raise ManifestError(f"{path}: not YAML: {(str(error).splitlines() or ['?'])[0]}") from error
     if not documents:
