@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from qlora_api.sources import parse_source
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
+from qlora_cli.addresses import advice_on_address
 from qlora_cli.manifest import Document, ManifestError, load_manifest
 from qlora_cli.manifest_problems import explain
 from qlora_trainer.core.context import Mounts
@@ -51,6 +52,9 @@ class Given:
         """The manifest in `file`, or the job of the rows that it is, with this model. Raises ManifestError."""
         if _names_rows(file):
             return _job_of_rows(file, model, claims, config_maps)
+        advice = "" if Path(file).exists() else advice_on_address(file)
+        if advice.startswith("did you mean"):
+            raise ManifestError(f"{file} does not exist; {advice}")
         if model is not None:
             raise ManifestError(f"--model is for rows without a manifest, and {file} is a manifest: remove it")
         return cls(load_manifest(Path(file)), claims, config_maps)
@@ -76,6 +80,8 @@ def _job_of_rows(file: str, model: str | None, claims: Mapping[str, Path], confi
     if model is not None and "://" not in model and Path(model).is_dir():
         folders[_MODEL_CLAIM] = Path(model)
         base = f"pvc://{_MODEL_CLAIM}"
+    elif base.startswith((".", "/", "~")):
+        raise ManifestError(f"--model: {base} is not a folder: name one, or an address such as hf://ORG/NAME")
     body = {
         "apiVersion": API_VERSION,
         "kind": KIND,

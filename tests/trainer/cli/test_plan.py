@@ -33,11 +33,6 @@ LLAMA_65B = {
         ("rank: 8", "rank: 0", "11: spec.lora.rank: found 0, must be greater than or equal to 1"),
         ("maxSteps: 3", "maxSteps: 3\n    epochs: 1", "12: spec.training: set only one of epochs and maxSteps"),
         ("maxSteps: 3", "optimizer: adam", "13: spec.training.optimizer: found \"adam\", must be 'paged_adamw_32bit'"),
-        (
-            "pvc://data/train.jsonl",
-            "/data/train.jsonl",
-            "9: spec.dataset.source: found '/data/train.jsonl', must be hf",
-        ),
         ("    source: pvc://models/model\n", "", "6: spec.model: found null, must be an object"),
         (
             "maxSteps: 3",

@@ -78,11 +78,25 @@ def test_a_plan_of_rows_needs_a_model_and_shows_lengths(tmp_path: Path, tiny_lla
         ("my rows.jsonl", "no address of a job can have this file name"),
         ("table.xlsx", "table.xlsx does not end in .jsonl, .json or .csv"),
         ("job.yaml", "--model is for rows without a manifest, and "),
+        ("ours/rows", "ours/rows does not exist; did you mean hf://ours/rows?"),
     ],
 )
 def test_what_holds_no_rows_is_rejected(tmp_path: Path, tiny_llama: Path, name: str, words: str) -> None:
     for present in ("my rows.jsonl", "table.xlsx", "job.yaml"):
         write_rows(tmp_path / present, [ROW])
-    done = qlora("data", tmp_path / name, "--model", tiny_llama)
+    done = qlora("data", name if name == "ours/rows" else tmp_path / name, "--model", tiny_llama)
     assert done.exit_code in (ExitCode.BAD_CONFIGURATION, ExitCode.BAD_DATASET)
     assert words in done.output
+
+
+def test_a_missing_folder_of_a_model_is_reported_as_missing(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [ROW])
+    spec = {"model": {"source": "pvc://models/tiny"}, "dataset": {"source": "pvc://data/train.jsonl"}}
+    document = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
+    (tmp_path / "job.yaml").write_text(json.dumps(document))
+    done = qlora("data", tmp_path / "job.yaml", "--volume", f"models={tmp_path}", "--volume", f"data={tmp_path}")
+    assert done.exit_code == ExitCode.MODEL_UNAVAILABLE
+    assert f"Error: {tmp_path / 'tiny'} does not exist: correct pvc://models/tiny, or give the folder" in done.output
+    alone = qlora("data", tmp_path / "train.jsonl", "--model", tmp_path / "tiny")
+    assert alone.exit_code == ExitCode.BAD_CONFIGURATION
+    assert f"--model: {tmp_path / 'tiny'} is not a folder: name one, or an address such as hf:" in alone.output
