@@ -1,0 +1,69 @@
+"""How many optimizer steps a run makes, and what is remarked on few."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.steps import few_steps_remark, optimizer_steps
+
+DEFAULTS: dict[str, Any] = {"micro_batch_size": 1, "gradient_accumulation_steps": 16, "epochs": None, "max_steps": None}
+NOTHING, LITTLE = "an adapter learns next to nothing", "many adapters learn too little"
+
+
+def remark(sequences: int, **settings: Any) -> str | None:
+    chosen = DEFAULTS | settings
+    per_step = chosen["micro_batch_size"] * chosen["gradient_accumulation_steps"]
+    steps = optimizer_steps(sequences, per_step, chosen["epochs"], chosen["max_steps"])
+    return few_steps_remark(steps, sequences, **chosen)
+
+
+EPOCH = "(1 epoch × {} sequences / (microBatchSize 1 × gradientAccumulationSteps 16)), from which"
+THRICE = "(3 epochs × 3 sequences / (microBatchSize 2 × gradientAccumulationSteps 1)), from which"
+
+
+@pytest.mark.parametrize(
+    ("sequences", "settings", "made", "remedy"),
+    [
+        (13, {}, f"1 optimizer step {EPOCH}", "gradientAccumulationSteps: 1 makes 13, epochs: 8 then 104"),
+        (500, {}, f"32 optimizer steps {EPOCH}", "gradientAccumulationSteps: 4 makes 125"),
+        (1584, {}, f"99 optimizer steps {EPOCH}", "gradientAccumulationSteps: 8 makes 198"),
+        (
+            3,
+            {"micro_batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 3},
+            f"6 optimizer steps {THRICE}",
+            "epochs: 50 makes 100, or add rows",
+        ),
+        (500, {"max_steps": 19}, "19 optimizer steps (maxSteps: 19), from which", "raise maxSteps to 100 or more"),
+    ],
+)
+def test_few_steps_are_reported_with_their_reason_and_remedies(
+    sequences: int, settings: dict[str, Any], made: str, remedy: str
+) -> None:
+    effect = LITTLE if int(made.split()[0]) >= 20 else NOTHING
+    assert remark(sequences, **settings) == f"the run makes {made.format(sequences)} {effect}: {remedy}"
+
+
+def test_a_hundred_steps_are_not_few() -> None:
+    assert remark(1585) is None
+    assert remark(500, max_steps=100) is None
+
+
+def test_each_gpu_keeps_a_share_of_the_micro_batches() -> None:
+    assert "gradientAccumulationSteps: 4 makes 4, epochs: 25 then 100" in (remark(13, gpus=4) or "")
+    assert "epochs: 100 makes 100" in (remark(13, gpus=3) or ""), "16 cannot be shared by three at all"
+
+
+@pytest.mark.parametrize("sequences", [1, 13, 99, 500])
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_the_promised_steps_are_those_of_the_changed_settings(sequences: int, epochs: int | None) -> None:
+    found = remark(sequences, epochs=epochs)
+    assert found is not None
+    changed: dict[str, Any] = {"epochs": epochs}
+    for change in found.rpartition("nothing: " if "nothing: " in found else "little: ")[2].split(", "):
+        if change == "or add rows":
+            continue
+        name, value, _, promised = change.replace(":", "").split()
+        changed["epochs" if name == "epochs" else "gradient_accumulation_steps"] = int(value)
+        per_step = changed.get("gradient_accumulation_steps", 16)
+        assert optimizer_steps(sequences, per_step, changed["epochs"], None) == int(promised)
+    assert remark(sequences, **changed) is None
