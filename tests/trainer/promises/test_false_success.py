@@ -164,7 +164,7 @@ SPOILED: dict[str, tuple[Spoil, ExitCode, str]] = {
     "a tensor is too many": (with_tensors(one_more), BUG, "unexpected 1 of 28 tensors"),
     "a tensor has another rank": (with_tensors(of_another_rank), BUG, "has shape [8, 128], not [4, 128]"),
     "a tensor has another type": (with_tensors(of_another_type), BUG, "spec.lora.dtype is float32"),
-    "the adapter is zero": (with_tensors(zero), UNUSABLE, "spec.training.warmupSteps"),
+    "the adapter is zero": (with_tensors(zero), UNUSABLE, "still zero, unchanged"),
     "a layer never learned": (with_tensors(half_trained), BUG, "no gradient has reached 1 of 14 layers"),
     "the adapter was changed after training": (with_tensors(nudged, forge_sum=False), UNSAFE, "sha256"),
     "the adapter's file is cut": (truncated, UNSAFE, ""),

@@ -125,10 +125,30 @@ def test_a_run_too_short_for_its_keep_and_early_stop_settings_is_reported(jobs: 
 
     said = "spec.training.evalEverySteps is 12 and the run has 12 steps, with no evaluations between its start and its"
     first = remarks(12)
-    assert [remark.partition(" end: ")[0] for remark in first] == [said]
+    assert first[1].partition(" end: ")[0] == said
     assert remarks(12) == first, "not said twice"
     # The data is prepared already, and the remark is of the current job.
-    assert remarks(11) == ()
+    assert remarks(11) == first[:1]
+
+
+def test_few_steps_are_reported_with_the_settings_that_make_more(jobs: Jobs) -> None:
+    (remark,) = jobs.prepare({"training": {"maxSteps": None, "epochs": 2}}).remarks
+    assert remark.startswith("the run makes 10 optimizer steps (2 epochs × 10 sequences / (microBatchSize 1 × ")
+    assert remark.endswith("gradientAccumulationSteps: 1 makes 20, epochs: 10 then 100")
+    changed = {"gradientAccumulationSteps": 1, "epochs": 10}
+    assert jobs.prepare({"training": {"maxSteps": None, **changed}}).remarks == ()
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_rejected_before_the_base(jobs: Jobs) -> None:
+    words = "spec.training.warmupSteps is 4, and the run makes 4 optimizer steps", "set warmupSteps below 4, or train"
+    context = jobs.make({"training": {"warmupSteps": 4}})
+    with failing(ExitCode.BAD_CONFIGURATION, *words):
+        prepare(context, jobs.records)
+    assert not context.workspace.base.exists()
+    assert not context.workspace.completion("prepare").exists()
+    jobs.prepare({"training": {"warmupSteps": 3}})
+    with failing(ExitCode.BAD_CONFIGURATION, *words):
+        jobs.prepare({"training": {"warmupSteps": 4}})  # the data is prepared already
 
 
 @pytest.mark.parametrize(
@@ -333,7 +353,7 @@ def test_the_result_lists_deviations_from_the_spec(jobs: Jobs, tmp_path: Path) -
     model = save_model(tmp_path / "stablelm" / "model", StableLmConfig(**SHAPE, initializer_range=0.1))
     result = run(jobs.make(), tmp_path, model).result
     assert result.outcome == "succeeded"
-    assert "are ready; no packing: rows in one sequence would affect each other in this stablelm" in result.message
+    assert "; no packing: rows in one sequence would affect each other in this stablelm" in result.message
 
 
 def test_the_command_line_reports_why_data_is_rejected(jobs: Jobs, tmp_path: Path, tiny_llama: Path) -> None:

@@ -119,19 +119,14 @@ def _has_moved(name: str, tensor: torch.Tensor, initial: Mapping[str, torch.Tens
 
 
 def _require_moved(unmoved: list[str], layers: int, *, is_continued: bool) -> None:
-    if len(unmoved) == layers and is_continued:
-        raise bad_configuration(
-            "the trained adapter is that of spec.lora.from, unchanged: each update was rounded away; raise "
-            "spec.training.learningRate, or set spec.lora.dtype: float32"
-        )
-    # A new B starts at zero, and any step with a gradient and a learning rate moves it.
     if len(unmoved) == layers:
         # Only settings can do this: gradients that are zero everywhere would have no loss to come from.
+        start = "that of spec.lora.from" if is_continued else "still zero"
         raise bad_configuration(
-            "the trained adapter is still zero, so it does not change the model's answers: training took no step with "
-            "a learning rate above 0; set spec.training.warmupSteps below the number of steps, or raise learningRate"
+            f"the trained adapter is {start}, unchanged: each change was rounded away; raise "
+            "spec.training.learningRate, or set spec.lora.dtype: float32"
         )
-    # Rounding takes small updates of numbers that are not zero.
+    # A new B starts at zero. Rounding takes small updates of numbers that are not zero.
     if unmoved and not is_continued:
         raise _wrong_adapter(f"no gradient has reached {len(unmoved)} of {layers} layers, first {unmoved[0]}")
 

@@ -27,7 +27,7 @@ from qlora_trainer.model.base.cache import ModelCache
 from qlora_trainer.model.base.cached_base import Base, BaseSource, open_base_source
 from qlora_trainer.model.source.models import ModelSource, open_model_source
 from qlora_trainer.publishing.manifest import base_publisher
-from qlora_trainer.steps.prepare_checks import refresh_record
+from qlora_trainer.steps.prepare_checks import check_steps, refresh_record
 from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
 from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, measure_memory
 from qlora_trainer.steps.publish import read_published
@@ -143,13 +143,14 @@ def _prepare(
     dataset = build_dataset(spec, model, access("dataset"), workspace.data, rows, report)
     records.note(dataset=dataset.status())
     sequences = write_sequences(dataset, spec, model, workspace.data, report)
+    of_steps = check_steps(spec.training, spec.resources.gpu_count, sequences.folder)
 
     started = now()
     base = bases.base(lambda done, total: report(f"{bases.activity} model {sizes(done, total)}"))
     fetching += now() - started
 
     data = sequences.complete(spec, model, base.revision, workspace)
-    remarks = (*checked.remarks, *sequences.remarks)
+    remarks = (*of_steps, *checked.remarks, *sequences.remarks)
     if initial is not None:
         initial.complete()
         remark = initial.remark(base_name(spec.model), base.revision)

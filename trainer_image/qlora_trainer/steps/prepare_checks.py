@@ -1,4 +1,4 @@
-"""Checks of prepare: a run's work, evaluation warnings, earlier prepared data."""
+"""Checks of prepare: a run's work and its steps, earlier prepared data."""
 
 import logging
 from collections.abc import Sequence
@@ -11,9 +11,11 @@ from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import DatasetStatus
+from qlora_api.steps import STEPS, few_steps_remark
 from qlora_api.usage import WorkStatus
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Mounts
+from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.prepared import PreparedDataset, Split
@@ -41,14 +43,32 @@ def planned_work(
     return WorkStatus(parameters=parameters, tokens=tokens, flops=training_flops(parameters, tokens, training))
 
 
-def remarks_on_evaluations(training: TrainingSpec, data_folder: Path) -> tuple[str, ...]:
-    """Warnings about the evaluation schedule, also logged. Empty if none."""
+def check_steps(training: TrainingSpec, gpus: int, data_folder: Path) -> tuple[str, ...]:
+    """Return remarks on few optimizer steps or evaluations, also logged.
+
+    Raises StepFailure (BAD_CONFIGURATION) for a warm-up that takes the whole run.
+    """
     data = PreparedDataset.open(data_folder, "train")
-    remark = too_few_evaluations(training, Schedule.from_training(len(data), training, data.epoch_offsets).total_steps)
-    if remark is None:
-        return ()
-    logger.warning("%s", remark)
-    return (remark,)
+    steps = Schedule.from_training(len(data), training, data.epoch_offsets).total_steps
+    if training.warmup_steps >= steps:
+        raise bad_configuration(
+            f"spec.training.warmupSteps is {training.warmup_steps}, and the run makes {steps} optimizer steps, so that "
+            f"it never trains at learningRate: set warmupSteps below {steps}, or train for more than "
+            f"{training.warmup_steps} steps (a higher epochs or maxSteps, or a lower gradientAccumulationSteps)"
+        )
+    few = few_steps_remark(
+        steps,
+        len(data) // max(1, len(data.epoch_offsets) - 1),
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        gpus=gpus,
+    )
+    remarks = tuple(remark for remark in (few, too_few_evaluations(training, steps)) if remark is not None)
+    for remark in remarks:
+        logger.warning("%s", remark)
+    return remarks
 
 
 def refresh_record(
@@ -61,7 +81,7 @@ def refresh_record(
 ) -> PrepareRecord | None:
     """Return the record with a new estimate if it describes the job and its files are whole; else None.
 
-    Raises StepFailure if the job does not fit its GPU, or asks for a score that no adapter could have.
+    Raises StepFailure if the job does not fit its GPU, asks for a score that no adapter could have, or only warms up.
     """
     root = workspace.root
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
@@ -90,8 +110,8 @@ def refresh_record(
     require_readable(spec.gate)
     texts = partial(AnswerTexts, folder, record.end_of_turn)
     of_score = require_scorable(spec.gate, data, record.dataset, texts, fixed_positions=record.fixed_positions)
-    kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS)))
-    remarks = (*kept, *of_score, *remarks_on_evaluations(spec.training, data))
+    kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS, STEPS)))
+    remarks = (*check_steps(spec.training, spec.resources.gpu_count, data), *kept, *of_score)
     return replace(record, memory=memory.status, measured=memory.measured, remarks=remarks)
 
 

@@ -20,7 +20,7 @@ from qlora_trainer.data.render.template_source import TEMPLATE_FILE, template_sh
 from qlora_trainer.data.tokenize.row_cache import RowsFolder
 from qlora_trainer.evaluation.answers import AnswerTexts
 from qlora_trainer.evaluation.scorable import require_scorable
-from qlora_trainer.steps.prepare_checks import planned_work, remarks_on_evaluations
+from qlora_trainer.steps.prepare_checks import planned_work
 from qlora_trainer.steps.prepare_model import AdmittedModel
 from qlora_trainer.stores.access import StoreAccess
 
@@ -126,5 +126,4 @@ def write_sequences(
         partial(AnswerTexts, model.folder, end),
         fixed_positions=model.checked.family.fixed_positions,
     )
-    of_evaluations = remarks_on_evaluations(spec.training, folder)
-    return WrittenSequences(dataset, folder, end, (*of_turns, *dataset.remarks, *of_score, *of_evaluations))
+    return WrittenSequences(dataset, folder, end, (*of_turns, *dataset.remarks, *of_score))

@@ -141,7 +141,7 @@ def test_rows_with_one_rated_answer_are_not_silently_taken_for_good_ones(
 ) -> None:
     rows = [{"prompt": f"q{number}", "completion": "a", "label": number % 2 == 0} for number in range(4)]
     write_rows(tmp_path / "data" / "train.jsonl", rows)
-    (remark,) = prepare(make_context(), Recorded()).remarks
+    _of_few_steps, remark = prepare(make_context(), Recorded()).remarks
     assert remark.startswith(
         "pvc://data/train.jsonl: the column 'label' is not used: if it marks answers as good or bad"
     )
