@@ -109,6 +109,11 @@ class AdapterStatus(ObservedModel):
         description="Whether the statement of what it was made of is signed; not set if the trainer is of a release "
         "that publishes none.",
     )
+    remark: ShortText | None = Field(
+        None,
+        description="Set if the loss has not fallen by a tenth: on the held-out rows, or without them from the first "
+        "tenth of the training steps to the last.",
+    )
 
 
 class MergedStatus(ObservedModel):
@@ -131,3 +136,13 @@ class ReportStatus(ObservedModel):
 
     uri: Uri = Field(description="Its address: that of the adapter, and its name there.")
     sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="Its SHA-256.")
+
+
+def published_text(adapter: AdapterStatus | None, merged: MergedStatus | None, base: BaseStatus | None) -> str:
+    """State where a job has published, and the remark on its adapter."""
+    text = f"the adapter is at {adapter.uri if adapter else ''}"
+    text += f", the merged model at {merged.uri}" if merged else ""
+    text += f", its base at {base.uri}" if base and base.uri else ""
+    if adapter is None or adapter.remark is None:
+        return text
+    return f"{text}; it {adapter.remark} (gate.minImprovement makes this a failure)"

@@ -67,21 +67,23 @@ def job_table(jobs: Sequence[Job], now: datetime, *, namespaces: bool, bars: boo
 
     Names are cut first if the row is too wide.
     """
-    summaries = [one_line(str(job.progress.get("summary") or _NONE)) for job in jobs]
+    summaries = [one_line(str(_remark(job) or job.progress.get("summary") or _NONE)) for job in jobs]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in (["Namespace"] if namespaces else []) + ["Name"]:
         table.add_column(title, overflow="ellipsis", min_width=_LEAST_NAME)
     table.add_column("Phase", no_wrap=True)
-    table.add_column("Progress", no_wrap=True, min_width=max(map(len, summaries)) + bars * (_BAR_WIDTH + 1))
+    drawn = [bars and bool(job.progress.get("totalSteps")) and _remark(job) is None for job in jobs]
+    widths = [len(summary) + bar * (_BAR_WIDTH + 1) for summary, bar in zip(summaries, drawn, strict=True)]
+    table.add_column("Progress", no_wrap=True, min_width=max(widths))
     for title in ("Loss", "Left", "Recoveries", "GPU hours", *(_WIDE if wide else ()), "Age"):
         table.add_column(title, no_wrap=True)
-    for job, summary in zip(jobs, summaries, strict=True):
+    for job, summary, bar in zip(jobs, summaries, drawn, strict=True):
         loss = job.progress.get("loss")
         table.add_row(
             *([job.namespace] if namespaces else []),
             job.name,
             Text(job.phase, style=COLORS.get(job.phase, "")),
-            _bar(job, summary) if bars and job.progress.get("totalSteps") else summary,
+            _bar(job, summary) if bar else summary,
             _NONE if loss is None else f"{loss:.3f}",
             _NONE if job.ended else one_line(str(job.progress.get("remaining") or _NONE)),
             str(job.recoveries or _NONE),
@@ -90,6 +92,11 @@ def job_table(jobs: Sequence[Job], now: datetime, *, namespaces: bool, bars: boo
             format_duration(max(0.0, (now - job.created).total_seconds())),
         )
     return table
+
+
+def _remark(job: Job) -> str | None:
+    """A remark on the adapter instead of progress, which says nothing after the end."""
+    return (job.status.get("adapter") or {}).get("remark")
 
 
 def _hours(hours: float | None) -> str:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record
+from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
 from qlora_trainer.report.serving import ADAPTER_PLACEHOLDER, BASE_PLACEHOLDER
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.contents import Manifest, describe_files
@@ -23,6 +24,7 @@ from tests.support.commands.command import ROWS, Files
 from tests.support.failures import failing
 from tests.support.models.tiny import JOB_UID, POD_UID, Recorded
 from tests.support.runs.published import MANIFEST, published
+from tests.support.runs.report_page import Page
 from tests.trainer.conftest import MakeContext
 
 OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
@@ -61,6 +63,20 @@ def test_the_command_reports_the_published_adapter(finished: Files) -> None:
         "lineage": "unsigned",
     }
     assert adapter["baseRevision"].startswith("sha256:")
+
+
+def test_an_adapter_that_learned_little_is_published_with_that_remark(trained: Files) -> None:
+    path = trained.workspace / "records" / "train.json"
+    record = read_completion(path, TrainRecord)
+    assert record is not None
+    write_completion(path, record.model_copy(update={"initial_eval_loss": 5.12, "eval_loss": 5.08}))
+    remark = "learned little: loss 5.12 to 5.08"
+    adapter = published(trained).adapter
+    assert adapter.remark == remark
+    assert f"\nThe adapter {remark}.\n" in (trained.workspace / "adapter" / "README.md").read_text()
+    words = Page((trained.workspace / "adapter" / "report.html").read_text()).words
+    assert f"Note: the adapter {remark}." in words
+    assert "Note: the run makes 30 optimizer steps" in words
 
 
 def test_libraries_print_into_the_log_of_the_step(finished: Files) -> None:

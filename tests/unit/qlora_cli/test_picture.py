@@ -120,6 +120,18 @@ def test_the_table_draws_progress_on_a_terminal_only() -> None:
         assert pending.split() == ["bot", "Pending", "-", "-", "-", "-", "-", "1d0h"]
 
 
+def test_the_table_names_a_run_that_learned_little_instead_of_its_progress() -> None:
+    remark = "learned little: loss 5.12 to 5.08"
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, no_color=True, color_system=None)
+    console.print(
+        job_table(
+            [job("Succeeded", progress=PROGRESS, adapter={"remark": remark})], CREATED, namespaces=False, bars=True
+        )
+    )
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines()[1].split()[:-5] == ["bot", "Succeeded", *remark.split()]
+
+
 def test_the_wide_table_has_cost_forecast_and_budget() -> None:
     usage, forecast = {"gpuHours": "2.50", "cost": "6.25 EUR"}, {"gpuHours": "12.50", "cost": "31.25 EUR"}
     limited = job("Training", usage=usage, forecast=forecast, gpuHoursLimit=10.0)

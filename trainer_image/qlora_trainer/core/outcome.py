@@ -7,6 +7,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
+from qlora_api.artifact_status import published_text
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.printable import first_line, one_line, shortened
 from qlora_api.schema import replace
@@ -203,9 +204,7 @@ def summary(completion: CompletionRecord | None, step: StepName) -> str:
         planned = f" of {completion.total_steps}" if completion.stopped_early else ""
         return f"trained {completion.training_step}{planned} steps to loss {completion.loss:.4f}{_remarks(completion)}"
     if isinstance(completion, PublishRecord):
-        merged = f", the merged model at {completion.merged.uri}" if completion.merged else ""
-        base = f", its base at {completion.base.uri}" if completion.base else ""
-        return f"the adapter is at {completion.adapter.uri}{merged}{base}"
+        return published_text(completion.adapter, completion.merged, completion.base)
     return f"{step} is done"
 
 
@@ -230,7 +229,4 @@ def _remarks(trained: TrainRecord) -> str:
             f"; of the answers to {score.rows} held-out rows {score.adapter:.1%} passed, without the adapter "
             f"{score.base:.1%}"
         )
-    before, after = trained.initial_eval_loss, trained.eval_loss
-    if before is not None and after is not None and round(after, 4) > round(before, 4):
-        remarks += f"; but on the held-out rows the loss rose from {before:.4f} to {after:.4f}"
     return remarks

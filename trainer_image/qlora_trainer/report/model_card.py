@@ -13,6 +13,7 @@ from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.history.metrics_log import MetricsHistory
+from qlora_trainer.report.learning import learned_little
 from qlora_trainer.report.serving import (
     gguf_commands,
     loading_settings,
@@ -88,6 +89,7 @@ def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
         preference=PreferenceSpec(),
         prepared=prepared,
         trained=job.trained,
+        learned=learned_little(job.trained, history),
         steps=steps_done(job.trained.training_step, job.trained.total_steps, job.trained.kept_step),
         gate=job.gate,
         judged_on="" if job.gate is None else gate_data_text(job.gate),

@@ -15,6 +15,7 @@ from qlora_api.forecast import cost_text, hours_text
 from qlora_api.schema import replace
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.status import DatasetStatus, MemoryStatus
+from qlora_api.steps import STEPS
 from qlora_trainer.core.completion import AttemptUsage, RunUsage
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
@@ -25,6 +26,7 @@ from qlora_trainer.data.statistics import DataStatistics, SourceStatistics
 from qlora_trainer.history.metrics_log import MetricsHistory, read_history
 from qlora_trainer.history.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
+from qlora_trainer.report.learning import learned_little
 from qlora_trainer.report.model_card import TRAINED_ON, gate_data_text, quantization_label
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_commands
 
@@ -103,6 +105,7 @@ def _page(
         trained=job.trained,
         quantization=quantization_label(job.spec.quantization),
         figures=_figures(job, history, merged),
+        remarks=_remarks(job, history),
         gate=job.gate,
         judged_on="" if job.gate is None else gate_data_text(job.gate),
         loss=loss_chart(history, job.trained.kept_step),
@@ -158,6 +161,13 @@ def _figures(job: TrainedJob, history: MetricsHistory, merged: MergedStatus | No
         estimated = "" if estimate is None else f"estimate for a GPU: {estimate / _GIB:.2f} GiB"
         figures.append(Figure("Peak memory", f"{trained.peak_memory_bytes / _GIB:.2f} GiB", estimated))
     return figures
+
+
+def _remarks(job: TrainedJob, history: MetricsHistory) -> list[str]:
+    """Remarks without rows of the data, as they may be published."""
+    of_steps = [remark for remark in job.prepared.remarks if remark.startswith(STEPS)]
+    learned = learned_little(job.trained, history)
+    return of_steps if learned is None else [*of_steps, f"the adapter {learned}"]
 
 
 def _charts(history: MetricsHistory, device: Device, estimate: MemoryStatus) -> list[str]:

@@ -40,6 +40,7 @@ from qlora_trainer.publishing.merged_model import is_merged_published, job_templ
 from qlora_trainer.publishing.quantized_base import is_base_published, publish_base
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
+from qlora_trainer.report.learning import learned_little
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
 from qlora_trainer.report.page import published_page, write_report
 from qlora_trainer.report.serving import served_rank
@@ -110,7 +111,8 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
             **({} if gguf is None else {GGUF_FILE: gguf.path}),
         }
         uri = publish_with_lineage(job, destination, contents, namespace=namespace, key=key)
-        adapter = _adapter_status(uri, job, folder, gguf, signed=key is not None)
+        remark = learned_little(job.trained, read_history(workspace.report / HISTORY_FILE))
+        adapter = _adapter_status(uri, job, folder, gguf, signed=key is not None, remark=remark)
     base_folder = workspace.root / job.prepared.base_path
     base, merged = None, None
     if (destination_of_base := destinations.base()) is not None:
@@ -272,7 +274,9 @@ def _describe(job: TrainedJob, workspace: WorkspaceLayout, picture: bytes) -> Co
     }
 
 
-def _adapter_status(uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | None, *, signed: bool) -> AdapterStatus:
+def _adapter_status(
+    uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | None, *, signed: bool, remark: str | None
+) -> AdapterStatus:
     """The status of the adapter in `folder`, published at `uri`."""
     return AdapterStatus(
         uri=uri,
@@ -286,5 +290,6 @@ def _adapter_status(uri: str, job: TrainedJob, folder: Path, gguf: GgufFile | No
         quantization=quantization_label(job.spec.quantization),
         initial_adapter=job.prepared.initial_adapter,
         lineage="signed" if signed else "unsigned",
+        remark=remark,
         gguf=None if gguf is None else gguf.status,
     )

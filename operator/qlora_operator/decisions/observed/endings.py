@@ -2,6 +2,7 @@
 
 from datetime import datetime
 
+from qlora_api.artifact_status import published_text
 from qlora_api.figures import without_remaining
 from qlora_api.schema import replace
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
@@ -18,10 +19,7 @@ _FINISHED = Reason("Finished", "the job has ended")
 
 def succeed(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:
     """The end of a job that has done all its steps."""
-    uri = status.adapter.uri if status.adapter else ""
-    merged = f", the merged model at {status.merged.uri}" if status.merged else ""
-    base = f", its base at {status.base.uri}" if status.base and status.base.uri else ""
-    done = Reason("Succeeded", f"the adapter is at {uri}{merged}{base}")
+    done = Reason("Succeeded", published_text(status.adapter, status.merged, status.base))
     ends: tuple[tuple[ConditionType, Value, Reason], ...] = (
         ("Succeeded", "True", done),
         ("Failed", "False", NOT_FAILED),

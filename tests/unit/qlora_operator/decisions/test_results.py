@@ -50,10 +50,12 @@ def test_a_profile_with_a_key_needs_a_trainer_that_signs() -> None:
 TRACKING = Profile.model_validate(PROFILE.dump() | {"tracking": {"mlflow": {"url": "https://m.example.org"}}})
 
 
-def published(profile: Profile, *, lineage: str | None = None, **spec: Any) -> QLoRAJobStatus:
+def published(
+    profile: Profile, *, lineage: str | None = None, remark: str | None = None, **spec: Any
+) -> QLoRAJobStatus:
     """Return the status after publish reported an adapter, signed or unsigned."""
     body = pod("publish")
-    adapter = ADAPTER.model_copy(update={"lineage": lineage})
+    adapter = ADAPTER.model_copy(update={"lineage": lineage, "remark": remark})
     done = ended(body, 0, result(body, "publish", adapter=adapter))
     stored = status_in("publish", resolved=resolved(profile).dump())
     return follow(make_job(stored, **spec), child("publish", Complete="Done"), done)
@@ -69,6 +71,14 @@ def test_an_adapter_that_is_not_signed_although_the_profile_has_a_key_fails_the_
     signed = published(SIGNING, lineage="signed")
     assert (signed.phase, present(signed.adapter).lineage) == ("Succeeded", "signed")
     assert published(PROFILE, lineage=lineage).phase == "Succeeded"
+
+
+def test_success_names_a_loss_that_has_hardly_fallen_and_the_gate_against_it() -> None:
+    status = published(PROFILE, remark="learned little: loss 5.12 to 5.08")
+    assert message_of(status, "Succeeded") == (
+        f"the adapter is at {ADAPTER.uri}; it learned little: loss 5.12 to 5.08 "
+        "(gate.minImprovement makes this a failure)"
+    )
 
 
 def test_a_run_that_the_trainer_does_not_upload_is_named_in_the_status() -> None:
