@@ -23,8 +23,8 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.sandbox import DryRunFailed, within_limits
 from qlora_trainer.model.errors import UNUSABLE, with_error
-from qlora_trainer.model.families.inspection import Family, inspect_family
-from qlora_trainer.model.families.rejection import ALTERNATIVE
+from qlora_trainer.model.families.family import ALTERNATIVE, Family
+from qlora_trainer.model.families.inspection import inspect_family
 
 PAGE = Path(__file__).parent / "reference" / "families.md"
 TABLE = Path(one_row.__file__)

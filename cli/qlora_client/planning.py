@@ -1,6 +1,5 @@
 """Plans a job before it is created: GPU memory, as prepare checks it, and GPU hours."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +14,6 @@ from qlora_api.forecast import (
     tokens_of_run,
     training_flops,
 )
-from qlora_api.memory.model_shape import mixes_experts
-from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.usage import ForecastStatus
@@ -24,7 +21,8 @@ from qlora_client.client_types import Plan
 from qlora_client.files.folders import INSTALL
 from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.memory.fit import MemoryFit, type_of_model
+from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.memory.planned import check_config, measure_with
 
 _MAX_CONFIG_BYTES = 2**22
 _SECONDS = 3600
@@ -41,9 +39,15 @@ def make_plan(
     with TemporaryDirectory() as folder:
         found = config or _fetched(spec, Path(folder))
         try:
-            rows_apart = type_of_model(found) not in ONE_ROW_MODEL_TYPES
-            fit = MemoryFit.from_config(found, spec, spec.lora.target_modules, rows_apart=rows_apart)
-            parameters = None if mixes_experts(json.loads(found.read_bytes())) else fit.parameters
+            traits = check_config(found, spec)
+            fit = MemoryFit.from_config(
+                found,
+                spec,
+                spec.lora.target_modules,
+                rows_apart=traits.keeps_rows_apart(spec.training.max_sequence_length),
+                measure=measure_with(traits),
+            )
+            parameters = None if traits.mixture_of_experts else fit.parameters
         except StepFailure as failure:
             kind = ValueError if failure.exit_code == ExitCode.BAD_CONFIGURATION else ClusterError
             raise kind(failure.message) from None

@@ -1,5 +1,6 @@
 """Stands in for dry runs: computes the activations of a Llama's blocks by arithmetic."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,14 +10,18 @@ import pytest
 
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_api.memory.estimate import ActivationBytes, AnswerBytes, CountedRun, MemoryEstimate, combine
-from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.model_shape import ModelShape, mixes_experts
+from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import count_weights
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.model.families import admission
+from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.memory import dry_run
 from qlora_trainer.model.memory.dry_run import StepSize
-from qlora_trainer.model.memory.fit import read_shape, training_shape
+from qlora_trainer.model.memory.fit import read_shape, training_shape, type_of_model
 
 
 def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
@@ -89,12 +94,29 @@ def _shape(config: Path) -> ModelShape:
     return model
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have commands use these instead of dry runs."""
+def inspect(folder: Path, _lora: LoraSpec) -> Family:
+    """The traits of the listed family in the folder."""
+    model_type = type_of_model(folder / "config.json")
+    config = json.loads((folder / "config.json").read_bytes())
+    return Family(
+        model_type=model_type,
+        one_row=model_type in ONE_ROW_MODEL_TYPES,
+        mixture_of_experts=mixes_experts(config),
+        target_modules=(),
+        vocabulary=config.get("vocab_size", 1),
+        quantized_fraction=1.0,
+        attention="",
+        auto_class="",
+    )
 
-    def within_limits(function: Any, arguments: tuple[Any, ...], **_limits: Any) -> Any:
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have commands use these instead of inspections and dry runs."""
+
+    def within_limits(_function: Any, arguments: tuple[Any, ...], **_limits: Any) -> Any:
         *given, _family = arguments
         return measure_passes(*given) if len(given) == 3 else measure(*given)
 
     monkeypatch.setattr(dry_run, "_require_trainer", lambda: None)
     monkeypatch.setattr(dry_run, "within_limits", within_limits)
+    monkeypatch.setattr(admission, "within_limits", lambda _function, arguments, **_limits: inspect(*arguments))

@@ -4,6 +4,8 @@ import copy
 import math
 from typing import Any
 
+from qlora_api.spec.job import QLoRAJobSpec
+
 Manifest = dict[str, Any]
 
 MINIMAL: Manifest = {
@@ -157,3 +159,8 @@ def merged(base: Manifest, changes: Manifest) -> Manifest:
         nested = isinstance(value, dict) and isinstance(base.get(key), dict)
         result[key] = merged(base[key], value) if nested else value
     return result
+
+
+def job_spec(**parts: Any) -> QLoRAJobSpec:
+    """The spec of the smallest job with these parts."""
+    return QLoRAJobSpec.model_validate(MINIMAL["spec"]).model_copy(update=parts)

@@ -24,7 +24,7 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.families import admission
-from qlora_trainer.model.families.inspection import Family
+from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.steps import prepare_model
@@ -57,7 +57,7 @@ def _a_model_is_inspected_and_measured_once() -> Iterator[None]:
     """Cache what forks find by their input: hundreds of tests prepare the same tiny models."""
     found: dict[tuple[Any, ...], MeasuredMemory] = {}
     families: dict[tuple[Any, ...], Family] = {}
-    inspect_within_limits = admission._inspect_within_limits
+    inspect_within_limits = admission.inspect_model
 
     def measure(
         config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
@@ -72,14 +72,15 @@ def _a_model_is_inspected_and_measured_once() -> Iterator[None]:
         if not (folder / CONFIG).is_file():
             return inspect_within_limits(folder, lora)
         # Tests replace what inspects.
-        key = (vars(admission)["inspect_family"], (folder / CONFIG).read_bytes(), lora.model_dump_json())
+        files = (path.read_bytes() for path in (folder / CONFIG, folder / "tokenizer_config.json") if path.is_file())
+        key = (vars(admission)["_inspect"], *files, lora.model_dump_json())
         if key not in families:
             families[key] = inspect_within_limits(folder, lora)
         return families[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_model, "measure_within_limits", measure)
-        patch.setattr(admission, "_inspect_within_limits", inspect)
+        patch.setattr(admission, "inspect_model", inspect)
         yield
 
 

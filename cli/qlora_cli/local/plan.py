@@ -1,10 +1,11 @@
 """Shows the GPU memory that a job needs: by component, compared with the GPU, and what to change if it does not fit."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,20 +24,24 @@ from qlora_api.memory.advice import (
     verdict,
 )
 from qlora_api.memory.estimate import GIB, MemoryEstimate, without_activations
-from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
 from qlora_trainer.core.sandbox import DryRunFailed
-from qlora_trainer.model.memory.dry_run import INSTALL, measure_within_limits
-from qlora_trainer.model.memory.fit import training_shape, type_of_model, weights_of
+from qlora_trainer.model.families.admission import require_settings
+from qlora_trainer.model.families.family import Traits
+from qlora_trainer.model.memory.dry_run import INSTALL
+from qlora_trainer.model.memory.fit import training_shape, weights_of
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
+from qlora_trainer.model.memory.planned import find_traits, measure_with
 
 GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
+FindTraits: TypeAlias = Callable[[LoraSpec], Traits]
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
 MEANING = {
     "fits": "the run fits",
@@ -59,8 +64,10 @@ class MemoryPlan:
     """Why the dry run failed."""
     weights: WeightCounts | None = None
     """Counted from config.json if the dry run failed; None for a family whose layers are not listed."""
-    one_row: str = ""
-    """What it costs that a sequence has a single row; empty if models of this type keep packed rows apart."""
+    rows_apart: bool = True
+    """Whether rows can share a sequence."""
+    remarks: tuple[str, ...] = ()
+    """What is done otherwise than the job asks."""
 
     @property
     def memory(self) -> MemoryEstimate | None:
@@ -88,18 +95,25 @@ class MemoryPlan:
 
 
 def make_plan(
-    name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None, measure: Measure = measure_within_limits
+    name: str,
+    spec: QLoRAJobSpec,
+    config: Path,
+    gpu_gib: int | None,
+    measure: Measure | None = None,
+    find: FindTraits | None = None,
 ) -> MemoryPlan:
     """The plan of a job whose model has this config.json, from a dry run.
 
-    Without one, as without the trainer, the plan has the weights only. Raises StepFailure if the model is not
-    supported.
+    Without one, as without the trainer, the plan has the weights only. Raises StepFailure as prepare does, unless the
+    job does not fit its GPU.
     """
+    traits = find_traits(config, spec.lora) if find is None else find(spec.lora)
+    require_settings(traits, config, spec)
     training = training_shape(spec, spec.lora.target_modules)
     job: MeasuredJob | None = None
     weights, unknown = None, ""
     try:
-        job = MeasuredJob.from_config(config, spec, training, measure=measure)
+        job = MeasuredJob.from_config(config, spec, training, measure=measure or measure_with(traits))
     except DryRunFailed as failure:
         weights, unknown = weights_of(config, training), str(failure)
     return MemoryPlan(
@@ -111,29 +125,8 @@ def make_plan(
         nodes=spec.resources.node_count,
         unknown=unknown,
         weights=weights,
-        one_row=_cost_of_one_row(spec, config),
-    )
-
-
-def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:
-    model_type, training = type_of_model(config), spec.training
-    if model_type not in ONE_ROW_MODEL_TYPES:
-        return ""
-    if training.compares_answers:
-        return (
-            f"models of type {model_type} cannot keep the rows of a batch apart, and training.objective compares two "
-            "answers in one pass: set objective to supervised, or use a model whose rows can share a sequence"
-        )
-    if training.micro_batch_size > 1:
-        return (
-            f"models of type {model_type} cannot keep the rows of a batch apart: set training.microBatchSize to 1, and "
-            f"training.gradientAccumulationSteps to {training.micro_batch_size * training.gradient_accumulation_steps}"
-        )
-    rows = training.gradient_accumulation_steps
-    return (
-        f"packing is off, because models of type {model_type} cannot keep packed rows apart. A step has {rows} rows "
-        f"(training.gradientAccumulationSteps) and at most {rows * training.max_sequence_length} tokens (fewer if "
-        "rows are short), so the same data takes more steps than with packing"
+        rows_apart=traits.keeps_rows_apart(spec.training.max_sequence_length),
+        remarks=tuple(traits.remarks(spec.training)),
     )
 
 
@@ -198,13 +191,13 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
         return
     memory = plan.job.estimate(plan.training)
     show_components(plan.title, memory, console)
-    _show_one_row(plan, console)
+    _show_remarks(plan, console)
     if plan.training.gpus > 1:
         _show_gpus(plan, console)
     if plan.gpu_gib is None:
         _show_gpu_sizes(memory, console)
     else:
-        _show_verdict(plan.job, plan.gpu_gib, console, rows_apart=not plan.one_row)
+        _show_verdict(plan.job, plan.gpu_gib, console, rows_apart=plan.rows_apart)
 
 
 def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
@@ -214,7 +207,7 @@ def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
         console.print(f"[bold]{escape(plan.title)}[/]")
     else:
         console.print(_components(plan.title, memory, "Without activations"))
-    _show_one_row(plan, console)
+    _show_remarks(plan, console)
     if memory is not None and plan.training.gpus > 1:
         _show_gpus(plan, console)
     console.print(f"[bold yellow]unknown[/]: activations take a dry run; {escape(plan.unknown)}.")
@@ -225,9 +218,9 @@ def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
         )
 
 
-def _show_one_row(plan: MemoryPlan, console: Console) -> None:
-    if plan.one_row:
-        console.print(f"[yellow]One row a sequence[/]: {escape(plan.one_row)}.")
+def _show_remarks(plan: MemoryPlan, console: Console) -> None:
+    for remark in plan.remarks:
+        console.print(f"[yellow]Remark[/]: {escape(remark)}.")
 
 
 def show_components(title: str, memory: MemoryEstimate, console: Console) -> None:
@@ -303,7 +296,7 @@ def _show_larger(job: MeasuredJob, gpu_gib: int, console: Console) -> None:
     step = larger_micro_batch(job.estimate, job.training, gpu_gib)
     if step is None:
         return
-    console.print("To train faster, with the same result, if the model can keep the rows of a batch apart:")
+    console.print("To train faster, with the same result:")
     _show_changes(step, console)
     console.print(f"  {gib(step.expected)} GiB, [{COLORS[step.verdict]}]{step.verdict}[/].")
 

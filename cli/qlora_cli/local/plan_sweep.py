@@ -13,18 +13,21 @@ from qlora_api.contract import ExitCode
 from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
-from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
-from qlora_cli.local.plan import COLORS, GPU_SIZES_GIB, MemoryPlan, gib, make_plan
+from qlora_cli.local.plan import COLORS, GPU_SIZES_GIB, FindTraits, MemoryPlan, gib, make_plan
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed
-from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.memory.fit import training_shape, type_of_model
+from qlora_trainer.model.families.admission import require_settings
+from qlora_trainer.model.families.family import Traits
+from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits
+from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import Measure, MeasurePasses, memory_together
+from qlora_trainer.model.memory.planned import find_traits, measure_with
 
 # The operator creates the claim of a sweep that names none; no memory depends on its name.
 _CLAIM = "workspace"
@@ -72,35 +75,40 @@ def make_sweep_plan(
     document: QLoRASweepDocument,
     config: Path,
     gpu_gib: int | None,
-    measure: Measure = measure_within_limits,
+    measure: Measure | None = None,
     measure_passes: MeasurePasses = measure_together_within_limits,
 ) -> SweepPlan:
     """The plan of a sweep whose model has this config.json. Pods whose cells need the same memory are estimated once.
 
     Raises StepFailure if a cell does not fit the template or is the same as another, or the model is not supported.
     """
-    template, measured = document.spec.template.spec, _once(measure)
+    template = document.spec.template.spec
     try:
         found = cells(document.metadata.name, document.spec, template.workspace.claim_name or _CLAIM)
     except ValueError as error:
         raise bad_configuration(str(error)) from error
     if (repeated := repeated_cell(document.spec, found)) is not None:
         raise bad_configuration(repeated)
-    _require_rows_apart(document, config)
+    find = _found_once(config)
+    _require_rows_apart(document, find(template.lora))
+    for cell in found:
+        require_settings(find(cell.spec.lora), config, cell.spec)
+    measured = _once(measure, find)
     known: dict[tuple[object, ...], PodPlan] = {}
     planned = []
     for pod in pods(document.spec, found):
         key = tuple(_decides_memory(cell) for cell in pod)
         if key not in known:
-            known[key] = _pod_plan(pod, config, measured, measure_passes)
+            known[key] = _pod_plan(pod, config, find, measured, measure_passes)
         planned.append(replace(known[key], cells=tuple(pod)))
     return SweepPlan(document, tuple(planned), gpu_gib if gpu_gib is not None else template.resources.gpu_gib)
 
 
-def _require_rows_apart(document: QLoRASweepDocument, config: Path) -> None:
-    model_type, together = type_of_model(config), document.spec.cells_per_pod
-    if together > 1 and model_type in ONE_ROW_MODEL_TYPES:
-        raise bad_configuration(f"spec.cellsPerPod is {together}: {rows_not_apart(model_type)}: remove cellsPerPod")
+def _require_rows_apart(document: QLoRASweepDocument, traits: Traits) -> None:
+    together = document.spec.cells_per_pod
+    if together > 1 and traits.one_row:
+        why = rows_not_apart(traits.model_type)
+        raise bad_configuration(f"spec.cellsPerPod is {together}: {why}: remove cellsPerPod")
 
 
 def _decides_memory(cell: Cell) -> object:
@@ -109,8 +117,10 @@ def _decides_memory(cell: Cell) -> object:
     return training_shape(cell.spec, cell.spec.lora.target_modules), cell.spec.lora.target_modules
 
 
-def _pod_plan(pod: Sequence[Cell], config: Path, measure: Measure, measure_passes: MeasurePasses) -> PodPlan:
-    alone = tuple(make_plan(cell.name, cell.spec, config, None, measure) for cell in pod)
+def _pod_plan(
+    pod: Sequence[Cell], config: Path, find: FindTraits, measure: Measure, measure_passes: MeasurePasses
+) -> PodPlan:
+    alone = tuple(make_plan(cell.name, cell.spec, config, None, measure, find) for cell in pod)
     known = [(plan, plan.job) for plan in alone if plan.job is not None]
     if len(known) < len(alone):
         return PodPlan(tuple(pod), alone, None, next(plan.unknown for plan in alone if plan.job is None))
@@ -124,14 +134,28 @@ def _pod_plan(pod: Sequence[Cell], config: Path, measure: Measure, measure_passe
     return PodPlan(tuple(pod), alone, together)
 
 
-def _once(measure: Measure) -> Measure:
-    """The same, which measures what depends on the same things once only."""
+def _found_once(config: Path) -> FindTraits:
+    """The traits of the model, inspected once for equal adapters."""
+    found: dict[str, Traits] = {}
+
+    def find(lora: LoraSpec) -> Traits:
+        key = lora.model_dump_json()
+        if key not in found:
+            found[key] = find_traits(config, lora)
+        return found[key]
+
+    return find
+
+
+def _once(measure: Measure | None, find: FindTraits) -> Measure:
+    """The dry run, which measures what depends on the same things once only."""
     found: dict[tuple[str, tuple[StepSize, ...]], MeasuredMemory] = {}
 
     def measured(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
         key = (digest, tuple(sizes))
         if key not in found:
-            found[key] = measure(config, spec, sizes, digest)
+            run = measure or measure_with(find(spec.lora))
+            found[key] = run(config, spec, sizes, digest)
         return found[key]
 
     return measured
@@ -192,8 +216,8 @@ def _show_remarks(plan: SweepPlan, console: Console) -> None:
     if unknown is not None:
         console.print(f"[bold yellow]unknown[/]: {escape(unknown.unknown)}.")
     alone = [(cell, each) for pod in plan.pods for cell, each in zip(pod.cells, pod.alone, strict=True)]
-    for text, count in Counter(each.one_row for _, each in alone if each.one_row).items():
-        console.print(f"[yellow]One row a sequence[/] in {count} of {len(alone)} cells: {escape(text)}.")
+    for text, count in Counter(remark for _, each in alone for remark in each.remarks).items():
+        console.print(f"[yellow]Remark[/] on {count} of {len(alone)} cells: {escape(text)}.")
 
 
 def _totals(plan: SweepPlan) -> Table:

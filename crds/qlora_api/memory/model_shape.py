@@ -1,7 +1,7 @@
 """Reads a dense model's sizes from its `config.json`."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,6 +20,8 @@ LARGEST_SIZES: Mapping[str, int] = {
     "head_dim": 4_096,
     "vocab_size": 10_000_000,
 }
+NAMED_SIZES = tuple(name for name in LARGEST_SIZES if name not in ("num_key_value_heads", "head_dim"))
+"""Those that a config.json must have: the others follow from them, or from the family."""
 
 
 class UnsupportedModelError(ValueError):
@@ -96,9 +98,9 @@ class ModelShape:
             for field, highest in LARGEST_SIZES.items()
             if decoder.get(field) is not None
         }
-        for field in LARGEST_SIZES:
-            if field not in sizes and field not in ("num_key_value_heads", "head_dim"):
-                raise UnlistedModelError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
+        if missing := [field for field in NAMED_SIZES if field not in sizes]:
+            # A part of a multimodal model leaves out what transformers knows: a dry run may count them.
+            raise (UnsupportedModelError if decoder is config else UnlistedModelError)(missing_sizes(missing))
         heads = sizes["num_attention_heads"]
         sizes.setdefault("num_key_value_heads", heads)
         if "head_dim" not in sizes and not family.head_dim and sizes["hidden_size"] % heads:
@@ -144,6 +146,12 @@ class ModelShape:
         They are one matrix when tied.
         """
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+
+def missing_sizes(names: Sequence[str]) -> str:
+    """Return the error of a config.json without these sizes."""
+    are = "is" if len(names) == 1 else "are"
+    return f"{', '.join(names)} {are} missing in the model's config.json: take the file as its publisher has it"
 
 
 def mixes_experts(config: Mapping[str, object]) -> bool:

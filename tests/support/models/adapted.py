@@ -13,7 +13,8 @@ from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.base.load import load_base
-from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.families.family import Family
+from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from tests.support.models.sequences import CPU

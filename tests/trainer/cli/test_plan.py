@@ -12,7 +12,7 @@ from tests.support.commands.command import MANIFEST, invoked, qlora
 from tests.support.models.model_configs import LLAMA_3_8B
 
 # A dry run of all 32 takes thirty times as long.
-ONE_BLOCK = LLAMA_3_8B | {"num_hidden_layers": 1}
+ONE_BLOCK = LLAMA_3_8B | {"num_hidden_layers": 1, "max_position_embeddings": 8192}
 LLAMA_65B = {
     "model_type": "llama",
     "hidden_size": 8192,
@@ -194,7 +194,16 @@ def test_a_plan_of_a_model_whose_layers_are_not_listed_is_from_a_dry_run(tmp_pat
     assert "spec.training.microBatchSize: 1 → 8" in done.stdout
 
 
-def test_a_plan_of_an_unsupported_model_is_rejected(tmp_path: Path) -> None:
-    done = planned(tmp_path, config={"model_type": "t5"})
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"model_type": "t5"}, "encoder-decoder"),
+        ({"model_type": "gemma4"}, "hidden_size, num_hidden_layers, "),
+        ({name: size for name, size in ONE_BLOCK.items() if name != "vocab_size"}, "vocab_size is missing"),
+        (ONE_BLOCK | {"max_position_embeddings": 64}, "has positions for 64 tokens"),
+    ],
+)
+def test_a_plan_rejects_a_model_as_prepare_does(tmp_path: Path, config: dict[str, Any], error: str) -> None:
+    done = planned(tmp_path, config=config)
     assert done.returncode == 10
-    assert "encoder-decoder" in done.stderr
+    assert error in done.stderr

@@ -22,7 +22,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.sampling import hold_out
 from qlora_trainer.model.families import admission
-from qlora_trainer.model.families.inspection import Family
+from qlora_trainer.model.families.family import Family
 from qlora_trainer.steps.prepare import prepare
 from tests.support.commands.command import Done, Files
 from tests.support.failures import failing
@@ -242,12 +242,12 @@ def test_rows_that_are_too_long_are_left_out_and_counted(jobs: Jobs, tmp_path: P
 
 
 def test_a_family_whose_rows_see_each_other_is_not_packed(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    inspect = admission._inspect_within_limits
+    inspect = admission.inspect_model
 
     def leaking(folder: Path, lora: LoraSpec) -> Family:
         return replace(inspect(folder, lora), one_row=True)
 
-    monkeypatch.setattr(admission, "_inspect_within_limits", leaking)
+    monkeypatch.setattr(admission, "inspect_model", leaking)
     context = jobs.make()
     record = prepare(context, jobs.records, now=clock)
     assert not record.packed

@@ -75,7 +75,7 @@ def test_missing_head_fields_follow_from_the_others() -> None:
         ({"model_type": "gpt2"}, ("model_type is 'gpt2'", "llama")),
         ({"model_type": "x" * 10_000}, ("model_type is 'xxx", "llama")),
         ({"model_type": None}, ("model_type is missing", "llama")),
-        ({"hidden_size": None}, ("hidden_size is missing", "llama")),
+        ({"hidden_size": None}, ("hidden_size is missing", "publisher")),
         ({"hidden_size": "4096"}, ("hidden_size is '4096'", "whole number")),
         ({"hidden_size": 4096.5}, ("hidden_size is '4096.5'", "whole number")),
         ({"intermediate_size": [11008, 8192]}, ("intermediate_size is '[11008, 8192]'", "whole number")),

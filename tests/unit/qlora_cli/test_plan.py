@@ -16,7 +16,7 @@ from qlora_cli.local.plan import make_plan, show_plan
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.memory.dry_run import measure_within_limits
 from qlora_trainer.model.memory.job_memory import Measure
-from tests.support.dry_runs import measure
+from tests.support.dry_runs import measure, stand_in
 from tests.support.models.model_configs import SMALL_LLAMA
 
 SPEC = QLoRAJobSpec.model_validate(
@@ -99,9 +99,12 @@ def test_without_the_trainer_an_impossible_size_is_still_rejected(tmp_path: Path
         make_plan("tiny", SPEC, written(tmp_path, model_type="llama", hidden_size="4096"), None)
 
 
-BAMBA = {"model_type": "bamba"}
+@pytest.fixture
+def _dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
 
 
+@pytest.mark.usefixtures("_dry_runs")
 def test_a_plan_of_a_job_that_continues_a_run_advises_no_other_settings(tmp_path: Path) -> None:
     large = {**SMALL_LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
     config, settings = written(tmp_path, **large), {"continues": "earlier", "training": {"microBatchSize": 4}}
@@ -112,27 +115,51 @@ def test_a_plan_of_a_job_that_continues_a_run_advises_no_other_settings(tmp_path
     assert "What to change" in shown(SPEC, config, measure)
 
 
-@pytest.mark.usefixtures("_no_trainer")
-def test_a_plan_reports_the_cost_of_one_row_a_sequence(tmp_path: Path) -> None:
-    text = shown(SPEC, written(tmp_path, **BAMBA))
-    assert "One row a sequence: packing is off, because models of type bamba cannot keep packed rows apart." in text
-    assert "A step has 16 rows (training.gradientAccumulationSteps) and at most 8192 tokens" in text
-    assert "One row" not in shown(SPEC, written(tmp_path, **SMALL_LLAMA))
+BAMBA = {"model_type": "bamba"}
+MIXTURE = {"model_type": "qwen3_moe", "num_experts": 128}
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_a_plan_reports_that_one_row_a_sequence_excludes_preferences(tmp_path: Path) -> None:
-    spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"objective": "dpo"})})
-    assert (
-        "models of type bamba cannot keep the rows of a batch apart, and training.objective compares two answers in "
-        "one pass: set objective to supervised"
-    ) in shown(spec, written(tmp_path, **BAMBA))
+def test_a_plan_reports_that_rows_are_not_packed(tmp_path: Path) -> None:
+    assert "Remark: no packing: rows in one sequence would affect each other in this bamba model" in shown(
+        SPEC, written(tmp_path, **BAMBA)
+    )
+    assert "Remark" not in shown(SPEC, written(tmp_path, **SMALL_LLAMA))
+
+
+MERGED = {"merged": {"destination": "pvc://models/merged"}}
+BASE = {"base": {"destination": "pvc://models/base"}}
+
+
+@pytest.mark.parametrize("trainer", ["_no_trainer", "_dry_runs"])
+@pytest.mark.parametrize(
+    ("config", "settings", "reason"),
+    [
+        (MIXTURE, {"training": {"sharding": "full"}, "resources": {"gpus": 2}}, "whose experts are not sharded"),
+        (MIXTURE, {"output": MERGED}, r"spec\.output\.merged: the model \(model_type 'qwen3_moe'\) is a mixture"),
+        (MIXTURE, {"output": BASE}, "no server reads experts as they are in its 4-bit base"),
+        (BAMBA, {"training": {"objective": "dpo"}}, "compares two answers in one pass"),
+        (BAMBA, {"training": {"microBatchSize": 4}}, r"set spec\.training\.microBatchSize to 1"),
+    ],
+)
+def test_a_plan_rejects_a_model_as_prepare_does(
+    tmp_path: Path,
+    config: dict[str, object],
+    settings: dict[str, object],
+    reason: str,
+    trainer: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    request.getfixturevalue(trainer)
+    spec, file = QLoRAJobSpec.model_validate(SPEC.dump() | settings), written(tmp_path, **config)
+    with pytest.raises(StepFailure, match=reason) as caught:
+        make_plan("tiny", spec, file, None)
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 @pytest.mark.usefixtures("_no_trainer")
-def test_a_plan_names_the_micro_batch_of_a_model_with_one_row_a_sequence(tmp_path: Path) -> None:
-    spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"micro_batch_size": 4})})
-    assert (
-        "models of type bamba cannot keep the rows of a batch apart: set training.microBatchSize to 1, and "
-        "training.gradientAccumulationSteps to 64."
-    ) in shown(spec, written(tmp_path, **BAMBA))
+def test_a_plan_makes_up_no_size_that_the_file_lacks(tmp_path: Path) -> None:
+    sizes = {name: size for name, size in SMALL_LLAMA.items() if name not in ("vocab_size", "intermediate_size")}
+    config = written(tmp_path, **sizes)
+    with pytest.raises(StepFailure, match="intermediate_size, vocab_size are missing in the model's config"):
+        make_plan("tiny", SPEC, config, None)

@@ -214,7 +214,7 @@ def test_a_model_with_one_row_a_sequence_says_so_once_and_takes_one_cell_a_pod(
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     text = shown(planned(tmp_path, {"model_type": "bamba"}, template=template(training={"microBatchSize": 1})))
-    assert text.count("One row a sequence in 6 of 6 cells: packing is off") == 1
+    assert text.count("Remark on 6 of 6 cells: no packing") == 1
     done = invoked(
         tmp_path, "plan", manifest(cellsPerPod=2), "--config", str(written(tmp_path, {"model_type": "bamba"}))
     )

@@ -121,11 +121,11 @@ def _prepare(
     folder = source.settings()
     fetching = now() - started
     template = job_template(spec.dataset, mounts)
-    checked = check_settings(folder, spec, workspace.root / "gguf")
+    family = check_settings(folder, spec, workspace.root / "gguf")
     report("measuring the memory that training needs")
-    memory = measure_memory(folder, spec, checked.family, context.group_size)
+    memory = measure_memory(folder, spec, family, context.group_size)
     records.note(memory=memory.status)
-    model = AdmittedModel.from_folder(folder, spec, checked, memory, template)
+    model = AdmittedModel.from_folder(folder, spec, family, memory, template)
     model_cache = None
     if mounts.model_cache is not None:
         model_cache = ModelCache(ModelCacheLayout(mounts.model_cache), identity.job_uid, identity.pod_uid)
@@ -135,7 +135,7 @@ def _prepare(
     initial = None
     if spec.lora.initial_adapter is not None:
         report("fetching and checking the adapter of spec.lora.from")
-        modules = checked.family.target_modules
+        modules = family.target_modules
         initial = get_initial_adapter(
             spec.lora, access("lora"), workspace.initial_adapter, folder, modules, earlier_adapter
         )
@@ -150,7 +150,7 @@ def _prepare(
     fetching += now() - started
 
     data = sequences.complete(spec, model, base.revision, workspace)
-    remarks = (*of_steps, *checked.remarks, *sequences.remarks)
+    remarks = (*of_steps, *family.remarks(spec.training), *sequences.remarks)
     if initial is not None:
         initial.complete()
         remark = initial.remark(base_name(spec.model), base.revision)

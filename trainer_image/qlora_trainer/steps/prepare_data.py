@@ -84,7 +84,7 @@ def build_dataset(
         spec.training,
         model.tokenizer,
         model.tokenizer_files,
-        vocabulary=model.checked.vocabulary,
+        vocabulary=model.family.vocabulary,
         access=access,
         scratch=lambda name: partial_path(data / name),
         rows=rows,
@@ -124,6 +124,6 @@ def write_sequences(
         folder,
         dataset.status(),
         partial(AnswerTexts, model.folder, end),
-        fixed_positions=model.checked.family.fixed_positions,
+        fixed_positions=model.family.fixed_positions,
     )
     return WrittenSequences(dataset, folder, end, (*of_turns, *dataset.remarks, *of_score))

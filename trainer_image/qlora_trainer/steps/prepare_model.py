@@ -12,8 +12,8 @@ from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
 from qlora_trainer.history.trackers import require_installed
 from qlora_trainer.model.base.layout import BaseLayout
-from qlora_trainer.model.families.admission import CheckedModel, advise_learning_rate, check_model
-from qlora_trainer.model.families.inspection import Family
+from qlora_trainer.model.families.admission import advise_learning_rate, check_model
+from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.memory.fit import MemoryFit
@@ -28,7 +28,7 @@ class AdmittedModel:
 
     folder: Path
     """With the model's small files."""
-    checked: CheckedModel
+    family: Family
     memory: MemoryFit
     tokenizer: Tokenizer
     tokenizer_files: Mapping[str, str]
@@ -41,30 +41,30 @@ class AdmittedModel:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, spec: QLoRAJobSpec, checked: CheckedModel, memory: MemoryFit, template: JobTemplate | None
+        cls, folder: Path, spec: QLoRAJobSpec, family: Family, memory: MemoryFit, template: JobTemplate | None
     ) -> Self:
         """Load the tokenizer of a checked model. Raises StepFailure if it does not fit."""
         memory.require()
         advise_learning_rate(memory.parameters or 0, spec.training.learning_rate)
         return cls(
             folder=folder,
-            checked=checked,
+            family=family,
             memory=memory,
             tokenizer=Tokenizer(folder, template),
             tokenizer_files=tokenizer_digests(folder),
             layout=BaseLayout.from_folder(folder, spec.quantization),
-            rows_apart=checked.family.keeps_rows_apart(spec.training.max_sequence_length),
-            packed=checked.packs(spec.training),
+            rows_apart=family.keeps_rows_apart(spec.training.max_sequence_length),
+            packed=family.packs(spec.training),
         )
 
     @property
     def parameters(self) -> int | None:
         """Weights that each token is multiplied by, or None if unknown or a part."""
-        return None if self.checked.family.mixture_of_experts else self.memory.parameters
+        return None if self.family.mixture_of_experts else self.memory.parameters
 
     def record(self) -> PreparedModel:
         """Return the model's part of the completion record."""
-        family = self.checked.family
+        family = self.family
         return PreparedModel(
             target_modules=family.target_modules,
             packed=self.packed,
@@ -80,18 +80,17 @@ class AdmittedModel:
         )
 
 
-def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> CheckedModel:
+def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> Family:
     """Check that the model in `folder` can be trained and published as the job asks. Raises StepFailure.
 
     `scratch` is a folder for a trial conversion to GGUF.
     """
     require_installed(spec.training.report_to)
-    checked = check_model(folder, spec.lora, spec.training)
-    checked.family.require_whole_and_unmerged(spec.training, spec.output)
+    family = check_model(folder, spec)
     warn_if_not_served(spec)
     if spec.output.gguf is not None:
-        require_convertible(folder, checked.family.target_modules, spec.lora, spec.output.gguf, scratch)
-    return checked
+        require_convertible(folder, family.target_modules, spec.lora, spec.output.gguf, scratch)
+    return family
 
 
 def measure_memory(folder: Path, spec: QLoRAJobSpec, family: Family, group_size: int) -> MemoryFit:

@@ -16,7 +16,7 @@ from qlora_trainer.history.trackers import EventFiles
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.load import Storage, load_base, storage_of
-from qlora_trainer.model.families.inspection import cannot_keep_rows_apart
+from qlora_trainer.model.families.family import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
 from qlora_trainer.training.base_check import BaseCheck

@@ -158,9 +158,9 @@ def test_sharding_merging_and_publishing_the_base_are_rejected_for_experts_only(
         (TrainingSpec(), base, r"spec\.output\.base.* no server reads experts"),
     ):
         with pytest.raises(StepFailure, match=message) as caught:
-            routed.require_whole_and_unmerged(training, output)
+            routed.require(training, output)
         assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
-        dense.require_whole_and_unmerged(training, output)
+        dense.require(training, output)
 
 
 SHARED = tuple(f"model.layers.1.mlp.shared_experts.{kind}_proj" for kind in ("gate", "up", "down"))

@@ -28,13 +28,15 @@ from qlora_trainer.model.adapter.attach import adapter_parameters
 from qlora_trainer.model.base.load import MIN_QUANTIZED_FRACTION, load_base, storage_of
 from qlora_trainer.model.experts.stack import expert_stacks
 from qlora_trainer.model.families.admission import check_model
-from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.families.family import Family
+from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.memory.backward import backward
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.memory.step import StepBytes, step_bytes
 from qlora_trainer.model.source.files import CONFIG
 from tests.support.families import CASES, REPRESENTATIVE, Case
+from tests.support.manifests import job_spec
 from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.models.four_bit import require_quantized_experts, settings
 from tests.support.models.plain_loss import mean_loss
@@ -196,11 +198,12 @@ def test_a_family_that_cannot_keep_rows_apart_takes_micro_batches_of_one_row(tra
     with pytest.raises(
         StepFailure, match=r"set spec\.training\.microBatchSize to 1 and raise gradientAccumulationSteps"
     ):
-        check_model(trained.model, LoraSpec(), TrainingSpec(micro_batch_size=2, max_sequence_length=64))
+        check_model(trained.model, job_spec(training=TrainingSpec(micro_batch_size=2, max_sequence_length=64)))
 
-    checked = check_model(trained.model, LoraSpec(), TrainingSpec(max_sequence_length=64))
-    assert not checked.packs(TrainingSpec(max_sequence_length=64))
-    assert any(remark.startswith("no packing") for remark in checked.remarks)
+    training = TrainingSpec(max_sequence_length=64)
+    family = check_model(trained.model, job_spec(training=training))
+    assert not family.packs(training)
+    assert any(remark.startswith("no packing") for remark in family.remarks(training))
 
 
 @of_each(lambda case: not case.experts)

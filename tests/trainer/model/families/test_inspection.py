@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.afmoe.modeling_afmoe import AfmoeTokenChoiceRouter
 
 from qlora_api.contract import ExitCode
+from qlora_api.spec.output import OutputSpec
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.experts import compute as experts
@@ -24,6 +25,7 @@ from qlora_trainer.model.families.tiny_model import shrink
 from qlora_trainer.model.kernels.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
 from qlora_trainer.model.losses.loss import LogitTransform
 from tests.support.families import CASES
+from tests.support.manifests import job_spec
 from tests.support.models.tiny import SHAPE
 
 IDS: dict[str, Any] = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
@@ -340,9 +342,9 @@ def test_rows_longer_than_the_models_positions_are_rejected(
     config = transformers.LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 1e4} | rotation)
     family = inspect_family(written(tmp_path, config), LoraSpec())
 
-    family.require_positions(longest)
+    family.require(TrainingSpec(max_sequence_length=longest), OutputSpec())
     with pytest.raises(StepFailure, match=f"positions for {longest} tokens") as caught:
-        family.require_positions(longest + 1)
+        family.require(TrainingSpec(max_sequence_length=longest + 1), OutputSpec())
 
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert family.keeps_rows_apart(longest)
@@ -393,7 +395,7 @@ def test_rows_beyond_the_change_of_longrope_do_not_share_a_sequence(tmp_path: Pa
 
 def test_an_inspection_that_is_killed_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TRAINABLE[0].save_pretrained(tmp_path)
-    monkeypatch.setattr(check, "inspect_family", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(check, "_inspect", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(StepFailure, match="the inspection of the model was ended by signal or exit code -9") as failure:
-        check.check_model(tmp_path, LoraSpec(), TrainingSpec())
+        check.check_model(tmp_path, job_spec())
     assert failure.value.exit_code is ExitCode.INTERNAL_ERROR

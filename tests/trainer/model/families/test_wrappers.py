@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import ADAPTER_FILE
@@ -29,11 +29,13 @@ from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.experts.layout import routing_linears
 from qlora_trainer.model.experts.stack import expert_stacks
 from qlora_trainer.model.families.admission import check_model
-from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.families.family import Family
+from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from tests.support.commands.command import new_files
+from tests.support.manifests import job_spec
 from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.models.four_bit import convert, expert_weights, require_quantized_experts, settings
 from tests.support.models.plain_loss import mean_loss
@@ -298,7 +300,7 @@ def test_layers_that_only_images_reach_get_no_adapter_and_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     AutoConfig.for_model("mllama").save_pretrained(tmp_path)
-    family = check_model(tmp_path, LoraSpec(target_modules=("o_proj", "down_proj")), TrainingSpec()).family
+    family = check_model(tmp_path, job_spec(lora=LoraSpec(target_modules=("o_proj", "down_proj"))))
 
     images_only = {3, 8, 13, 18, 23, 28, 33, 38}
     adapted_blocks = {place_in_block(name)[0] for name in family.target_modules}

@@ -2,18 +2,17 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import cast
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import RopeParameters
 
-from qlora_api.spec.output import OutputSpec
-from qlora_api.spec.training import LoraSpec, TrainingSpec
-from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable, unsafe_artifact
+from qlora_api.memory.model_shape import NAMED_SIZES, missing_sizes
+from qlora_api.spec.training import LoraSpec
+from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
 from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.model.architecture.decoder import (
     block_linears,
@@ -31,104 +30,24 @@ from qlora_trainer.model.architecture.text_part import (
 )
 from qlora_trainer.model.base.load import MIN_QUANTIZED_FRACTION
 from qlora_trainer.model.errors import UNUSABLE, ModelError, explain_errors, with_error
-from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
+from qlora_trainer.model.experts.layout import EXPERT_COUNTS, ExpertLayout, routing_linears
+from qlora_trainer.model.families.family import ALTERNATIVE, Family
 from qlora_trainer.model.families.probe import probe
 from qlora_trainer.model.families.rejection import (
-    ALTERNATIVE,
     entries,
     reason_in_config,
     reason_in_model,
     reason_in_probe,
 )
 from qlora_trainer.model.families.targets import in_blocks, refused_by_peft, resolve_targets
-from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.nf4.base_weights import reason_against_stored_parts
-from qlora_trainer.model.source.files import CONFIG
+from qlora_trainer.model.source.files import CONFIG, reject_code
 from qlora_trainer.model.source.quantization import SETTINGS, experts_in_mxfp4, source_quantization, unusable
 
 _MAX_CONFIG_BYTES = 2**24
+_EXPERT_SIZES = (*EXPERT_COUNTS, "moe_intermediate_size")
 _TOWERS_OF_TIMM = ("architecture", "backbone")
 """Settings that name a timm model, for transformers to build a tower of."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """The findings about a base model before any of its weights is read."""
-
-    model_type: str
-    target_modules: tuple[str, ...]
-    """Exact, sorted module names that get an adapter."""
-    quantized_fraction: float
-    """Share of 4-bit layers in the parameters outside embeddings and head."""
-    one_row: bool
-    """Whether a sequence must have one row, as others had an effect in a small model."""
-    attention: str = ATTENTION
-    """The model's `attn_implementation`: ours, or transformers' for single rows."""
-    longest_row: int | None = None
-    """Tokens that the model has positions for, None if its configuration has no limit."""
-    fixed_positions: int | None = None
-    """Tokens beyond which it computes no row, or None, as with rotary positions."""
-    same_rotation_up_to: int | None = None
-    """Tokens of a row beyond which all rows of its sequence rotate differently."""
-    without_adapter: tuple[str, ...] = ()
-    """Linear layers that get no adapter: no gradient reaches it, or PEFT rejects them."""
-    mixture_of_experts: bool = False
-    """Whether tokens are routed to experts. These are in 4-bit, without an adapter."""
-    experts_in_mxfp4: bool = False
-    """Whether these are in MXFP4, as they were published, and stay so."""
-    without_dora: tuple[str, ...] = ()
-    """Linear layers without an adapter, since PEFT with DoRA takes them for experts."""
-    auto_class: str = AutoModelForCausalLM.__name__
-    """The transformers class whose layers have the adapter's names."""
-
-    def keeps_rows_apart(self, row_tokens: int) -> bool:
-        """Whether rows of up to `row_tokens` tokens can share a sequence without effect."""
-        return not self.one_row and row_tokens <= (self.same_rotation_up_to or row_tokens)
-
-    def require_whole_and_unmerged(self, training: TrainingSpec, output: OutputSpec) -> None:
-        """Raise StepFailure if the job shards, merges or publishes a mixture of experts."""
-        if not self.mixture_of_experts:
-            return
-        mixture = f"the model (model_type {self.model_type!r}) is a mixture of experts"
-        if training.sharding == "full":
-            raise bad_configuration(
-                f"spec.training.sharding is full, and {mixture}, whose experts are not sharded: leave it out, and use "
-                "GPUs that hold the whole model in 4-bit"
-            )
-        if output.merged is not None:
-            raise bad_configuration(
-                f"spec.output.merged: {mixture}, and no adapter is merged into these: leave it out, and serve the "
-                "adapter with its base"
-            )
-        if output.base is not None:
-            raise bad_configuration(
-                f"spec.output.base: {mixture}, and no server reads experts as they are in its 4-bit base: leave it out"
-            )
-
-    def require_positions(self, row_tokens: int) -> None:
-        """Raise StepFailure unless the model has positions for `row_tokens` tokens."""
-        if self.longest_row is not None and row_tokens > self.longest_row:
-            raise bad_configuration(
-                f"spec.training.maxSequenceLength is {row_tokens}, but the model (model_type {self.model_type!r}) has "
-                f"positions for {self.longest_row} tokens (max_position_embeddings): set it to {self.longest_row} or "
-                "less, or name a model with a longer context"
-            )
-
-
-def cannot_keep_rows_apart(model_type: str) -> StepFailure:
-    """The failure of a job with several rows a micro batch, of a model that needs one."""
-    return bad_configuration(
-        f"model_type {model_type!r} cannot keep the rows of a batch apart: set spec.training.microBatchSize to 1 and "
-        "raise gradientAccumulationSteps instead"
-    )
-
-
-def cannot_compare_answers(model_type: str) -> StepFailure:
-    """The failure of a job that compares two answers, of a model that needs one row."""
-    return bad_configuration(
-        f"model_type {model_type!r} cannot keep the rows of a batch apart, and spec.training.objective compares two "
-        "answers in one pass: set objective to supervised, or use a model whose rows can share a sequence"
-    )
 
 
 def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
@@ -148,6 +67,38 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             f"{config_folder / CONFIG} (model_type {config.model_type!r}) describes no model that can be "
             f"trained here: {error}; {ALTERNATIVE}"
         ) from error
+
+
+def inspect_published(folder: Path, lora: LoraSpec) -> Family:
+    """Inspect as `inspect_family`. Raises StepFailure for code beside the tokenizer, and for sizes that are missing."""
+    reject_code(folder)
+    family = inspect_family(folder, lora)
+    if missing := _unnamed_sizes(folder, experts=family.mixture_of_experts):
+        raise bad_configuration(f"spec.model.source: {missing_sizes(missing)}")
+    return family
+
+
+def _unnamed_sizes(folder: Path, *, experts: bool) -> list[str]:
+    """Sizes that config.json does not name: transformers' defaults are another model's.
+
+    Of a part of a multimodal model, transformers writes only what differs from its defaults: one size is enough.
+    """
+    raw = json.loads((folder / CONFIG).read_bytes())
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    text = config.get_text_config(decoder=True)
+    named = (value for _, value in entries(raw)) if text is not config else raw.values()
+    numbers = {value for value in named if isinstance(value, int)}
+    names = (*NAMED_SIZES, *(_EXPERT_SIZES if experts else ()))
+    defaults = type(text).default_config_fields()
+    fields = {name: text.attribute_map.get(name, name) for name in names}
+    sizes = {name: field for name, field in fields.items() if isinstance(defaults.get(field), int)}
+    unnamed = [
+        name
+        for name, field in sizes.items()
+        # By its number: files also have names that only the family reads, such as BLOOM's n_embed.
+        if vars(text).get(field) == defaults[field] and defaults[field] not in numbers
+    ]
+    return unnamed if text is config or len(unnamed) == len(sizes) else []
 
 
 def _inspect(config: PretrainedConfig, lora: LoraSpec) -> Family:
@@ -191,6 +142,7 @@ def _inspect(config: PretrainedConfig, lora: LoraSpec) -> Family:
     return Family(
         model_type=model_type,
         target_modules=in_blocks(targets, lora.layers_to_transform),
+        vocabulary=text.vocab_size,
         quantized_fraction=fraction,
         one_row=not probed.is_isolated,
         attention=str(probed.attention),

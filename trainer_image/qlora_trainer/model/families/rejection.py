@@ -13,9 +13,6 @@ from qlora_trainer.model.experts.routers import experts_without_router
 from qlora_trainer.model.families.probe import Probe
 from qlora_trainer.model.nf4.base_weights import reason_against_storage
 
-ALTERNATIVE = (
-    "choose a model of a family that is trained, such as Llama, Mistral, Qwen3, Gemma, Phi-3, OLMo 2 or Granite"
-)
 # Types whose probe passes, although no small model of them could be trained.
 _NOT_TRAINED = frozenset({"deepseek_v4"})
 # Names of the attention to an encoder in transformers' decoders.

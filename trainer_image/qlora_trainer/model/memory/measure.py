@@ -19,7 +19,8 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
 from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack, expert_stacks
-from qlora_trainer.model.families.inspection import Family, inspect_family
+from qlora_trainer.model.families.family import Family
+from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.memory.device import fake_batch, fake_cuda, on_fake_cuda
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.skeleton import adapted_skeleton

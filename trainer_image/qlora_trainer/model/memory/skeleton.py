@@ -16,7 +16,7 @@ from qlora_trainer.model.experts.compute import EXPERTS, register_experts
 from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
 from qlora_trainer.model.experts.quantizer import stack_experts
 from qlora_trainer.model.experts.routers import route_without_autocast
-from qlora_trainer.model.families.inspection import Family
+from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
