@@ -11,7 +11,7 @@ import yaml
 
 from docs import python_reference, trainer_image
 from docs.markdown import ELSEWHERE, Schema, default, default_of, description_of, lines, page, table, type_of
-from qlora_api.contract import ExitCode
+from qlora_api.contract import TIGHT_EXIT_CODE, ExitCode
 from qlora_api.crd import custom_resource_definition, profile_definition, sweep_definition
 from qlora_api.spec.job import API_VERSION, MUTABLE_FIELDS
 from qlora_api.sweep.spec import MUTABLE_SWEEP_FIELDS
@@ -297,6 +297,9 @@ def _exit_codes() -> str:
         "reason; [Troubleshooting](../how-to/troubleshooting.md) has the remedy for each.",
         table(("Code", "Reason", "Retried"), rows),
         "If you stop `qlora run`, it exits with 128 + the signal's number: 130 after Ctrl-C.",
+        f"`qlora plan` exits with {int(ExitCode.DOES_NOT_FIT)} for the verdict `exceeds`, with {TIGHT_EXIT_CODE} for "
+        "`tight` (the run may run out of memory), and with 0 for `fits` or if the verdict is unknown. For a model that "
+        "`prepare` rejects, it exits with the code of `prepare`.",
     )
 
 

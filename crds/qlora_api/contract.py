@@ -150,6 +150,8 @@ class ExitCode(IntEnum):
         return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.GATE_FAILED
 
 
+TIGHT_EXIT_CODE = 3
+"""Exit code of `qlora plan` for a run that may run out of memory. No step has it."""
 PERMANENT_EXIT_CODES = tuple(int(code) for code in ExitCode if code.permanent)
 
 

@@ -106,7 +106,8 @@ def plan(
     FILE is a manifest, or rows: a file, a folder or an address.
 
     Of a QLoRASweep, show the cells and what each of its pods needs. With --gpu-tflops or --profile, show the GPU hours
-    that a job is expected to take. Exits with 17 if it cannot fit, as the job itself does.
+    that a job is expected to take. Exits with 17 if it cannot fit, as the job itself does, and with 3 if it may run out
+    of memory.
     """
     given, console = _load_given(file, model, claims, config_maps), Console(emoji=False)
     if not given.has_model and (config is None or (data and tokenizer is None)):
@@ -123,7 +124,7 @@ def plan(
     sys.exit(exit_code)
 
 
-def _show_plan(document: Document, config: Path, gpu_memory: int | None, gpu: GpuOfPlan, console: Console) -> ExitCode:
+def _show_plan(document: Document, config: Path, gpu_memory: int | None, gpu: GpuOfPlan, console: Console) -> int:
     if isinstance(document, QLoRASweepDocument):
         sweep = make_sweep_plan(document, config, gpu_memory)
         show_sweep_plan(sweep, console)

@@ -1,7 +1,7 @@
 """Shows the GPU memory that a job needs: by component, compared with the GPU, and what to change if it does not fit."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import TIGHT_EXIT_CODE, ExitCode
 from qlora_api.memory.advice import (
     RUN_FIELDS,
     Advice,
+    Verdict,
     advice,
     budget,
     first_change,
@@ -83,15 +84,26 @@ class MemoryPlan:
         return None if counted is None else counted.parameters
 
     @property
-    def exceeds(self) -> bool:
-        """Whether the job cannot fit: oversized weights exceed with any activations."""
+    def verdict(self) -> Verdict | None:
+        """Whether the job fits the GPU, or None if that is unknown.
+
+        Weights that are too large exceed it with any activations.
+        """
         memory, gpu_gib = self.memory, self.gpu_gib
-        return memory is not None and gpu_gib is not None and verdict(memory, gpu_gib) == "exceeds"
+        judged = None if memory is None or gpu_gib is None else verdict(memory, gpu_gib)
+        return judged if self.job is not None or judged == "exceeds" else None
 
     @property
-    def exit_code(self) -> ExitCode:
-        """DOES_NOT_FIT if `prepare` would reject the job, else DONE."""
-        return ExitCode.DOES_NOT_FIT if self.exceeds else ExitCode.DONE
+    def exit_code(self) -> int:
+        """The exit code for the verdict."""
+        return exit_code_of([self.verdict])
+
+
+def exit_code_of(verdicts: Collection[Verdict | None]) -> int:
+    """Return DOES_NOT_FIT if `prepare` would reject a job, that of a tight one, or DONE."""
+    if "exceeds" in verdicts:
+        return ExitCode.DOES_NOT_FIT
+    return TIGHT_EXIT_CODE if "tight" in verdicts else ExitCode.DONE
 
 
 def make_plan(
@@ -211,7 +223,7 @@ def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
     if memory is not None and plan.training.gpus > 1:
         _show_gpus(plan, console)
     console.print(f"[bold yellow]unknown[/]: activations take a dry run; {escape(plan.unknown)}.")
-    if plan.exceeds and memory is not None and plan.gpu_gib is not None:
+    if plan.verdict == "exceeds" and memory is not None and plan.gpu_gib is not None:
         console.print(
             f"\n[bold {COLORS['exceeds']}]exceeds[/]: {MEANING['exceeds']} on a GPU of {plan.gpu_gib} GiB with any "
             f"activations: without them it needs at least {gib(memory.low)} of {gib(budget(plan.gpu_gib))} usable."

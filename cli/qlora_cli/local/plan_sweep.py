@@ -18,7 +18,7 @@ from qlora_api.spec.training import LoraSpec
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
-from qlora_cli.local.plan import COLORS, GPU_SIZES_GIB, FindTraits, MemoryPlan, gib, make_plan
+from qlora_cli.local.plan import COLORS, GPU_SIZES_GIB, FindTraits, MemoryPlan, exit_code_of, gib, make_plan
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed
@@ -66,9 +66,9 @@ class SweepPlan:
         return tuple(pod for pod in self.pods if pod.verdict(self.gpu_gib) == "exceeds")
 
     @property
-    def exit_code(self) -> ExitCode:
-        """DOES_NOT_FIT if a pod cannot fit the GPU, else DONE."""
-        return ExitCode.DOES_NOT_FIT if self.exceeding else ExitCode.DONE
+    def exit_code(self) -> int:
+        """The exit code for the verdicts."""
+        return ExitCode.DONE if self.gpu_gib is None else exit_code_of([pod.verdict(self.gpu_gib) for pod in self.pods])
 
 
 def make_sweep_plan(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import TIGHT_EXIT_CODE, ExitCode
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_cli.local.plan import make_plan, show_plan
@@ -163,3 +163,11 @@ def test_a_plan_makes_up_no_size_that_the_file_lacks(tmp_path: Path) -> None:
     config = written(tmp_path, **sizes)
     with pytest.raises(StepFailure, match="intermediate_size, vocab_size are missing in the model's config"):
         make_plan("tiny", SPEC, config, None)
+
+
+@pytest.mark.usefixtures("_dry_runs")
+def test_a_run_that_may_run_out_of_memory_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    large = {**SMALL_LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
+    config = written(tmp_path, **large)
+    codes = [make_plan("large", SPEC, config, gib).exit_code for gib in (24, 48, 80)]
+    assert codes == [ExitCode.DOES_NOT_FIT, TIGHT_EXIT_CODE, ExitCode.DONE]

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import TIGHT_EXIT_CODE, ExitCode
 from qlora_api.memory.estimate import ActivationBytes
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
@@ -116,7 +116,8 @@ def test_a_pod_that_cannot_fit_is_marked_and_ends_the_plan_as_a_job_that_cannot_
     assert row(done.output, "support-rates-04")[-1] == "tight"
     assert "1 of 2 pods cannot fit on a GPU of 10 GiB: lower spec.cellsPerPod," in done.output
     # Alone each of them may.
-    assert invoked(tmp_path, "plan", manifest(), "--config", config, "--gpu-memory", "10Gi").exit_code == ExitCode.DONE
+    alone = invoked(tmp_path, "plan", manifest(), "--config", config, "--gpu-memory", "10Gi")
+    assert alone.exit_code == TIGHT_EXIT_CODE
 
 
 def test_without_the_size_of_a_gpu_each_cell_has_the_smallest_on_which_it_fits(tmp_path: Path) -> None:
