@@ -45,6 +45,7 @@ def make_plan(
                 spec,
                 spec.lora.target_modules,
                 rows_apart=traits.keeps_rows_apart(spec.training.max_sequence_length),
+                mixture_of_experts=traits.mixture_of_experts,
                 measure=measure_with(traits),
             )
             parameters = None if traits.mixture_of_experts else fit.parameters

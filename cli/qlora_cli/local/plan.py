@@ -21,6 +21,7 @@ from qlora_api.memory.advice import (
     first_change,
     is_thin,
     larger_micro_batch,
+    more_gpus,
     room,
     verdict,
 )
@@ -121,7 +122,7 @@ def make_plan(
     """
     traits = find_traits(config, spec.lora) if find is None else find(spec.lora)
     require_settings(traits, config, spec)
-    training = training_shape(spec, spec.lora.target_modules)
+    training = training_shape(spec, spec.lora.target_modules, mixture_of_experts=traits.mixture_of_experts)
     job: MeasuredJob | None = None
     weights, unknown = None, ""
     try:
@@ -297,10 +298,19 @@ def _show_verdict(job: MeasuredJob, gpu_gib: int, console: Console, *, rows_apar
         _show_advice(steps, memory.expected, console)
     if steps and steps[-1].verdict == "fits":
         return
-    if job.training.fixed >= RUN_FIELDS:
+    more = more_gpus(job.estimate, job.training, gpu_gib)
+    if more is not None:
+        _show_more_gpus(more, console)
+    elif job.training.fixed >= RUN_FIELDS:
         console.print("Only a larger GPU is sure to fit: a job with spec.continues cannot change these settings.")
     else:
         console.print("Even with all of this, only a larger GPU or a smaller model is sure to fit.")
+
+
+def _show_more_gpus(step: Advice, console: Console) -> None:
+    console.print("\n[bold]Or share the base among GPUs of this size:[/]")
+    _show_changes(step, console)
+    console.print(f"  {gib(step.expected)} GiB on each, [{COLORS[step.verdict]}]{step.verdict}[/]. {step.effect}")
 
 
 def _show_larger(job: MeasuredJob, gpu_gib: int, console: Console) -> None:

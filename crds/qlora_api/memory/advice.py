@@ -24,6 +24,7 @@ SHORTEST_ANSWER = 16
 LARGEST_MICRO_BATCH_TOKENS = 4096
 """Tokens of a micro batch beyond which a larger one hardly trains faster."""
 _SMALLEST_RANK = 8
+_GPUS_OF_A_NODE = (2, 4, 8)
 # A change that saves less than this share is noise compared with the estimate's error.
 _WORTHWHILE_SAVING = 0.01
 
@@ -104,7 +105,7 @@ def advice(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> tupl
 
     First those that cost time only, then precision, then those that cut the data or the adapter; each no further than
     needed, and left out where it saves less than 1 %. Empty when the run fits already. When the last step's verdict is
-    not `fits`, the model needs a larger GPU. Raises ValueError unless `gpu_gib` is positive.
+    not `fits`, the model needs more or larger GPUs. Raises ValueError unless `gpu_gib` is positive.
     """
     steps: list[Advice] = []
     for effect, candidates in _REMEDIES:
@@ -121,6 +122,15 @@ def advice(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> tupl
         steps.append(Advice(_changes(training, proposal), effect, proposal, after.expected, judged))
         training = proposal
     return tuple(steps)
+
+
+def more_gpus(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> Advice | None:
+    """Return the fewest GPUs of `gpu_gib` GiB that a sharded base fits, or None if none do."""
+    for candidate in _allowed(_on_more_gpus, training):
+        memory = estimate(candidate)
+        if verdict(memory, gpu_gib) == "fits":
+            return Advice(_changes(training, candidate), _SHARDED, candidate, memory.expected, "fits")
+    return None
 
 
 def first_change(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> Advice | None:
@@ -192,6 +202,15 @@ def _smaller_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
             yield replace(training, micro_batch_size=smaller, gradient_accumulation_steps=steps)
 
 
+def _on_more_gpus(training: TrainingShape) -> Iterator[TrainingShape]:
+    for gpus in _GPUS_OF_A_NODE:
+        if gpus > training.gpus:
+            sharded = replace(training, gpus=gpus, sharding="full")
+            yield sharded
+            if training.optimizer == "paged_adamw_32bit":
+                yield replace(sharded, optimizer="paged_adamw_8bit")
+
+
 def _shorter_answers(training: TrainingShape) -> Iterator[TrainingShape]:
     if training.answer_tokens is None:
         return
@@ -200,12 +219,14 @@ def _shorter_answers(training: TrainingShape) -> Iterator[TrainingShape]:
         yield replace(training, answer_tokens=(prompt, prompt + new))
 
 
+_SHARDED = "Each GPU holds a part of the base: slower, with the same result."
 _REMEDIES: tuple[tuple[str, Candidates], ...] = (
     (
         "Activations are computed twice: slower, with the same result.",
         lambda training: iter([replace(training, gradient_checkpointing=True)]),
     ),
     ("The same batch in more, smaller micro batches: slower, with the same result.", _smaller_micro_batches),
+    (_SHARDED, lambda training: iter([replace(training, sharding="full")] if training.gpus > 1 else [])),
     (
         "The quantization constants are quantized too: without measurable loss.",
         lambda training: iter([replace(training, double_quantization=True)]),
@@ -244,9 +265,13 @@ _SPEC_PATHS: Mapping[str, str] = {
     "sequence_length": "training.maxSequenceLength",
     "rank": "lora.rank",
     "adapter_bytes": "lora.dtype",
+    "gpus": "resources.gpus",
+    "sharding": "training.sharding",
 }
 
 
+SHARDING_FIELDS = frozenset({"gpus", "sharding"})
+"""Fields of a run that needs the whole base on each GPU."""
 RUN_FIELDS = frozenset(_SPEC_PATHS) - {"answer_tokens"}
 """Fields that define a run. Scoring after it is no part of it."""
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from qlora_api.memory.advice import Advice, advice, budget, first_change, larger_micro_batch, room, verdict
+from qlora_api.memory.advice import Advice, advice, budget, first_change, larger_micro_batch, more_gpus, room, verdict
 from qlora_api.memory.estimate import GIB
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.training_shape import TrainingShape
@@ -154,3 +154,24 @@ def test_a_larger_micro_batch_leaves_room() -> None:
 )
 def test_a_batch_that_does_not_come_in_larger_micro_batches_gets_no_such_advice(training: TrainingShape) -> None:
     assert larger_micro_batch(OF_7B, training, 80) is None
+
+
+def test_gpus_that_there_are_share_the_base_before_anything_costs_quality() -> None:
+    (step,) = advice(OF_65B, TrainingShape(gpus=8), 24)
+    assert changes([step]) == [("training.sharding", "none", "full")]
+    assert step.verdict == "fits"
+
+
+def test_the_fewest_gpus_are_advised_that_fit_with_a_shared_base() -> None:
+    training = TrainingShape()
+    assert advice(OF_65B, training, 32)[-1].verdict != "fits"
+    step = more_gpus(OF_65B, training, 32)
+    assert step is not None
+    assert changes([step]) == [
+        ("training.optimizer", "paged_adamw_32bit", "paged_adamw_8bit"),
+        ("resources.gpus", "1", "2"),
+        ("training.sharding", "none", "full"),
+    ]
+    assert (step.expected, step.verdict) == (OF_65B(step.training).expected, "fits")
+    assert more_gpus(OF_65B, training, 8) is None
+    assert more_gpus(OF_65B, replace(training, fixed=frozenset({"sharding"})), 32) is None

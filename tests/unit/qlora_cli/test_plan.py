@@ -171,3 +171,17 @@ def test_a_run_that_may_run_out_of_memory_has_an_exit_code_of_its_own(tmp_path: 
     config = written(tmp_path, **large)
     codes = [make_plan("large", SPEC, config, gib).exit_code for gib in (24, 48, 80)]
     assert codes == [ExitCode.DOES_NOT_FIT, TIGHT_EXIT_CODE, ExitCode.DONE]
+
+
+@pytest.mark.usefixtures("_dry_runs")
+def test_a_plan_names_the_gpus_that_a_sharded_base_fits(tmp_path: Path) -> None:
+    large = {**SMALL_LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
+    config = written(tmp_path, **large)
+    alone = shown(SPEC, config)
+    assert re.search(r"spec\.resources\.gpus: 1 → \d\n  spec\.training\.sharding: none → full", alone)
+    assert "only a larger GPU" not in alone
+    merged = shown(SPEC.model_validate(SPEC.dump() | {"output": MERGED}), config)
+    assert "sharding" not in merged
+    assert "only a larger GPU or a smaller model is sure to fit" in merged
+    several = shown(SPEC.model_validate(SPEC.dump() | {"resources": {"gpus": 8, "gpuMemory": "24Gi"}}), config)
+    assert "1. spec.training.sharding: none → full" in several

@@ -1,6 +1,7 @@
 """Settings of a job that decide its memory: every one reaches the estimate."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.memory.advice import advice
+from qlora_api.memory.advice import SHARDING_FIELDS, advice
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_api.memory.training_shape import TrainingShape
@@ -22,8 +23,6 @@ from tests.support.dry_runs import estimate, estimate_together, measure, measure
 from tests.support.models.model_configs import LLAMA_3_8B
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
-# Settings that decide the advice, and not the memory.
-OF_ADVICE = {"fixed"}
 
 
 def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
@@ -69,10 +68,11 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
         gpus=2,
         sharding="full",
         answer_tokens=(256, 320),
+        fixed=SHARDING_FIELDS,
     )
     default = TrainingShape()
     same = {field.name for field in fields(shape) if getattr(shape, field.name) == getattr(default, field.name)}
-    assert same == OF_ADVICE
+    assert not same
 
 
 def fit(
@@ -172,3 +172,12 @@ def test_a_failed_joint_dry_run_leaves_the_groups_memory_unknown_with_a_reason(t
     found = fit(tmp_path, LLAMA_3_8B, group_size=4, measure_passes=failing)
     assert (found.status.source, found.status.shared_bytes, found.objection) == ("DryRun", None, None)
     assert "the memory of the whole group is unknown: the dry run took more than 600 seconds" in found.status.message
+
+
+def test_a_base_that_several_gpus_can_share_is_advised_where_it_fits(tmp_path: Path) -> None:
+    one = fit(tmp_path, LLAMA_3_8B, gpu_gib=6).objection
+    assert one is not None
+    assert re.search(r"gpus: \d and spec\.training\.sharding: full \(\d\.\d GiB on each\), or use a", one)
+    experts = fit(tmp_path, LLAMA_3_8B, gpu_gib=6, mixture_of_experts=True).objection
+    assert experts is not None
+    assert "sharding" not in experts

@@ -102,6 +102,7 @@ def refresh_record(
         spec,
         record.target_modules,
         rows_apart=record.rows_apart,
+        mixture_of_experts=record.mixture_of_experts,
         group_size=group_size,
         earlier=record.measured,
     )

@@ -100,6 +100,7 @@ def measure_memory(folder: Path, spec: QLoRAJobSpec, family: Family, group_size:
         spec,
         family.target_modules,
         rows_apart=family.keeps_rows_apart(spec.training.max_sequence_length),
+        mixture_of_experts=family.mixture_of_experts,
         group_size=group_size,
         measure=partial(measure_within_limits, family=family),
         measure_passes=partial(measure_together_within_limits, family=family),

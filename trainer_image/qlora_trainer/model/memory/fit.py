@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from qlora_api.contract import ExitCode
 from qlora_api.memory.advice import (
     ADAPTER_FIELDS,
     RUN_FIELDS,
+    SHARDING_FIELDS,
     Advice,
     Verdict,
     advice,
     budget,
     larger_micro_batch,
+    more_gpus,
     verdict,
 )
 from qlora_api.memory.estimate import GIB, ActivationBytes
@@ -62,12 +66,13 @@ def type_of_model(config: Path) -> str:
     return found if isinstance(found, str) else ""
 
 
-def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> TrainingShape:
+def training_shape(
+    spec: QLoRAJobSpec, target_modules: Iterable[str], *, mixture_of_experts: bool = False
+) -> TrainingShape:
     """The settings of a job that decide its memory.
 
     `target_modules`: names of the adapted layers, exact or their last part.
     """
-    adapter_fields = frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
     return TrainingShape(
         rank=spec.lora.rank,
         adapter_bytes=4 if spec.lora.dtype == "float32" else 2,
@@ -85,8 +90,31 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
         gpus=spec.resources.gpu_count,
         sharding=spec.training.sharding,
         answer_tokens=_answer_tokens(spec),
-        fixed=adapter_fields if spec.continues is None else RUN_FIELDS,
+        fixed=_fixed_fields(spec, mixture_of_experts=mixture_of_experts),
     )
+
+
+def _fixed_fields(spec: QLoRAJobSpec, *, mixture_of_experts: bool) -> frozenset[str]:
+    """Fields that no advice may change."""
+    if spec.continues is not None:
+        return RUN_FIELDS
+    fixed = frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
+    if mixture_of_experts or not _can_be_sharded(spec):
+        return fixed | SHARDING_FIELDS
+    return fixed if spec.resources.node_count == 1 else fixed | {"gpus"}
+
+
+def _can_be_sharded(spec: QLoRAJobSpec) -> bool:
+    sharded = replace(
+        spec,
+        training=replace(spec.training, sharding="full"),
+        resources=replace(spec.resources, gpus=max(2, spec.resources.gpus)),
+    )
+    try:
+        QLoRAJobSpec.model_validate(sharded.dump())
+    except ValidationError:
+        return False
+    return True
 
 
 def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
@@ -132,6 +160,7 @@ class MemoryFit:
         target_modules: Iterable[str],
         *,
         rows_apart: bool = True,
+        mixture_of_experts: bool = False,
         group_size: int = 1,
         earlier: MeasuredMemory | None = None,
         measure: Measure = measure_within_limits,
@@ -143,7 +172,7 @@ class MemoryFit:
         it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the memory is unknown.
         Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
         """
-        training = training_shape(spec, target_modules)
+        training = training_shape(spec, target_modules, mixture_of_experts=mixture_of_experts)
         try:
             job = MeasuredJob.from_config(config, spec, training, earlier, measure)
         except DryRunFailed as failure:
@@ -170,7 +199,7 @@ def _estimate(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> Memory
         objection = (
             f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
             f"but a GPU of {gpu_gib} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to use: "
-            f"{_remedy(advice(job.estimate, job.training, gpu_gib), job.training)}"
+            f"{_remedy(job, gpu_gib)}"
         )
     elif gpu_gib is not None and judged == "fits" and rows_apart:
         job = measure_further(job, job.with_larger)
@@ -219,15 +248,20 @@ def _settings(step: Advice) -> str:
     return " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
 
 
-def _remedy(steps: tuple[Advice, ...], training: TrainingShape) -> str:
-    if not steps and training.fixed >= RUN_FIELDS:
+def _remedy(job: MeasuredJob, gpu_gib: int) -> str:
+    steps = advice(job.estimate, job.training, gpu_gib)
+    more = more_gpus(job.estimate, job.training, gpu_gib)
+    larger = "use a larger GPU"
+    if more is not None:
+        larger = f"set {_settings(more)} ({more.expected / GIB:.1f} GiB on each), or {larger}"
+    if not steps and job.training.fixed >= RUN_FIELDS:
         return "use a larger GPU: a job with spec.continues cannot change these settings"
     if not steps:
-        return "use a larger GPU or a smaller model"
+        return f"{larger} or a smaller model"
     first = steps[0]
     remedy = f"set {_settings(first)}, which makes it {first.expected / GIB:.1f} GiB"
     if first.verdict == "fits":
         return remedy
     if steps[-1].verdict != "exceeds":
-        return f"{remedy}, and more (`qlora plan` lists all), or use a larger GPU"
-    return f"{remedy}; no setting is enough, so use a larger GPU or a smaller model"
+        return f"{remedy}, and more (`qlora plan` lists all), or {larger}"
+    return f"{remedy}; no setting is enough, so {larger} or a smaller model"
