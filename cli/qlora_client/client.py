@@ -23,7 +23,7 @@ from qlora_client.jobs.pods import Event, events_of
 from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.errors import ClusterError, MissingError, UnreachableError
 from qlora_client.kube.resources import JOBS
-from qlora_client.planning import make_plan
+from qlora_client.planning import GpuOfPlan, make_plan
 
 _LOGGER = logging.getLogger("qlora_client")
 _PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -221,6 +221,7 @@ class QLoRAClient:
         spec: QLoRAJobSpec,
         *,
         config: Path | str | None = None,
+        gpu: str | None = None,
         gpu_tflops: float | None = None,
         tokens: int | None = None,
         gpu_hour_price: str | None = None,
@@ -230,6 +231,7 @@ class QLoRAClient:
         Args:
             spec: The job. With spec.resources.gpuMemory the plan has a verdict.
             config: The model's config.json; fetched for a model of the hub.
+            gpu: GPU to plan for, such as `l40s`: its memory and speed, instead of spec.resources.gpuMemory.
             gpu_tflops: Speed of the GPU in dense bfloat16, in 10^12 operations per second, for the forecast.
             tokens: Tokens of one epoch, for the forecast; not needed with spec.training.maxSteps.
             gpu_hour_price: Price of a GPU hour and its currency, such as `2.50 EUR`.
@@ -238,7 +240,8 @@ class QLoRAClient:
             ValueError: The model's config is not given where it is needed, or not supported; or an argument is wrong.
             RuntimeError: The config cannot be fetched.
         """
-        return make_plan(spec, None if config is None else Path(config), gpu_tflops, tokens, gpu_hour_price)
+        of_plan = GpuOfPlan.from_arguments(gpu, gpu_tflops, gpu_hour_price)
+        return make_plan(spec, None if config is None else Path(config), of_plan, tokens)
 
     def get_adapter(self, name: str, output: Path | str | None = None) -> Path:
         """Download the job's adapter: complete, with the SHA-256 of the status, or not at all.

@@ -67,6 +67,8 @@ class Plan:
     """Why the job cannot run, with the setting to change first; None if it can, or if that is unknown."""
     forecast: ForecastStatus | None
     """GPU hours, and their cost if a price is given; None if they are unknown."""
+    wall_seconds: tuple[float, float] | None
+    """The shortest and the longest time that the job's GPUs are expected to take, with the forecast."""
     remark: str
     """Why there is no forecast, or what it leaves out."""
 

@@ -1,19 +1,13 @@
 """Plans a job before it is created: GPU memory, as prepare checks it, and GPU hours."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Self
 
 from qlora_api.contract import ExitCode
-from qlora_api.forecast import (
-    ASSUMED_UTILIZATION,
-    cost_text,
-    hours_of_flops,
-    hours_text,
-    parse_price,
-    tokens_of_run,
-    training_flops,
-)
+from qlora_api.forecast import forecast_of_flops, parse_price, tokens_of_run, training_flops, wall_seconds
+from qlora_api.gpus import find_gpu
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.usage import ForecastStatus
@@ -25,17 +19,37 @@ from qlora_trainer.model.memory.fit import MemoryFit
 from qlora_trainer.model.memory.planned import check_config, measure_with
 
 _MAX_CONFIG_BYTES = 2**22
-_SECONDS = 3600
 
 
-def make_plan(
-    spec: QLoRAJobSpec, config: Path | None, gpu_tflops: float | None, tokens: int | None, gpu_hour_price: str | None
-) -> Plan:
+@dataclass(frozen=True)
+class GpuOfPlan:
+    """The GPU to plan for, as far as given."""
+
+    gib: float | None
+    """Its memory; None for that of the job."""
+    tflops: float | None
+    price: tuple[str, str] | None
+    """Of an hour, and its currency."""
+
+    @classmethod
+    def from_arguments(cls, name: str | None, tflops: float | None, price: str | None) -> Self:
+        """The GPU of that name or speed. Raises ValueError."""
+        if tflops is not None and not tflops > 0:
+            raise ValueError(f"gpu_tflops is {tflops}, must be more than 0")
+        parsed = None if price is None else parse_price(price)
+        if name is None:
+            return cls(None, tflops, parsed)
+        gpu = find_gpu(name)
+        return cls(gpu.gib, tflops or gpu.tflops, parsed)
+
+
+def make_plan(spec: QLoRAJobSpec, config: Path | None, gpu: GpuOfPlan, tokens: int | None) -> Plan:
     """The plan of a job whose model has this config.json, which is fetched from the hub if it is not given.
 
     Raises ValueError and ClusterError.
     """
-    price = None if gpu_hour_price is None else parse_price(gpu_hour_price)
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens is {tokens}, must be 1 or more")
     with TemporaryDirectory() as folder:
         found = config or _fetched(spec, Path(folder))
         try:
@@ -46,43 +60,38 @@ def make_plan(
                 spec.lora.target_modules,
                 rows_apart=traits.keeps_rows_apart(spec.training.max_sequence_length),
                 mixture_of_experts=traits.mixture_of_experts,
+                gpu_gib=gpu.gib,
                 measure=measure_with(traits),
             )
-            parameters = None if traits.mixture_of_experts else fit.parameters
         except StepFailure as failure:
             kind = ValueError if failure.exit_code == ExitCode.BAD_CONFIGURATION else ClusterError
             raise kind(failure.message) from None
         except OSError as error:
             raise ValueError(f"{found} cannot be read: {error.strerror}") from None
-    forecast, remark = _forecast(spec, parameters, gpu_tflops, tokens, price)
-    return Plan(fit.status, fit.objection, forecast, remark)
+    forecast, wall, remark = _forecast(spec, traits.parameters_of_token(fit.parameters), gpu, tokens)
+    return Plan(fit.status, fit.objection, forecast, wall, remark)
 
 
 def _forecast(
-    spec: QLoRAJobSpec,
-    parameters: int | None,
-    gpu_tflops: float | None,
-    of_epoch: int | None,
-    price: tuple[str, str] | None,
-) -> tuple[ForecastStatus | None, str]:
+    spec: QLoRAJobSpec, parameters: int | None, gpu: GpuOfPlan, of_epoch: int | None
+) -> tuple[ForecastStatus | None, tuple[float, float] | None, str]:
+    """The GPU hours, the shortest and the longest time, and a remark."""
     tokens, at_most = tokens_of_run(spec.training, of_epoch)
-    if gpu_tflops is None:
-        return None, "no forecast: give the GPU's speed with gpu_tflops"
-    if not gpu_tflops > 0:
-        raise ValueError(f"gpu_tflops is {gpu_tflops}, must be more than 0")
-    if of_epoch is not None and of_epoch < 1:
-        raise ValueError(f"tokens is {of_epoch}, must be 1 or more")
-    if parameters is None:
-        return None, "no forecast: how many weights each token is multiplied by is not known for this model"
-    if tokens is None:
-        return None, "no forecast: give the tokens of an epoch with tokens (status.dataset.tokens of an earlier job)"
-    seconds = hours_of_flops(training_flops(parameters, tokens, spec.training), gpu_tflops) * _SECONDS
-    cost = None if price is None else cost_text(seconds, *price)
-    bound = "an upper bound, as sequences are seldom full; " if at_most else ""
-    return (
-        ForecastStatus(gpu_hours=hours_text(seconds), basis="Flops", utilization=ASSUMED_UTILIZATION, cost=cost),
-        f"{bound}loading, evaluations and interruptions are not in it",
-    )
+    if gpu.tflops is None:
+        why = "give the GPU with gpu, or its speed with gpu_tflops"
+    elif parameters is None:
+        why = "how many weights each token is multiplied by is not known for this model"
+    elif tokens is None:
+        why = "give the tokens of an epoch with tokens (`qlora plan --data` counts them)"
+    else:
+        flops = training_flops(parameters, tokens, spec.training)
+        bound = "an upper bound, as sequences are seldom full; " if at_most else ""
+        return (
+            forecast_of_flops(flops, gpu.tflops, *(gpu.price or (None, None))),
+            wall_seconds(flops, gpu.tflops, spec.resources.gpu_count),
+            f"{bound}loading, evaluations and interruptions are not in it",
+        )
+    return None, None, f"no forecast: {why}"
 
 
 def _fetched(spec: QLoRAJobSpec, folder: Path) -> Path:

@@ -13,17 +13,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlora_api.contract import ExitCode
+from qlora_api.gpus import GPUS
 from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.local import shared_options
 from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
-from qlora_cli.local.forecast import GpuOfPlan, gpu_of_profile, parse_gpu_memory, parse_price, show_forecast
+from qlora_cli.local.forecast import gpu_of_plan, gpu_of_profile, parse_gpu_memory, parse_price
 from qlora_cli.local.given import Given
-from qlora_cli.local.plan import find_config, make_plan, show_plan
-from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
-from qlora_cli.local.rows import RowAccess, show_first_rows, show_lengths
+from qlora_cli.local.plan import find_config
+from qlora_cli.local.rows import RowAccess, show_first_rows
 from qlora_cli.local.run import Display, Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
 from qlora_cli.local.run_sweep import LocalSweep, best_cell, earlier_sweep, run_sweep
+from qlora_cli.local.whole_plan import show_whole_plan
 from qlora_cli.manifest import Document, ManifestError, load_manifest
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure
@@ -63,10 +64,16 @@ def _load_given(file: str, model: str | None, claims: dict[str, Path], config_ma
     help="Memory of each GPU, for example 24Gi, instead of spec.resources.gpuMemory.",
 )
 @click.option(
+    "--gpu",
+    "gpu_name",
+    type=click.Choice(list(GPUS)),
+    help="GPU to plan for: its memory and speed, instead of spec.resources.gpuMemory and --gpu-tflops.",
+)
+@click.option(
     "--data",
     is_flag=True,
-    help="Also show how long the rows are, how many maxSequenceLength leaves out, which are equal, and what a mix "
-    "gives to an epoch.",
+    help="Also count the steps and tokens of the job, and show how long the rows are, how many maxSequenceLength "
+    "leaves out, which are equal, and what a mix gives to an epoch.",
 )
 @click.option(
     "--gpu-tflops",
@@ -93,6 +100,7 @@ def plan(
     claims: dict[str, Path],
     config: Path | None,
     gpu_memory: int | None,
+    gpu_name: str | None,
     data: bool,
     gpu_tflops: float | None,
     gpu_hour_price: tuple[str, str] | None,
@@ -105,34 +113,21 @@ def plan(
 
     FILE is a manifest, or rows: a file, a folder or an address.
 
-    Of a QLoRASweep, show the cells and what each of its pods needs. With --gpu-tflops or --profile, show the GPU hours
-    that a job is expected to take. Exits with 17 if it cannot fit, as the job itself does, and with 3 if it may run out
-    of memory.
+    Of a QLoRASweep, show the cells and what each of its pods needs. Of a job, show the steps and, with --gpu,
+    --gpu-tflops or --profile, the time that it is expected to take. Exits with 17 if it cannot fit, as the job itself
+    does, and with 3 if it may run out of memory.
     """
     given, console = _load_given(file, model, claims, config_maps), Console(emoji=False)
     if not given.has_model and (config is None or (data and tokenizer is None)):
         _fail(f"{file} has rows, and a plan needs a model: give its address or folder with --model")
     access = _row_access(given, tokenizer) if data else None
     try:
+        gpu = gpu_of_plan(gpu_name, gpu_memory, gpu_tflops or profile[0], gpu_hour_price or profile[1])
         config = config or find_config(given.spec.model, given.mounts)
-        gpu = GpuOfPlan(gpu_tflops or profile[0], gpu_hour_price or profile[1], tokens)
-        exit_code = _show_plan(given.document, config, gpu_memory, gpu, console)
-        if access is not None:
-            show_lengths(given.spec, access, console)
+        exit_code = show_whole_plan(given.document, config, gpu, access, tokens, console)
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
     sys.exit(exit_code)
-
-
-def _show_plan(document: Document, config: Path, gpu_memory: int | None, gpu: GpuOfPlan, console: Console) -> int:
-    if isinstance(document, QLoRASweepDocument):
-        sweep = make_sweep_plan(document, config, gpu_memory)
-        show_sweep_plan(sweep, console)
-        return sweep.exit_code
-    made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
-    show_plan(made, console)
-    show_forecast(made, document.spec, config, gpu, console)
-    return made.exit_code
 
 
 @click.command()

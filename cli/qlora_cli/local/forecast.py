@@ -1,45 +1,71 @@
-"""Shows the GPU hours that a job is expected to take, and what they cost, before it is applied."""
+"""Shows a run's steps, time and cost before it is applied, as far as they are known."""
 
-import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from math import ceil
 from typing import TextIO
 
 import click
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from qlora_api.forecast import (
-    ASSUMED_UTILIZATION,
+    UTILIZATIONS,
     cost_text,
-    hours_of_flops,
-    hours_text,
+    gpu_time_text,
+    seconds_of_flops,
+    sequences_for_steps,
     tokens_of_run,
     training_flops,
+    wall_time_text,
 )
 from qlora_api.forecast import parse_price as parse_price_text
+from qlora_api.gpus import find_gpu
 from qlora_api.kubernetes_values import GPU_MEMORY, gibibytes
-from qlora_api.memory.model_shape import mixes_experts
 from qlora_api.profile import Profile
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.training import TrainingSpec
+from qlora_api.steps import FEW_STEPS, few_steps_remark, optimizer_steps
 from qlora_cli.local.plan import MemoryPlan
+from qlora_trainer.core.failures import bad_configuration
 
 _SECONDS = 3600
 
 
 @dataclass(frozen=True)
 class GpuOfPlan:
-    """The GPU of the job's profile, and the amount of data, as far as given."""
+    """The GPU to plan for, as far as given."""
 
+    gib: float | None = None
+    """Its memory in GiB; None for that of the job."""
     tflops: float | None = None
     """Its speed in dense bfloat16, in 10^12 operations per second."""
     price: tuple[str, str] | None = None
     """Of one hour, and the currency."""
+    label: str = "GPUs"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The amount of data of one epoch, as far as known."""
+
     tokens: int | None = None
-    """Of one epoch."""
+    sequences: int | None = None
+
+
+def gpu_of_plan(name: str | None, gib: float | None, tflops: float | None, price: tuple[str, str] | None) -> GpuOfPlan:
+    """Return the GPU of that name, with what else is given. Raises StepFailure for one that cannot train."""
+    if name is None:
+        return GpuOfPlan(gib, tflops, price)
+    try:
+        gpu = find_gpu(name)
+    except ValueError as error:
+        raise bad_configuration(f"--{error}") from error
+    return GpuOfPlan(gib or gpu.gib, tflops or gpu.tflops, price, gpu.label)
 
 
 def parse_price(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, str] | None:
@@ -75,24 +101,85 @@ def gpu_of_profile(
     return profile.gpu_tflops, (price[0], price[1]) if price[0] and price[1] else None
 
 
-def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, config: Path, gpu: GpuOfPlan, console: Console) -> None:
-    """Print the run's GPU hours if the GPU's speed is given, or why they are unknown."""
-    if gpu.tflops is None:
-        return
-    tokens, at_most = tokens_of_run(spec.training, gpu.tokens)
-    if plan.parameters is None or mixes_experts(json.loads(config.read_bytes())):
+def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, epoch: Epoch, gpu: GpuOfPlan, console: Console) -> None:
+    """Print the run's steps, learning rate and tokens, and its time if the GPU's speed is given."""
+    training = spec.training
+    console.print()
+    for line in _lines_of_steps(training, epoch, spec.resources.gpu_count, packed=plan.traits.packs(training)):
+        console.print(line, highlight=False, soft_wrap=True)
+    if gpu.tflops is not None:
+        _show_time(plan, spec, epoch, gpu.tflops, gpu, console)
+
+
+def _lines_of_steps(training: TrainingSpec, epoch: Epoch, gpus: int, *, packed: bool) -> Iterator[str]:
+    per_step = training.micro_batch_size * training.gradient_accumulation_steps
+    least = ""
+    sequences = epoch.sequences
+    if sequences is None and epoch.tokens is not None and packed:
+        # As if each were full.
+        sequences, least = ceil(epoch.tokens / training.max_sequence_length), "at least "
+    if training.max_steps is None and sequences is None:
+        yield f"[bold]Steps[/]: unknown; {_least_data(training, packed=packed)}. --data counts those of the job."
+    else:
+        sequences = sequences or 0
+        steps = optimizer_steps(sequences, per_step, training.epochs, training.max_steps)
+        remark = few_steps_remark(
+            steps,
+            sequences,
+            micro_batch_size=training.micro_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+            gpus=gpus,
+        )
+        yield f"[bold]Steps[/]: {least}{steps:,} = {_origin(training, sequences)}."
+        if remark is not None:
+            yield f"[yellow]Remark[/]: {escape(remark)}."
+    yield f"[bold]Learning rate[/]: {training.learning_rate:g}, {training.scheduler}."
+    if epoch.tokens is not None:
+        yield f"[bold]Tokens[/]: {epoch.tokens:,} in an epoch."
+
+
+def _origin(training: TrainingSpec, sequences: int) -> str:
+    if training.max_steps is not None:
+        return "spec.training.maxSteps"
+    epochs = training.epochs or 1
+    return (
+        f"{epochs} epoch{'s' * (epochs != 1)} × {sequences:,} sequences / (microBatchSize {training.micro_batch_size} "
+        f"× gradientAccumulationSteps {training.gradient_accumulation_steps})"
+    )
+
+
+def _least_data(training: TrainingSpec, *, packed: bool) -> str:
+    """The data that is needed for enough steps."""
+    sequences = sequences_for_steps(training, FEW_STEPS)
+    if not packed:
+        return f"{FEW_STEPS} take {sequences:,} rows or more"
+    tokens = sequences * training.max_sequence_length
+    return f"{FEW_STEPS} take some {tokens:,} tokens or more ({sequences:,} full sequences of an epoch)"
+
+
+def _show_time(
+    plan: MemoryPlan, spec: QLoRAJobSpec, epoch: Epoch, tflops: float, gpu: GpuOfPlan, console: Console
+) -> None:
+    tokens, at_most = tokens_of_run(spec.training, epoch.tokens, epoch.sequences)
+    if plan.parameters is None:
         _say(console, "unknown: how many weights each token is multiplied by is not known for this model.")
         return
     if tokens is None:
-        _say(console, "unknown: give the tokens of an epoch with --tokens N (status.dataset.tokens of an earlier job).")
+        _say(console, "unknown: count the tokens of an epoch with --data, or give them with --tokens N.")
         return
-    seconds = hours_of_flops(training_flops(plan.parameters, tokens, spec.training), gpu.tflops) * _SECONDS
+    flops, gpus = training_flops(plan.parameters, tokens, spec.training), spec.resources.gpu_count
+    seconds = seconds_of_flops(flops, tflops)
+    wall = wall_time_text(flops, tflops, gpus)
     cost = cost_text(seconds, *gpu.price) if gpu.price is not None else None
+    low, high = UTILIZATIONS
     _say(
         console,
-        f"{'at most' if at_most else 'about'} {hours_text(seconds)} GPU hours{f', {cost}' if cost else ''}: {tokens:,} "
-        f"tokens, if the GPU reaches {ASSUMED_UTILIZATION:.0%} of {gpu.tflops:g} TFLOPS. Loading, evaluations and "
-        "interruptions are not in it; after ten steps, status.forecast is of the run's own speed.",
+        f"{'at most ' if at_most else ''}{wall} on {gpus} {gpu.label}, {gpu_time_text(seconds)}"
+        f"{f', {cost}' if cost else ''}: {tokens:,} tokens, if a GPU reaches {low:.0%} to {high:.0%} of {tflops:g} "
+        "TFLOPS. Loading, evaluations and interruptions are not in it; after ten steps, status.forecast is of the "
+        "run's own speed.",
     )
     budget = spec.budget.gpu_hours if spec.budget is not None else None
     if budget is not None and seconds > budget * _SECONDS:

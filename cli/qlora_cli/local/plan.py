@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_api.contract import TIGHT_EXIT_CODE, ExitCode
+from qlora_api.gpus import GPUS
 from qlora_api.memory.advice import (
     RUN_FIELDS,
     Advice,
@@ -42,7 +43,6 @@ from qlora_trainer.model.memory.fit import training_shape, weights_of
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
 from qlora_trainer.model.memory.planned import find_traits, measure_with
 
-GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
 FindTraits: TypeAlias = Callable[[LoraSpec], Traits]
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
 MEANING = {
@@ -60,14 +60,13 @@ class MemoryPlan:
     job: MeasuredJob | None
     """None if the dry run failed."""
     training: TrainingShape
-    gpu_gib: int | None
+    gpu_gib: float | None
+    traits: Traits
     nodes: int = 1
     unknown: str = ""
     """Why the dry run failed."""
     weights: WeightCounts | None = None
     """Counted from config.json if the dry run failed; None for a family whose layers are not listed."""
-    rows_apart: bool = True
-    """Whether rows can share a sequence."""
     remarks: tuple[str, ...] = ()
     """What is done otherwise than the job asks."""
 
@@ -80,9 +79,9 @@ class MemoryPlan:
 
     @property
     def parameters(self) -> int | None:
-        """Of the model, without its adapter; None if that is unknown."""
+        """Weights that each token is multiplied by; None if that is unknown."""
         counted = self.weights if self.job is None else self.job
-        return None if counted is None else counted.parameters
+        return self.traits.parameters_of_token(None if counted is None else counted.parameters)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -111,7 +110,7 @@ def make_plan(
     name: str,
     spec: QLoRAJobSpec,
     config: Path,
-    gpu_gib: int | None,
+    gpu_gib: float | None,
     measure: Measure | None = None,
     find: FindTraits | None = None,
 ) -> MemoryPlan:
@@ -138,7 +137,7 @@ def make_plan(
         nodes=spec.resources.node_count,
         unknown=unknown,
         weights=weights,
-        rows_apart=traits.keeps_rows_apart(spec.training.max_sequence_length),
+        traits=traits,
         remarks=tuple(traits.remarks(spec.training)),
     )
 
@@ -210,7 +209,8 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
     if plan.gpu_gib is None:
         _show_gpu_sizes(memory, console)
     else:
-        _show_verdict(plan.job, plan.gpu_gib, console, rows_apart=plan.rows_apart)
+        rows_apart = plan.traits.keeps_rows_apart(plan.training.sequence_length)
+        _show_verdict(plan.job, plan.gpu_gib, console, rows_apart=rows_apart)
 
 
 def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
@@ -226,8 +226,8 @@ def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
     console.print(f"[bold yellow]unknown[/]: activations take a dry run; {escape(plan.unknown)}.")
     if plan.verdict == "exceeds" and memory is not None and plan.gpu_gib is not None:
         console.print(
-            f"\n[bold {COLORS['exceeds']}]exceeds[/]: {MEANING['exceeds']} on a GPU of {plan.gpu_gib} GiB with any "
-            f"activations: without them it needs at least {gib(memory.low)} of {gib(budget(plan.gpu_gib))} usable."
+            f"\n[bold {COLORS['exceeds']}]exceeds[/]: {MEANING['exceeds']} on a GPU of {gib_of_gpu(plan.gpu_gib)} with "
+            f"any activations: without them it needs at least {gib(memory.low)} of {gib(budget(plan.gpu_gib))} usable."
         )
 
 
@@ -270,19 +270,22 @@ def _show_gpus(plan: MemoryPlan, console: Console) -> None:
 
 
 def _show_gpu_sizes(memory: MemoryEstimate, console: Console) -> None:
-    console.print("\nVerdict by GPU memory in GiB (to choose one, set spec.resources.gpuMemory or --gpu-memory):")
-    for size in GPU_SIZES_GIB:
-        judged = verdict(memory, size)
-        console.print(f"  {size:>4}  [{COLORS[judged]}]{judged}[/]")
+    console.print(
+        "\nVerdict by GPU (to choose one, --gpu; to give its memory, --gpu-memory or spec.resources.gpuMemory):"
+    )
+    for gpu in GPUS.values():
+        if gpu.has_bfloat16:
+            judged = verdict(memory, gpu.gib)
+            console.print(f"  {gpu.name:<5} {gib_of_gpu(gpu.gib):>9}  [{COLORS[judged]}]{judged}[/]", highlight=False)
 
 
-def _show_verdict(job: MeasuredJob, gpu_gib: int, console: Console, *, rows_apart: bool) -> None:
+def _show_verdict(job: MeasuredJob, gpu_gib: float, console: Console, *, rows_apart: bool) -> None:
     memory = job.estimate(job.training)
     judged = verdict(memory, gpu_gib)
     spare = room(memory, gpu_gib)
     left = f"{gib(spare)} GiB are left" if spare >= 0 else f"{gib(-spare)} GiB are missing"
     console.print(
-        f"\n[bold {COLORS[judged]}]{judged}[/]: {MEANING[judged]} on a GPU of {gpu_gib} GiB: of "
+        f"\n[bold {COLORS[judged]}]{judged}[/]: {MEANING[judged]} on a GPU of {gib_of_gpu(gpu_gib)}: of "
         f"{gib(budget(gpu_gib))} usable, {left}."
     )
     if judged == "fits" and not is_thin(memory, gpu_gib):
@@ -313,7 +316,7 @@ def _show_more_gpus(step: Advice, console: Console) -> None:
     console.print(f"  {gib(step.expected)} GiB on each, [{COLORS[step.verdict]}]{step.verdict}[/]. {step.effect}")
 
 
-def _show_larger(job: MeasuredJob, gpu_gib: int, console: Console) -> None:
+def _show_larger(job: MeasuredJob, gpu_gib: float, console: Console) -> None:
     """Micro batches that make use of the memory that is left."""
     step = larger_micro_batch(job.estimate, job.training, gpu_gib)
     if step is None:
@@ -323,7 +326,7 @@ def _show_larger(job: MeasuredJob, gpu_gib: int, console: Console) -> None:
     console.print(f"  {gib(step.expected)} GiB, [{COLORS[step.verdict]}]{step.verdict}[/].")
 
 
-def _show_first_change(job: MeasuredJob, gpu_gib: int, expected: int, console: Console) -> None:
+def _show_first_change(job: MeasuredJob, gpu_gib: float, expected: int, console: Console) -> None:
     """The setting to change if the memory that is left turns out to be too little."""
     step = first_change(job.estimate, job.training, gpu_gib)
     if step is None:
@@ -355,3 +358,8 @@ def _show_advice(steps: tuple[Advice, ...], expected: int, console: Console) -> 
 def gib(size: int) -> str:
     """The size in GiB, with two decimals."""
     return f"{size / GIB:.2f}"
+
+
+def gib_of_gpu(size: float) -> str:
+    """The memory of a GPU, rounded to a decimal."""
+    return f"{round(size, 1):g} GiB"

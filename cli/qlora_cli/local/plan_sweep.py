@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_api.contract import ExitCode
+from qlora_api.gpus import GPUS
 from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
@@ -18,7 +19,7 @@ from qlora_api.spec.training import LoraSpec
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
-from qlora_cli.local.plan import COLORS, GPU_SIZES_GIB, FindTraits, MemoryPlan, exit_code_of, gib, make_plan
+from qlora_cli.local.plan import COLORS, FindTraits, MemoryPlan, exit_code_of, gib, gib_of_gpu, make_plan
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed
@@ -45,7 +46,7 @@ class PodPlan:
     unknown: str = ""
     """Why it is not known."""
 
-    def verdict(self, gpu_gib: int) -> Verdict | None:
+    def verdict(self, gpu_gib: float) -> Verdict | None:
         """Whether the cells fit a GPU of that size; None if that is not known."""
         return None if self.memory is None else verdict(self.memory, gpu_gib)
 
@@ -56,7 +57,7 @@ class SweepPlan:
 
     document: QLoRASweepDocument
     pods: tuple[PodPlan, ...]
-    gpu_gib: int | None
+    gpu_gib: float | None
 
     @property
     def exceeding(self) -> tuple[PodPlan, ...]:
@@ -74,7 +75,7 @@ class SweepPlan:
 def make_sweep_plan(
     document: QLoRASweepDocument,
     config: Path,
-    gpu_gib: int | None,
+    gpu_gib: float | None,
     measure: Measure | None = None,
     measure_passes: MeasurePasses = measure_together_within_limits,
 ) -> SweepPlan:
@@ -177,7 +178,7 @@ def show_sweep_plan(plan: SweepPlan, console: Console) -> None:
         remedy = "lower spec.cellsPerPod, " if plan.document.spec.cells_per_pod > 1 else ""
         console.print(
             f"\n{_colored('exceeds')}: {len(plan.exceeding)} of {len(plan.pods)} pods cannot fit on a GPU of "
-            f"{plan.gpu_gib} GiB: {remedy}change or remove their cells, or use a larger GPU. `qlora plan` of a "
+            f"{gib_of_gpu(plan.gpu_gib)}: {remedy}change or remove their cells, or use a larger GPU. `qlora plan` of a "
             "QLoRAJob with the settings of a cell lists what saves memory."
         )
 
@@ -189,7 +190,7 @@ def _table(plan: SweepPlan) -> Table:
     table.add_column("Cell", no_wrap=True)
     table.add_column("Changes")
     table.add_column("GiB of the pod" if together else "GiB", justify="right")
-    table.add_column("Smallest GPU" if plan.gpu_gib is None else f"On {plan.gpu_gib} GiB", no_wrap=True)
+    table.add_column("Smallest GPU" if plan.gpu_gib is None else f"On {gib_of_gpu(plan.gpu_gib)}", no_wrap=True)
     for pod in plan.pods:
         need = "–" if pod.memory is None else gib(pod.memory.expected)
         judged = _judged(pod, plan.gpu_gib)
@@ -201,13 +202,16 @@ def _table(plan: SweepPlan) -> Table:
     return table
 
 
-def _judged(pod: PodPlan, gpu_gib: int | None) -> str:
+def _judged(pod: PodPlan, gpu_gib: float | None) -> str:
     if pod.memory is None:
         return "[bold yellow]unknown[/]"
     if gpu_gib is not None:
         return _colored(verdict(pod.memory, gpu_gib))
-    smallest = next((size for size in GPU_SIZES_GIB if verdict(pod.memory, size) == "fits"), None)
-    return f"more than {GPU_SIZES_GIB[-1]} GiB" if smallest is None else f"{smallest} GiB"
+    gpus = [gpu for gpu in GPUS.values() if gpu.has_bfloat16]
+    smallest = next((gpu for gpu in gpus if verdict(pod.memory, gpu.gib) == "fits"), None)
+    if smallest is None:
+        return f"more than {gib_of_gpu(gpus[-1].gib)}"
+    return f"{smallest.label} ({gib_of_gpu(smallest.gib)})"
 
 
 def _show_remarks(plan: SweepPlan, console: Console) -> None:

@@ -17,6 +17,7 @@ from qlora_api.printable import printable
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
+from qlora_cli.local.forecast import Epoch
 from qlora_cli.local.plan import fetching, require_hub_client
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
@@ -183,9 +184,10 @@ def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:
     console.print(text, soft_wrap=True, highlight=False, end="" if text.plain.endswith("\n") else "\n")
 
 
-def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> None:
+def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console, *, packed: bool = True) -> Epoch:
     """Print the lengths of rows, the number above each maxSequenceLength, and the job's use of the others.
 
+    Returns the data of an epoch, if the job can train on it. `packed`: whether a sequence may have several rows.
     Raises StepFailure if the rows cannot be read.
     """
     with TemporaryDirectory() as folder:
@@ -197,6 +199,10 @@ def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> Non
             _show_chosen(examined.dataset, spec, console)
         if examined.rejection:
             console.print(Text(printable(f"The job fails: {examined.rejection}."), "bold red"), soft_wrap=True)
+        if examined.dataset is None or examined.rejection:
+            return Epoch()
+        dataset = examined.dataset
+        return Epoch(dataset.status().tokens, dataset.epoch_sequences(spec.training, packed=packed))
 
 
 def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> None:

@@ -137,7 +137,7 @@ def test_the_plan_of_a_65b_job_on_48_gb_names_the_8_bit_optimizer_first(tmp_path
 def test_a_plan_without_a_gpus_size_compares_sizes(tmp_path: Path) -> None:
     done = planned(tmp_path)
     assert done.returncode == 0
-    assert re.search(r"^ +24  fits$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  l4 +22\.5 GiB  fits$", done.stdout, re.MULTILINE)
 
 
 def test_a_plan_of_several_nodes_counts_all_gpus_and_names_uneven_batches(tmp_path: Path) -> None:

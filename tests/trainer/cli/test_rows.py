@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,18 @@ def test_a_plan_shows_how_long_rows_are_and_how_many_are_left_out(qlora: Any) ->
     assert short.split()[2] == "2"
     assert short.endswith("1 of 3 rows (33.3%)")
     assert "spec.training.maxSequenceLength is 64: it leaves out 1 of 3 rows (33.3%)." in done.output
+
+
+def test_a_plan_with_data_names_steps_tokens_and_time(qlora: Any) -> None:
+    done = qlora("plan", [*ROWS] * 40, "--data", "--gpu=l40s", "--gpu-hour-price=1.00 EUR")
+    assert done.exit_code == 0, done.output
+    [tokens] = re.findall(r"Tokens: ([\d,]+) in an epoch", done.output)
+    [(steps, sequences)] = re.findall(r"Steps: (\d+) = 1 epoch × (\d+) sequences", done.output)
+    assert int(tokens.replace(",", "")) / 64 <= int(sequences) < 40
+    assert int(steps) == ceil(int(sequences) / 16)
+    assert f"Remark: the run makes {steps} optimizer step" in done.output
+    time = "less than a minute on 1 L40S, less than 1 GPU minute, 0.00 EUR"
+    assert f"Forecast: {time}: {tokens} tokens" in done.output
 
 
 @pytest.mark.parametrize("command", [("data",), ("plan", "--data")])

@@ -126,8 +126,8 @@ def test_without_the_size_of_a_gpu_each_cell_has_the_smallest_on_which_it_fits(t
     content["spec"]["grid"] = {name: values for name, values in grid.items() if values}
     del content["spec"]["template"]["spec"]["resources"]
     text = shown(make_sweep_plan(QLoRASweepDocument.model_validate(content), written(tmp_path, LLAMA_3_8B), None))
-    assert row(text, "support-rates-00")[-2:] == ["16", "GiB"]
-    assert row(text, "support-rates-01")[-2:] != ["16", "GiB"]
+    assert row(text, "support-rates-00")[-3:] == ["A10", "(22.5", "GiB)"]
+    assert row(text, "support-rates-01")[-3] != "A10"
     assert "set spec.template.spec.resources.gpuMemory or --gpu-memory" in text
 
 

@@ -230,6 +230,13 @@ def test_a_plan_checks_the_gpu_and_forecasts_its_hours(
     assert float(plan.forecast.gpu_hours) == pytest.approx(hours, abs=0.01)
     assert plan.forecast.cost is not None
     assert float(plan.forecast.cost.removesuffix(" EUR")) == pytest.approx(2.5 * hours, abs=0.02)
+    assert plan.wall_seconds == pytest.approx((hours * 3600 * 0.3 / 0.42, hours * 3600 * 0.3 / 0.2), rel=0.01)
+    named = client.plan(fits, config=config, gpu="l4", tokens=1_000_000)
+    assert named.memory.budget_bytes == int(0.98 * 23_034 * 2**20)
+    assert named.forecast is not None
+    assert float(named.forecast.gpu_hours) == pytest.approx(hours * 312 / 121, abs=0.01)
+    with pytest.raises(ValueError, match="gpu is 't4', which has no bfloat16"):
+        client.plan(fits, config=config, gpu="t4")
     tight = changed(resources=ResourcesSpec(gpu_memory="8Gi"), training=TrainingSpec(max_sequence_length=8192))
     objection = client.plan(tight, config=config).objection
     assert objection is not None
@@ -252,7 +259,7 @@ def test_a_plan_names_the_missing_inputs_of_a_forecast(
 ) -> None:
     stand_in(monkeypatch)
     client = scripted()
-    assert client.plan(SPEC, config=config).remark == "no forecast: give the GPU's speed with gpu_tflops"
+    assert client.plan(SPEC, config=config).remark == "no forecast: give the GPU with gpu, or its speed with gpu_tflops"
     assert "give the tokens of an epoch" in client.plan(SPEC, config=config, gpu_tflops=312).remark
     steps = client.plan(changed(training=TrainingSpec(max_steps=3)), config=config, gpu_tflops=312)
     assert steps.forecast is not None

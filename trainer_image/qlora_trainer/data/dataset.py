@@ -132,6 +132,15 @@ class Dataset:
         ]
         return (*of_columns, *(() if self.overlap is None else (self.overlap.remark(),)))
 
+    def epoch_sequences(self, training: TrainingSpec, *, packed: bool) -> int:
+        """Sequences of an epoch, of the first one with a mix.
+
+        `packed`: whether a sequence may have several rows.
+        """
+        used = numpy.concatenate(self.selection.training)
+        rows = used if self.mix is None else used[next(self.mix.epochs(training.seed))]
+        return len(_arrange(rows, self.rows.lengths[rows], training, packed=packed))
+
     def write(self, folder: Path, training: TrainingSpec, *, packed: bool, on_epoch: Callable[[int], None]) -> None:
         """Write the files of the splits, and their statistics. Raises OSError if the disk is full.
 
@@ -141,14 +150,11 @@ class Dataset:
         used, epochs = numpy.concatenate(self.selection.training), None
         lengths = self.rows.lengths[used]
 
-        def arrange(rows: RowIndices, lengths: Int32s) -> Arrangement:
-            return pack(rows, lengths, capacity, training.seed) if packed else one_row_each(rows)
-
         def statistics(arrangement: Arrangement) -> SplitStatistics:
             return SplitStatistics.from_rows(self.rows, arrangement, capacity, packed=packed)
 
         def write(split: Split, rows: RowIndices) -> SplitStatistics:
-            arrangement = arrange(rows, self.rows.lengths[rows])
+            arrangement = _arrange(rows, self.rows.lengths[rows], training, packed=packed)
             checks = self.rows.checks(arrangement.rows) if split == "eval" else None
             write_split(split_file(folder, split), self.rows, arrangement, checks=checks)
             return statistics(arrangement)
@@ -158,7 +164,7 @@ class Dataset:
         else:
             drawn = self.mix.epochs(training.seed)
             epochs = EpochArrangements.from_epochs(
-                drawn, lambda rows: arrange(rows, lengths[rows]), training, folder, on_epoch
+                drawn, lambda rows: _arrange(rows, lengths[rows], training, packed=packed), training, folder, on_epoch
             )
             write_split(split_file(folder, "train"), self.rows, one_row_each(used), epochs)
             train = statistics(Arrangement(used[epochs.first.rows], epochs.first.offsets))
@@ -191,3 +197,7 @@ class Dataset:
         if own is not None:
             counts = {"duplicate_rows": selection.duplicates[-1], "held_out_rows": held_out[0]}
             yield own.statistics(capacity, counts)
+
+
+def _arrange(rows: RowIndices, lengths: Int32s, training: TrainingSpec, *, packed: bool) -> Arrangement:
+    return pack(rows, lengths, training.max_sequence_length, training.seed) if packed else one_row_each(rows)

@@ -59,8 +59,8 @@ class AdmittedModel:
 
     @property
     def parameters(self) -> int | None:
-        """Weights that each token is multiplied by, or None if unknown or a part."""
-        return None if self.family.mixture_of_experts else self.memory.parameters
+        """Weights that each token is multiplied by, or None if unknown."""
+        return self.family.parameters_of_token(self.memory.parameters)
 
     def record(self) -> PreparedModel:
         """Return the model's part of the completion record."""

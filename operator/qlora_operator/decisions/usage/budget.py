@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 
 from qlora_api.contract import ProgressRecord
-from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, hours_text
+from qlora_api.forecast import cost_text, forecast_of_flops, hours_text
 from qlora_api.profile import Limits, Profile
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
@@ -90,13 +90,7 @@ def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus
     profile = status.resolved.profile if status.resolved is not None else None
     if profile is None or profile.gpu_tflops is None or profile.gpu_resource is None:
         return status
-    seconds = hours_of_flops(work.flops, profile.gpu_tflops) * _SECONDS
-    forecast = ForecastStatus(
-        gpu_hours=hours_text(seconds),
-        basis="Flops",
-        utilization=ASSUMED_UTILIZATION,
-        cost=cost_text(seconds, profile.gpu_hour_price, profile.currency),
-    )
+    forecast = forecast_of_flops(work.flops, profile.gpu_tflops, profile.gpu_hour_price, profile.currency)
     return replace(status, forecast=forecast)
 
 

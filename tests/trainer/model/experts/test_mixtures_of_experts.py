@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DeepseekV3Config,
@@ -145,6 +146,15 @@ def test_adapters_on_experts_with_unsupported_options_are_rejected(
 
     assert message in caught.value.message
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+def test_experts_that_a_token_is_not_routed_to_are_not_counted_for_it(tiny_qwen3_moe: Path) -> None:
+    family = inspect_family(tiny_qwen3_moe, LoraSpec())
+    config = AutoConfig.from_pretrained(tiny_qwen3_moe)
+    of_an_expert = 3 * config.hidden_size * config.moe_intermediate_size * config.num_hidden_layers
+    idle = (config.num_experts - config.num_experts_per_tok) * of_an_expert
+    assert 0 < idle == family.idle_parameters
+    assert family.parameters_of_token(10**9) == 10**9 - idle
 
 
 def test_sharding_merging_and_publishing_the_base_are_rejected_for_experts_only(

@@ -35,6 +35,10 @@ class Traits:
         """Whether the job packs rows, and they have no effect on each other."""
         return training.packing and self.keeps_rows_apart(training.max_sequence_length)
 
+    def parameters_of_token(self, parameters: int | None) -> int | None:
+        """Weights that each token is multiplied by, out of all; None if unknown."""
+        return None if self.mixture_of_experts else parameters
+
     def require(self, training: TrainingSpec, output: OutputSpec) -> None:
         """Raise StepFailure if the model cannot be trained and published so."""
         self._require_positions(training.max_sequence_length)
@@ -83,8 +87,16 @@ class Family(Traits):
     """Linear layers that get no adapter: no gradient reaches it, or PEFT rejects them."""
     experts_in_mxfp4: bool = False
     """Whether these are in MXFP4, as they were published, and stay so."""
+    idle_parameters: int | None = 0
+    """Weights of the experts that a token is not routed to; None if unknown."""
     without_dora: tuple[str, ...] = ()
     """Linear layers without an adapter, since PEFT with DoRA takes them for experts."""
+
+    def parameters_of_token(self, parameters: int | None) -> int | None:
+        """Weights that each token is multiplied by, out of all; None if unknown."""
+        if parameters is None or self.idle_parameters is None:
+            return None
+        return parameters - self.idle_parameters
 
     def remarks(self, training: TrainingSpec) -> Iterator[str]:
         """Yield what is done otherwise than the job asks."""

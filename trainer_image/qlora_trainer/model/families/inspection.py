@@ -1,7 +1,7 @@
 """Inspects a model's configuration: support, adapted layers, and row lengths."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -45,6 +45,7 @@ from qlora_trainer.model.source.files import CONFIG, reject_code
 from qlora_trainer.model.source.quantization import SETTINGS, experts_in_mxfp4, source_quantization, unusable
 
 _MAX_CONFIG_BYTES = 2**24
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 _EXPERT_SIZES = (*EXPERT_COUNTS, "moe_intermediate_size")
 _TOWERS_OF_TIMM = ("architecture", "backbone")
 """Settings that name a timm model, for transformers to build a tower of."""
@@ -112,7 +113,8 @@ def _inspect(config: PretrainedConfig, lora: LoraSpec) -> Family:
         whole = without_weights(config) if is_multimodal(config) else skeleton
         _reject(model_type, reason_against_stored_parts(whole, parts_beside_text(whole)))
         fraction = quantized_fraction(skeleton)
-        experts = bool(ExpertLayout.from_model(skeleton).stacks)
+        stacks = ExpertLayout.from_model(skeleton).stacks.values()
+        experts = bool(stacks)
         _reject_untying(model_type, skeleton, lora)
     if fraction < MIN_QUANTIZED_FRACTION:
         _reject(
@@ -152,9 +154,20 @@ def _inspect(config: PretrainedConfig, lora: LoraSpec) -> Family:
         without_adapter=left_out,
         mixture_of_experts=experts,
         experts_in_mxfp4=experts and experts_in_mxfp4(config),
+        idle_parameters=_idle_parameters(text, [stack.shape for stack in stacks]),
         without_dora=without_dora,
         auto_class=loader.__name__,
     )
+
+
+def _idle_parameters(text: PretrainedConfig, stacks: Sequence[tuple[int, int, int]]) -> int | None:
+    """Weights of the experts that a token is not routed to, or None if their number is unknown."""
+    if not stacks:
+        return 0
+    chosen = next((count for name in _EXPERTS_OF_A_TOKEN if isinstance(count := getattr(text, name, None), int)), None)
+    if chosen is None:
+        return None
+    return sum((experts - min(chosen, experts)) * rows * columns for experts, rows, columns in stacks)
 
 
 def _reject(model_type: str, reason: str | None) -> None:

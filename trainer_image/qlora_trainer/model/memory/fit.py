@@ -161,6 +161,7 @@ class MemoryFit:
         *,
         rows_apart: bool = True,
         mixture_of_experts: bool = False,
+        gpu_gib: float | None = None,
         group_size: int = 1,
         earlier: MeasuredMemory | None = None,
         measure: Measure = measure_within_limits,
@@ -168,7 +169,8 @@ class MemoryFit:
     ) -> "MemoryFit":
         """Estimate a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
 
-        `rows_apart`: whether a micro batch may hold several rows. `group_size`: how many jobs are trained together with
+        `rows_apart`: whether a micro batch may hold several rows. `gpu_gib`: memory of another GPU than the job's.
+        `group_size`: how many jobs are trained together with
         it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the memory is unknown.
         Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
         """
@@ -179,7 +181,7 @@ class MemoryFit:
             weights = weights_of(config, training)
             status = MemoryStatus(verdict="unknown", message=f"the memory is unknown: {failure}"[:MAX_MESSAGE_LENGTH])
             return cls(status, None, None if weights is None else weights.parameters, None)
-        fit = _estimate(job, spec.resources.gpu_gib, rows_apart)
+        fit = _estimate(job, gpu_gib or spec.resources.gpu_gib, rows_apart)
         if group_size == 1 or not rows_apart or fit.objection is not None:
             return fit
         return _with_shared(fit, lambda: _shared_bytes(config, spec, job, group_size, measure_passes))
@@ -190,7 +192,7 @@ class MemoryFit:
             raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
 
 
-def _estimate(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> MemoryFit:
+def _estimate(job: MeasuredJob, gpu_gib: float | None, rows_apart: bool) -> MemoryFit:
     memory = job.estimate(job.training)
     judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
     objection, remark = None, ""
@@ -198,8 +200,8 @@ def _estimate(job: MeasuredJob, gpu_gib: int | None, rows_apart: bool) -> Memory
         job = measure_further(job, job.with_smaller)
         objection = (
             f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
-            f"but a GPU of {gpu_gib} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to use: "
-            f"{_remedy(job, gpu_gib)}"
+            f"but a GPU of {round(gpu_gib, 1):g} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to "
+            f"use: {_remedy(job, gpu_gib)}"
         )
     elif gpu_gib is not None and judged == "fits" and rows_apart:
         job = measure_further(job, job.with_larger)
@@ -248,7 +250,7 @@ def _settings(step: Advice) -> str:
     return " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
 
 
-def _remedy(job: MeasuredJob, gpu_gib: int) -> str:
+def _remedy(job: MeasuredJob, gpu_gib: float) -> str:
     steps = advice(job.estimate, job.training, gpu_gib)
     more = more_gpus(job.estimate, job.training, gpu_gib)
     larger = "use a larger GPU"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_of_flops, hours_text, training_flops
+from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_text, seconds_of_flops, training_flops
 from qlora_api.profile import Limits, Profile
 from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import QLoRAJobStatus
@@ -63,7 +63,7 @@ def test_operations_are_counted_as_a_frozen_base_needs_them() -> None:
     with_it, without = TrainingSpec(gradient_checkpointing=True), TrainingSpec(gradient_checkpointing=False)
     assert training_flops(7 * 10**9, 10**6, with_it) == 6 * 7e15
     assert training_flops(7 * 10**9, 10**6, without) == 4 * 7e15
-    assert hours_of_flops(3.6e18, 1000) == pytest.approx(1 / ASSUMED_UTILIZATION)
+    assert seconds_of_flops(1e15, 1000) == pytest.approx(1 / ASSUMED_UTILIZATION)
 
 
 def test_hours_and_costs_are_decimal() -> None:

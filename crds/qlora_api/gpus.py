@@ -1,0 +1,53 @@
+"""The GPUs that a plan can name: their memory and speed.
+
+Memory is the total that `nvidia-smi` shows, with error correction as it is delivered: the readings that modal-labs
+publishes of its machines (modal-client, pull request 2797), for the RTX 4090 RLinf (RLinf, issue 255), and NVIDIA's for
+the H200. Speed is dense bfloat16 on tensor cores with 32-bit sums, in 10^12 operations per second: NVIDIA's data sheets
+of each GPU (where they give it with sparsity, half of it) and, for the RTX 4090, its Ada white paper. The T4 has no
+bfloat16, so no job can be trained on it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_MIB_PER_GIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that a plan can name."""
+
+    name: str
+    label: str
+    memory_mib: int
+    tflops: float
+    has_bfloat16: bool = True
+
+    @property
+    def gib(self) -> float:
+        """Its memory in GiB."""
+        return self.memory_mib / _MIB_PER_GIB
+
+
+_GPUS = (
+    Gpu("t4", "T4", 15_360, 65, has_bfloat16=False),
+    Gpu("a10", "A10", 23_028, 125),
+    Gpu("l4", "L4", 23_034, 121),
+    Gpu("4090", "RTX 4090", 24_564, 165),
+    Gpu("l40s", "L40S", 46_068, 362),
+    Gpu("h100", "H100 SXM", 81_559, 989),
+    Gpu("a100", "A100 80 GB", 81_920, 312),
+    Gpu("h200", "H200", 143_771, 989),
+)
+GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _GPUS}
+"""By name, those with the least memory first."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return the GPU of that name. Raises ValueError unless a job can be trained on it."""
+    able = ", ".join(gpu.name for gpu in GPUS.values() if gpu.has_bfloat16)
+    if name not in GPUS:
+        raise ValueError(f"gpu is {name!r}: must be one of {able}")
+    if not GPUS[name].has_bfloat16:
+        raise ValueError(f"gpu is {name!r}, which has no bfloat16, and training needs it: must be one of {able}")
+    return GPUS[name]
