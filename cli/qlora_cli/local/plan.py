@@ -44,6 +44,7 @@ from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_
 from qlora_trainer.model.memory.planned import find_traits, measure_with
 
 FindTraits: TypeAlias = Callable[[LoraSpec], Traits]
+_HUB_SECONDS = 5.0
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
 MEANING = {
     "fits": "the run fits",
@@ -166,10 +167,32 @@ def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
 def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
     offline = "or give the model's config.json with --config FILE"
     require_hub_client(offline)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     with fetching(model, offline):
-        return Path(hf_hub_download(source.repository, "config.json", revision=model.revision))
+        cached = try_to_load_from_cache(source.repository, "config.json", revision=model.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        has_hub = hub_answers(source, model)
+        config = hf_hub_download(
+            source.repository, "config.json", revision=model.revision, local_files_only=not has_hub
+        )
+        return Path(config)
+
+
+def hub_answers(source: HubSource, model: BaseModelSpec) -> bool:
+    """Whether the hub answers, asked once: its client tries again for a minute. Raises its rejection of the model."""
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    address = hf_hub_url(source.repository, "config.json", revision=model.revision)
+    try:
+        get_hf_file_metadata(address, token=get_token(), timeout=_HUB_SECONDS)
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 def require_hub_client(offline: str) -> None:

@@ -18,7 +18,7 @@ from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_cli.local.forecast import Epoch
-from qlora_cli.local.plan import fetching, require_hub_client
+from qlora_cli.local.plan import fetching, hub_answers, require_hub_client
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, model_unavailable
@@ -122,7 +122,11 @@ def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
 
     with fetching(model, f"or {advice}"):
         names = [CONFIG, GENERATION_CONFIG, *sorted(TOKENIZER_FILES)]
-        return Path(snapshot_download(source.repository, revision=model.revision, allow_patterns=names))
+        has_hub = hub_answers(source, model)
+        folder = snapshot_download(
+            source.repository, revision=model.revision, allow_patterns=names, local_files_only=not has_hub
+        )
+        return Path(folder)
 
 
 def show_first_rows(access: RowAccess, count: int, console: Console) -> None:
