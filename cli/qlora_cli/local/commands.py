@@ -3,7 +3,7 @@
 import importlib.util
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -21,14 +21,15 @@ from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
 from qlora_cli.local.forecast import gpu_of_plan, gpu_of_profile, parse_gpu_memory, parse_price
 from qlora_cli.local.given import Given
 from qlora_cli.local.plan import find_config
+from qlora_cli.local.restart import discard_run
+from qlora_cli.local.results import show_end, show_ends
 from qlora_cli.local.rows import RowAccess, show_first_rows
-from qlora_cli.local.run import Display, Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
-from qlora_cli.local.run_sweep import LocalSweep, best_cell, earlier_sweep, run_sweep
+from qlora_cli.local.run import Display, LocalRun, has_gpu, missing_data, missing_sources, run_steps
+from qlora_cli.local.run_sweep import LocalSweep, earlier_sweep, run_sweep
 from qlora_cli.local.whole_plan import show_whole_plan
 from qlora_cli.manifest import Document, ManifestError, load_manifest
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.model.memory.dry_run import INSTALL
 
 
@@ -182,6 +183,11 @@ def _row_access(given: Given, tokenizer: Path | None) -> RowAccess:
     help="Folder of the run; kept between runs. Each cell of a sweep has a folder by its name in it.",
 )
 @click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails without one.")
+@click.option(
+    "--restart",
+    is_flag=True,
+    help="Discard the checkpoints, the adapter and the report of the run in the workspace, and start over.",
+)
 @shared_options.volume
 @shared_options.config_map
 @click.option(
@@ -199,6 +205,7 @@ def run(
     file: Path | None,
     workspace: Path,
     resume: bool,
+    restart: bool,
     claims: dict[str, Path],
     config_maps: dict[str, Path],
     continues: Path | None,
@@ -209,14 +216,18 @@ def run(
 
     Of a QLoRASweep, run its cells one after the other; with cellsPerPod, those of a pod are trained in one process.
     Ctrl-C saves a checkpoint and stops. With --resume, FILE and the options default to those of the run in the
-    workspace. The exit code is that of the step that failed first.
+    workspace. A workspace with the run of other settings or data is rejected before anything is trained; --restart
+    discards that run. The exit code is that of the step that failed first.
     """
+    if restart and resume:
+        raise click.UsageError("--restart starts over, and --resume continues: leave one of them out.")
     document, earlier = _what_to_run(file, workspace, resume=resume)
     chosen = device or next((each.device for each in earlier), None)
     options = _Options(workspace, claims, config_maps, chosen or ("cuda" if has_gpu() else "cpu"), continues)
     sweep = _sweep(document, options, earlier) if isinstance(document, QLoRASweepDocument) else None
     runs = [options.of(document).resuming(*earlier)] if isinstance(document, QLoRAJobDocument) else []
-    problems = _problems_of_sweep(sweep) if sweep is not None else _problems(runs[0])
+    every_run = runs if sweep is None else sweep.every_run
+    problems = dict.fromkeys(problem for run in every_run for problem in _problems(run))
     if problems:
         _fail("\n".join(problems))
     if importlib.util.find_spec("torch") is None:
@@ -224,6 +235,8 @@ def run(
     console = Console(emoji=False, quiet=output is not None)
     if chosen is None:
         console.print(f"Training on {options.device}; choose with --device.", highlight=False)
+    if restart:
+        _discard(every_run, console)
     bar = progress_bar(console)
     try:
         if sweep is not None:
@@ -238,9 +251,9 @@ def run(
         command = shlex.join(["qlora", "run", "--resume", "--workspace", str(workspace)])
         console.print(f"To resume:\n  {command}", highlight=False, markup=False, soft_wrap=True)
     elif sweep is not None:
-        _show_ends(sweep, ended, console)
+        show_ends(sweep, ended, console)
     else:
-        _show_end(ended[""], runs[0], console)
+        show_end(ended[""], runs[0], console)
     sys.exit(next((each.exit_code for each in ended.values() if each.exit_code), 0))
 
 
@@ -306,56 +319,13 @@ def _problems(run: LocalRun) -> list[str]:
     return missing_sources(run.document.spec, run.claims, run.config_maps, run.continues)
 
 
-def _problems_of_sweep(sweep: LocalSweep) -> list[str]:
-    """The same of the cells, and of what publishes the best of them."""
-    best = [sweep.best_run(0)] if sweep.document.spec.publish == "best" else []
-    return list(dict.fromkeys(problem for run in (*sweep.runs, *best) for problem in _problems(run)))
-
-
-def _show_ends(sweep: LocalSweep, ended: Mapping[str, Ended], console: Console) -> None:
-    """Print what each cell has published, and which is the best."""
-    number = best_cell(sweep, ended)
-    best = [sweep.best_run(number)] if number is not None and sweep.document.spec.publish == "best" else []
-    for run in (*sweep.runs, *best):
-        name = run.document.metadata.name
-        if name in ended and "publish" in ended[name].results:
-            console.print(f"\n{name}", style="bold", markup=False, highlight=False)
-            _show_end(ended[name], run, console)
-    if number is not None:
-        cell = sweep.cells[number]
-        console.print(f"\nBest: {cell.name} ({cell.overrides.text()})", markup=False, highlight=False)
-
-
-def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
-    if "publish" not in ended.results or ended.results["publish"].adapter is None:
-        return
-    adapter, merged = ended.results["publish"].adapter, ended.results["publish"].merged
-    base, gate = ended.results["publish"].base, ended.results["publish"].gate
-    trained = ended.results["train"]
-    rows = {
-        "Adapter": adapter.uri,
-        "SHA-256": adapter.sha256,
-        "Optimizer steps": steps_done(trained.training_step or 0, trained.total_steps, adapter.step),
-        "Training loss": _number(trained.loss),
-    }
-    if trained.eval_loss is not None:
-        rows["Held-out loss"] = f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
-    if gate is not None and gate.score is not None:
-        others = f"{gate.base_score or 0:.1%} without the adapter, {gate.score_rows} held-out rows"
-        rows["Answers that passed"] = f"{gate.score:.1%} ({others})"
-    if base is not None and base.uri is not None:
-        rows["Base in 4-bit"] = base.uri
-    if merged is not None:
-        rows["Merged model"] = merged.uri
-    if merged is not None and merged.eval_loss is not None:
-        losses = f"{_number(merged.eval_loss)} merged, {_number(merged.adapter_eval_loss)} with the adapter"
-        rows[f"Loss on {merged.eval_tokens} tokens"] = losses
-    rows["Report"] = str(local.layout.report / "report.html")
-    # A table of rich would cut paths and the digest to the width of the terminal, or to 80 columns without one.
-    width = max(map(len, rows))
-    for label, value in rows.items():
-        console.print(f"{label:{width}}  {value}", markup=False, soft_wrap=True)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _discard(runs: Sequence[LocalRun], console: Console) -> None:
+    """Discard the earlier runs in these workspaces, and print what was deleted."""
+    try:
+        deleted = [path for run in runs for path in discard_run(run)]
+    except StepFailure as failure:
+        _fail(failure.message, failure.exit_code)
+    except (OSError, ValueError) as error:
+        _fail(f"--restart: the earlier run cannot be discarded: {error}")
+    for path in deleted:
+        console.print(f"Deleted {path}", highlight=False, markup=False, soft_wrap=True)

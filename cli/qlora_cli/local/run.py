@@ -26,7 +26,7 @@ from qlora_trainer.core.filesystem import write_atomically
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 # The job's UID in records, for a manifest that no API server has given one.
-_LOCAL_UID = "local"
+LOCAL_UID = "local"
 # Files in the workspace's records/ folder, for `--resume`.
 _JOB_FILE = "job.json"
 _LOCATIONS_FILE = "run.json"
@@ -69,6 +69,11 @@ class LocalRun:
     def layout(self) -> WorkspaceLayout:
         """The workspace's folders."""
         return WorkspaceLayout(self.workspace.absolute())
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the workspace holds a run."""
+        return (self.layout.records / _JOB_FILE).exists()
 
     def remember(self) -> Path:
         """Store the run for `recall`, return the job's file. Raises OSError."""
@@ -216,7 +221,7 @@ class ShownRun:
     @classmethod
     def of(cls, run: LocalRun, display: Display) -> Self:
         """The run, stored in its workspace. Raises OSError."""
-        return cls(run, run.remember(), run.document.metadata.uid or _LOCAL_UID, display)
+        return cls(run, run.remember(), run.document.metadata.uid or LOCAL_UID, display)
 
 
 def go_through(steps: Sequence[StepName], shown: ShownRun, stop: "Stop") -> Ended:

@@ -68,6 +68,12 @@ class LocalSweep:
         ]
         return cls(document, options.workspace, found, tuple(runs))
 
+    @property
+    def every_run(self) -> tuple[LocalRun, ...]:
+        """The cells' runs, and that of the job that publishes the best, if there is one."""
+        best = [self.best_run(0)] if self.document.spec.publish == "best" else []
+        return (*self.runs, *best)
+
     def best_run(self, number: int) -> LocalRun:
         """The run that publishes the adapter of that cell, from the end of its run."""
         run, cell = self.runs[number], self.cells[number]

@@ -24,6 +24,7 @@ from qlora_cli.local.run import Ended
 from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.commands.command import MANIFEST, SPEC, Files, invoked, new_files, qlora
+from tests.support.manifests import merged
 from tests.support.ranks import waiting_at
 from tests.support.runs.forked_step import start_forked
 
@@ -198,6 +199,8 @@ def test_a_run_needs_a_manifest_or_an_earlier_run(tmp_path: Path) -> None:
     done = invoked("run", "--workspace", str(tmp_path / "work"))
     assert done.returncode == 2
     assert "--resume" in done.stderr
+    both = invoked("run", "--resume", "--restart", "--workspace", str(tmp_path / "work"))
+    assert "--restart starts over, and --resume continues" in both.stderr
 
 
 @pytest.mark.usefixtures("forked")
@@ -241,6 +244,32 @@ def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, t
     assert "BadDataset" in done.stdout
     assert str(files.workspace / "records" / "prepare.log") in done.stdout
     assert "Training" not in done.stdout
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_changed_run_is_rejected_until_it_is_restarted(tmp_path: Path, tiny_llama: Path) -> None:
+    files = new_files(tmp_path / "job", tiny_llama.parent)
+    layout, spec = WorkspaceLayout(files.workspace), merged(SPEC, {"training": {"maxSteps": 2, "evalEverySteps": 1}})
+    assert invoked(*arguments(files, manifest(files, spec))).returncode == 0
+    first = (layout.adapter / "adapter_model.safetensors").read_bytes()
+    changed = arguments(files, manifest(files, merged(spec, {"training": {"learningRate": 0.001}})))
+
+    other = invoked(*changed)
+    assert other.returncode == 10
+    assert "belongs to another run: training.learningRate was 0.005, is 0.001; " in other.stdout
+    shutil.rmtree(layout.checkpoints)
+    kept = invoked(*changed)
+    assert kept.returncode == 10
+    assert f"{layout.adapter} holds another adapter, of job 'tiny'" in kept.stdout
+    assert "train: " not in kept.stdout
+    assert (layout.adapter / "adapter_model.safetensors").read_bytes() == first
+
+    again = invoked(*changed, "--restart")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"Deleted {layout.adapter}\n" in again.stdout
+    assert (layout.adapter / "adapter_model.safetensors").read_bytes() != first
+    [attempt] = (layout.records / "attempts.jsonl").read_text().splitlines()
+    assert json.loads(attempt)["fromStep"] == 0
 
 
 @pytest.mark.slow

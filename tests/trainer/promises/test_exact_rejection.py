@@ -143,11 +143,11 @@ def test_a_field_that_may_change_between_attempts_changes_no_byte(field: str, ti
     ("change", "named"),
     [
         ({"model_revision": "sha256:other"}, 'model.revision was "sha256:tiny", is "sha256:other"'),
-        ({"fingerprint": "other"}, 'data.fingerprint was "rows", is "other"'),
-        ({"target_modules": ("q_proj",)}, "model.targetModules was "),
+        ({"fingerprint": "other"}, "the prepared rows changed"),
+        ({"target_modules": ("q_proj",)}, "lora.targetModules was "),
         (
             {"initial_adapter": InitialAdapterStatus(source="pvc://adapters/first", sha256="0" * 64)},
-            f'lora.from.sha256 was null, is "{"0" * 64}"'[:60],
+            f'lora.from.sha256 was not set, is "{"0" * 64}"'[:60],
         ),
     ],
 )
@@ -175,8 +175,8 @@ def other_version(package: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("package", "named"),
     [
-        *((name, f"libraries.{name}") for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")),
-        ("qlora-operator", "trainer"),
+        *((name, f"version of {name}") for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")),
+        ("qlora-operator", "version of the trainer"),
     ],
 )
 def test_another_version_of_a_library_or_of_the_trainer_is_rejected(
@@ -187,7 +187,12 @@ def test_another_version_of_a_library_or_of_the_trainer_is_rejected(
     assert f'{named} was "{installed}", is "0.0.1"' in rejection(interrupted)
 
 
-def test_a_changed_row_reaches_the_train_step_as_other_data(make_context: MakeContext, tmp_path: Path) -> None:
+def test_a_changed_setting_is_rejected_before_anything_is_read(interrupted: StepContext) -> None:
+    with failing(ExitCode.BAD_CONFIGURATION, match="run: training.learningRate was 0.01, is 0.02; .*--restart"):
+        prepare(with_value(interrupted, "training.learning_rate", 0.02), Recorded())
+
+
+def test_a_changed_row_is_rejected_before_anything_is_trained(make_context: MakeContext, tmp_path: Path) -> None:
     rows = [chat_row(f"Which pods? {number}", f"kubectl get pods {number}") for number in range(8)]
     context, stop = make_context(), StopRequest()
     write_rows(tmp_path / "data" / "train.jsonl", rows)
@@ -195,24 +200,19 @@ def test_a_changed_row_reaches_the_train_step_as_other_data(make_context: MakeCo
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(1, stop))
     write_rows(tmp_path / "data" / "train.jsonl", [*rows[:-1], chat_row("Which pods? 7", "kubectl get pods 8")])
-    prepare(context, Recorded())
 
-    assert "data.rows was " in rejection(context)
+    with failing(ExitCode.BAD_CONFIGURATION, match="run: the rows of dataset.source or mix changed; "):
+        prepare(context, Recorded())
 
 
 def test_data_that_another_version_of_the_trainer_prepared_are_prepared_again(
     make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, stop = make_context(), StopRequest()
+    context = make_context()
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Which pods? {number}", "all") for number in range(8)])
     before = prepare(context, Recorded())
-    with pytest.raises(Interrupted):
-        run(context, stop=stop, records=StopAtStep(1, stop))
     other_version("qlora-operator", monkeypatch)
     after = prepare(context, Recorded())
 
     assert after.fingerprint != before.fingerprint
-    # The rows themselves are the same: only their origin differs.
-    message = rejection(context)
-    assert 'run: trainer was "' in message
-    assert "data." not in message
+    assert after.data_content == before.data_content, "the rows themselves are the same"

@@ -237,6 +237,7 @@ def test_another_base_or_an_adapter_is_not_overwritten(
 
 def test_prepare_accepts_a_folder_that_holds_a_base_and_no_other(job: Files) -> None:
     run(job)
+    shutil.rmtree(job.workspace / "adapter")
     prepare(context(job, uid=OTHER_UID), Recorded())
     (job.workspace / "records" / "prepare.json").unlink()
     in_its_place = job.with_spec({"output": {"destination": ADDRESS, "base": {"destination": "pvc://data/other"}}})

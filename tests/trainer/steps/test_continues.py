@@ -177,7 +177,7 @@ def test_data_that_differ_make_it_another_run(make: Make) -> None:
     context = make("new")
     path = context.workspace.completion("prepare")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "others"}))
-    rejected(context, make("other", "stopped"), 'data.fingerprint was "rows", is "others"')
+    rejected(context, make("other", "stopped"), "(spec.continues): the prepared rows changed")
 
 
 def test_the_newest_intact_checkpoint_is_taken_and_a_damaged_one_left_as_it_is(make: Make) -> None:

@@ -72,7 +72,7 @@ class ResolvedInputs:
             "rows": list(self.data),
             **{name: digest for name, digest in optional.items() if digest is not None},
             "tokenizer": dict(self.tokenizer),
-            "dataset": _without_addresses(dataset),
+            "dataset": dataset_settings(dataset),
             "format": FORMAT_VERSION,
             "libraries": library_versions(),
         }
@@ -123,7 +123,7 @@ def _without_defaults(dataset: DatasetSpec) -> JsonObject:
     return described
 
 
-def _without_addresses(dataset: DatasetSpec) -> JsonObject:
+def dataset_settings(dataset: DatasetSpec) -> JsonObject:
     """The settings that decide the rows and their form, with numbers for sources."""
     described = _without_address(_without_defaults(dataset))
     if "eval" in described:

@@ -19,6 +19,7 @@ from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_comp
 from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import is_full, partial_path, remove, remove_partials, sizes
+from qlora_trainer.core.paths import confine
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.render.template_source import job_template
 from qlora_trainer.evaluation.scorable import require_readable
@@ -34,8 +35,11 @@ from qlora_trainer.steps.publish import read_published
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.contents import SHARED_BASE, Publisher
 from qlora_trainer.stores.destinations.addresses import check_destination
+from qlora_trainer.stores.destinations.destination import reject_occupied
+from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.checkpoints.fingerprint import run_settings
+from qlora_trainer.training.checkpoints.same_run import reject_changed_run, reject_changed_settings
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
 from qlora_trainer.training.prepared_job import PreparedJob
 
@@ -45,8 +49,8 @@ def prepare(
 ) -> PrepareRecord:
     """Lay out model and data in the workspace and write the completion record. Returns early if it still holds.
 
-    Raises StepFailure. A failure that another attempt cannot fix leaves nothing new in the workspace, unless the base's
-    destination or the run to continue turns out to be another one. After any other, the next attempt resumes.
+    Raises StepFailure. A failure that another attempt cannot fix leaves nothing new in the workspace, unless a
+    destination, or the run in the workspace or to continue, is another one. After any other, the next attempt resumes.
     """
     spec, workspace, mounts, identity = context.spec, context.workspace, context.mounts, context.identity
 
@@ -59,9 +63,11 @@ def prepare(
         # A job whose status was lost: a clean-up may have left nothing else.
         records.note(trained=published)
         return written
+    settings = run_settings(spec, context.device, gpus)
+    reject_changed_settings(workspace.checkpoints, settings)
     if written is None and spec.continues is not None:
         require_something_to_continue(mounts.continued, spec.continues)
-        reject_other_settings(mounts.continued, spec.continues, run_settings(spec, context.device, gpus))
+        reject_other_settings(mounts.continued, spec.continues, settings)
     secret = context.secret("output") if context.contract_version > 1 else None
     check = partial(check_destination, mounts=mounts, secret=secret, registries=context.registries)
     record = None
@@ -75,15 +81,29 @@ def prepare(
     if spec.output.base is not None:
         publisher = base_publisher(record.base_sha256, workspace.root / record.model_path)
         check(spec.output.base.destination, publisher=publisher)
+    job = PreparedJob.from_record(context, record, gpus)
+    trained = job.read_train_record()
+    if trained is None:
+        reject_changed_run(workspace.checkpoints, job.fingerprint)
+    _reject_earlier_adapter(context, Publisher(identity.job_uid, job.digest), check)
     if spec.continues is not None:
         report(f"copying the checkpoint of {spec.continues}")
-        job = PreparedJob.from_record(context, record, gpus)
         record = _continue_run(job, mounts.continued, spec.continues, written)
     if record != written:
         write_completion(path, record)
-    trained = PreparedJob.from_record(context, record, gpus).read_train_record()
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset, trained=trained)
     return record
+
+
+def _reject_earlier_adapter(context: StepContext, run: Publisher, check: Callable[..., None]) -> None:
+    """Raise StepFailure if the destination has the adapter of an earlier run, which publish would not replace."""
+    output, workspace = context.spec.output, context.workspace
+    if output.destination is not None:
+        check(output.destination, publisher=run)
+        return
+    folder = confine(workspace.adapter, workspace.root)
+    uri = f"{context.workspace_uri}/{folder.name}"
+    reject_occupied(VolumeFolder(folder, uri, owner=context.pod_uid), run)
 
 
 def _continue_run(job: PreparedJob, source: Path, name: str, written: PrepareRecord | None) -> PrepareRecord:

@@ -13,11 +13,11 @@ from qlora_trainer.core.paths import confine, require_regular
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
 from qlora_trainer.training.checkpoints.checkpoint import (
     copy_checkpoint,
+    newest_fingerprint,
     newest_intact,
     numbered_checkpoints,
-    read_state,
 )
-from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, settings_differences
 from qlora_trainer.training.prepared_job import PreparedJob
 
 _BLOCK_BYTES = 2**20
@@ -34,12 +34,9 @@ def require_something_to_continue(source: Path, name: str) -> None:
 
 def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> None:
     """Raise StepFailure if the other job's run has other settings: cheap, so early."""
-    folder = _layout(source).checkpoints
-    states = (read_state(confine(path, folder)) for _, path in numbered_checkpoints(folder))
-    found = next((state.get("fingerprint") for state in states if state is not None), None)
-    if isinstance(found, dict) and isinstance(found.get("lora"), dict):
-        known = {part: found.get(part) for part in settings} | {"lora": {**found["lora"], "from": None}}
-        _require_same_run(known, settings | {"lora": {**settings["lora"], "from": None}}, name)
+    checkpoint = newest_fingerprint(_layout(source).checkpoints)
+    if checkpoint is not None:
+        _require_same(settings_differences(checkpoint[1], settings), name)
 
 
 def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
@@ -55,7 +52,7 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     checkpoint = newest_intact(other.checkpoints)
     if checkpoint is None:
         raise _nothing_to_continue(name)
-    _require_same_run(checkpoint.state.fingerprint, job.fingerprint, name)
+    _require_same(differences(checkpoint.state.fingerprint, job.fingerprint), name)
     # The metrics up to the checkpoint: later steps are repeated.
     history, path = 0, other.report / HISTORY_FILE
     if path.exists():
@@ -86,8 +83,7 @@ def _layout(source: Path) -> WorkspaceLayout:
     return WorkspaceLayout(source)
 
 
-def _require_same_run(found: Fingerprint, wanted: Fingerprint, name: str) -> None:
-    different = differences(found, wanted)
+def _require_same(different: str, name: str) -> None:
     if different:
         raise bad_configuration(
             f"this job does not match the run of {name} (spec.continues): {different}; set the same values, or use "

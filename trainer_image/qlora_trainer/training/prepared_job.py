@@ -24,7 +24,8 @@ from qlora_trainer.training.checkpoints.checkpoint import (
     numbered_checkpoints,
     read_checkpoint,
 )
-from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, digest, reject_other_run, run_fingerprint
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, digest, run_fingerprint
+from qlora_trainer.training.checkpoints.same_run import reject_other_run
 from qlora_trainer.training.distributed.ranks import Ranks
 
 
@@ -131,7 +132,7 @@ class PreparedJob:
         with only_attempt(workspace.records):
             checkpoint = newest_checkpoint(workspace.checkpoints)
             if checkpoint is not None:
-                reject_other_run(checkpoint.state.fingerprint, self.fingerprint, checkpoint.path)
+                reject_other_run(differences(checkpoint.state.fingerprint, self.fingerprint), checkpoint.path)
             from_step = 0 if checkpoint is None else checkpoint.step
             with recorded_attempt(workspace.records, from_step, pod, now):
                 yield checkpoint

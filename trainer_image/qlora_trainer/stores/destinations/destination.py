@@ -116,9 +116,11 @@ def reject_occupied(destination: Destination, publisher: Publisher) -> None:
 
 def _occupation(holder: Manifest, publisher: Publisher) -> str:
     if holder.job_uid != SHARED_BASE:
+        is_own = holder.job_uid == publisher.job_uid
+        restart = "; `qlora run --restart` deletes that of its own workspace" if is_own else ""
         return (
             f"holds another adapter, of job {holder.job_name!r} (UID {holder.job_uid}, trained on "
-            f"{holder.base_model}): give each job a destination of its own, or delete that adapter"
+            f"{holder.base_model}): give each job a destination of its own, or delete that adapter{restart}"
         )
     if (holder.job_uid, holder.fingerprint) != (publisher.job_uid, publisher.fingerprint):
         return (

@@ -180,6 +180,18 @@ def read_state(path: Path) -> dict[str, Any] | None:
     return state if sha256(content).hexdigest() == written and isinstance(state, dict) else None
 
 
+def newest_fingerprint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Path and fingerprint of the newest checkpoint with an intact state, or None.
+
+    Cheap: no other file is read.
+    """
+    for _, path in numbered_checkpoints(folder):
+        state = read_state(confine(path, folder))
+        if state is not None and isinstance(found := state.get("fingerprint"), dict):
+            return path, found
+    return None
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None. Others are renamed and logged."""
     remove_partials(folder)

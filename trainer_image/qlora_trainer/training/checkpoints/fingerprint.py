@@ -3,7 +3,6 @@
 import hashlib
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from qlora_api.printable import shortened
@@ -13,13 +12,29 @@ from qlora_api.spec.training import PreferenceSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.environment import trainer_version
-from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.data.fingerprint import dataset_settings
 
 Fingerprint = dict[str, Any]
 # numpy draws the order of the data and the seeds of the steps.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 # Another word for leaving the field out.
 _SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised", "preference": PreferenceSpec().dump()}
+_SHOWN = 3
+# Of content only the SHA-256 is known, which would explain nothing.
+_CONTENT = {
+    "data.rows": "the rows of dataset.source or mix",
+    "data.evalRows": "the rows of dataset.eval.source",
+    "data.template": "the template of dataset.chatTemplate",
+    "data.fingerprint": "the prepared rows",
+    "model.base": "the base model in 4-bit",
+}
+_TOKENIZER = "data.tokenizer."
+_NAMES = {
+    "data.format": "the format of prepared rows",
+    "model.targetModules": "lora.targetModules",
+    "ranks": "the number of GPUs",
+    "trainer": "the version of the trainer",
+}
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
@@ -40,7 +55,7 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
 
 
 def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
-    """The part before preparation, without model, data and an earlier adapter."""
+    """The part before preparation: the settings, without model, rows and an earlier adapter."""
     without_effect = Decides.NOT_THE_ADAPTER.settings(spec.training)
     training = {
         name: value
@@ -51,6 +66,7 @@ def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
         "quantization": spec.quantization.dump(),
         "lora": {name: value for name, value in spec.lora.dump().items() if name != "from"},
         "training": training,
+        "data": {"dataset": dataset_settings(spec.dataset)},
         "device": device,
         # Another number adds gradients in another order.
         "ranks": ranks,
@@ -64,21 +80,39 @@ def digest(fingerprint: Fingerprint) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
-def reject_other_run(found: Fingerprint, wanted: Fingerprint, checkpoint: Path) -> None:
-    """Raise StepFailure naming the differences if a checkpoint is of another run."""
-    different = differences(found, wanted)
-    if different:
-        raise bad_configuration(
-            f"{checkpoint} belongs to another run: {different}; use another workspace, or delete the folder "
-            f"{checkpoint.parent} to start over"
-        )
+def settings_differences(found: Fingerprint, settings: Fingerprint) -> str:
+    """The first differences of `run_settings` to a run's fingerprint, or an empty string."""
+    lora, data = found.get("lora"), found.get("data")
+    if not (isinstance(lora, dict) and isinstance(data, dict)):
+        return ""
+    known = {part: found.get(part) for part in settings} | {
+        "lora": {name: value for name, value in lora.items() if name != "from"},
+        "data": {"dataset": data["dataset"]} if "dataset" in data else settings["data"],
+    }
+    return differences(known, settings)
 
 
 def differences(found: Fingerprint, wanted: Fingerprint) -> str:
     """The first differences between two runs for a message, or an empty string."""
     before, now = _flat(found), _flat(wanted)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return ", ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in changed[:3])
+    # By the text: the versions of some libraries are there twice.
+    texts = dict.fromkeys(_difference(name, before.get(name), now.get(name)) for name in changed)
+    return ", ".join(list(texts)[:_SHOWN])
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    content = _CONTENT.get(name) or (f"the model's {name.removeprefix(_TOKENIZER)}" if _TOKENIZER in name else "")
+    if content:
+        return f"{content} changed"
+    return f"{_field(name)} was {_short(before)}, is {_short(now)}"
+
+
+def _field(name: str) -> str:
+    """The name that the spec has for a part of the fingerprint, or words."""
+    if ".libraries." in f".{name}":
+        return f"the version of {name.rpartition('.')[2]}"
+    return _NAMES.get(name, name.removeprefix("data."))
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
@@ -92,4 +126,4 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
 
 
 def _short(value: object) -> str:
-    return shortened(json.dumps(value), 60)
+    return "not set" if value is None else shortened(json.dumps(value), 60)

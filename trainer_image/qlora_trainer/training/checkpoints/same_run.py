@@ -1,0 +1,31 @@
+"""Rejects a job whose workspace holds the run of other settings, model or data, before anything is trained."""
+
+from pathlib import Path
+
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.training.checkpoints.checkpoint import newest_fingerprint
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, settings_differences
+
+
+def reject_changed_settings(checkpoints: Path, settings: Fingerprint) -> None:
+    """Raise StepFailure if the newest checkpoint is of other settings. Cheap, so early."""
+    checkpoint = newest_fingerprint(checkpoints)
+    if checkpoint is not None:
+        reject_other_run(settings_differences(checkpoint[1], settings), checkpoint[0])
+
+
+def reject_changed_run(checkpoints: Path, wanted: Fingerprint) -> None:
+    """Raise StepFailure if the newest checkpoint is of another run. Cheap, so early."""
+    checkpoint = newest_fingerprint(checkpoints)
+    if checkpoint is not None:
+        reject_other_run(differences(checkpoint[1], wanted), checkpoint[0])
+
+
+def reject_other_run(different: str, checkpoint: Path) -> None:
+    """Raise StepFailure with the differences of the checkpoint's run, if there are any."""
+    if different:
+        raise bad_configuration(
+            f"{checkpoint} belongs to another run: {different}; set the earlier values to resume it, or use another "
+            "workspace; `qlora run --restart` discards that run and starts over; to train its adapter for more steps "
+            "or with other settings, name it in spec.lora.from"
+        )
