@@ -112,10 +112,9 @@ def test_template_system_prompt_and_end_of_answers_are_published_with_the_adapte
 
 def test_a_servers_prompt_from_template_and_system_prompt_was_trained_on(trained: StepContext) -> None:
     prepared = json.loads(trained.workspace.completion("prepare").read_text())
-    tokenizer: Any = AutoTokenizer.from_pretrained(trained.workspace.root / prepared["modelPath"])
-    template = (trained.workspace.adapter / "chat_template.jinja").read_text()
+    tokenizer: Any = AutoTokenizer.from_pretrained(trained.workspace.adapter)
     conversation = [{"role": "system", "content": SYSTEM}, *ROWS[0]["messages"]]
-    asked = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=True, return_dict=True)
+    asked = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)
     splits = [PreparedDataset.open(trained.workspace.root / prepared["dataPath"], name) for name in ("train", "eval")]
     assert asked["input_ids"] in [split[index].input_ids.tolist() for split in splits for index in range(len(split))]
 
@@ -150,4 +149,15 @@ def test_nothing_is_published_with_a_template_that_was_changed_after_prepare(
         publish_again(trained)
     path.unlink(missing_ok=True)
     shutil.move(kept, path)
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+
+
+def test_nothing_is_published_with_a_tokenizer_that_was_changed_after_prepare(trained: StepContext) -> None:
+    prepared = json.loads(trained.workspace.completion("prepare").read_text())
+    path = trained.workspace.root / prepared["modelPath"] / "tokenizer_config.json"
+    before = path.read_bytes()
+    path.write_bytes(before + b" ")
+    with pytest.raises(StepFailure, match="has another tokenizer than the rows were") as failure:
+        publish_again(trained)
+    path.write_bytes(before)
     assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT

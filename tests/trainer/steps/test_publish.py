@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record
@@ -107,9 +107,8 @@ def test_the_adapter_loads_with_plain_peft_on_an_nf4_base_and_lowers_the_loss(fi
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    folder = finished.models / "model"
-    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(finished.models / "model", quantization_config=quantization)
+    tokenizer = AutoTokenizer.from_pretrained(finished.workspace / "adapter")
     before = loss_of(base, tokenizer)
     model = PeftModel.from_pretrained(base, finished.workspace / "adapter")
     after = loss_of(model, tokenizer)
@@ -118,7 +117,22 @@ def test_the_adapter_loads_with_plain_peft_on_an_nf4_base_and_lowers_the_loss(fi
         assert loss_of(model, tokenizer) == pytest.approx(before, rel=1e-3)
 
 
-def test_the_reports_program_for_peft_runs_as_it_is_printed(finished: Files) -> None:
+def test_the_auto_classes_load_the_folder_by_the_bases_name(finished: Files, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished.workspace / "adapter", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "pvc://models/model"
+    # In place of a name on the Hub.
+    config["base_model_name_or_path"] = str(finished.models / "model")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    after = loss_of(model, tokenizer)
+    with model.disable_adapter():
+        assert after < 0.9 * loss_of(model, tokenizer)
+
+
+def test_the_reports_program_for_peft_runs_as_it_is_printed(
+    finished: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (finished.workspace / "report" / "report.html").read_text()
     program = html.unescape(page.partition('<p class="quiet">PEFT</p>\n<pre>')[2].partition("</pre>")[0])
     paths = {BASE_PLACEHOLDER: finished.models / "model", ADAPTER_PLACEHOLDER: finished.workspace / "adapter"}
@@ -127,6 +141,7 @@ def test_the_reports_program_for_peft_runs_as_it_is_printed(finished: Files) -> 
         program = program.replace(placeholder, str(path))
     names: dict[str, Any] = {}
     exec(compile(program, "report.html", "exec"), names)
+    assert capsys.readouterr().out.strip(), "the answer"
     model, tokenizer = names["model"], names["tokenizer"]
     after = loss_of(model, tokenizer)
     with model.disable_adapter():
@@ -147,6 +162,7 @@ def test_the_folder_describes_itself(finished: Files) -> None:
     assert set(described) == {
         *("adapter_model.safetensors", "adapter_config.json", "README.md"),
         *("loss.png", "report.html", "lineage.intoto.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
 
     model_card = ModelCard.load(folder / "README.md")
@@ -158,6 +174,8 @@ def test_the_folder_describes_itself(finished: Files) -> None:
     assert "1 were left out because they are longer than 64 tokens." in words
     base = "the base in nf4 with double quantization, as loaded above: serve it on that base to get the same answers"
     assert f"The losses above were measured with the adapter on {base}" in words
+    assert "No loss was measured on the 16-bit base, which the command below serves: measure on that" in words
+    assert "names the base as `pvc://models/model`, which no library can load: give the base's own folder." in words
     assert "{{" not in model_card.text
     assert str(finished.root) not in model_card.content
 
@@ -169,6 +187,7 @@ def test_the_model_card_of_an_adapter_for_a_hub_model_names_its_commit(trained: 
     published(files)
     model_card = ModelCard.load(files.workspace / "adapter" / "README.md")
     assert model_card.data.base_model == "acme/tiny"
+    assert "`AutoPeftModelForCausalLM.from_pretrained` loads base and adapter" in model_card.text
     assert "vllm serve acme/tiny --revision sha256:" in model_card.text
 
 

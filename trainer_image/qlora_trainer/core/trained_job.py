@@ -23,6 +23,8 @@ class TrainedJob:
     gate: GateStatus | None = None
     gpu_hour_price: str = ""
     """The price of a GPU hour, with the currency, or an empty string."""
+    has_chat_template: bool = True
+    """Whether conversations can be written for the model."""
 
     @property
     def continued(self) -> JsonObject | None:

@@ -16,13 +16,12 @@ from qlora_trainer.history.metrics_log import MetricsHistory
 from qlora_trainer.report.learning import learned_little
 from qlora_trainer.report.serving import (
     gguf_commands,
-    loading_settings,
+    peft_program,
     rejected_by_vllm,
     request_command,
     served_base,
     served_rank,
     template_option,
-    tokenizer_settings,
 )
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -75,12 +74,9 @@ def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
         pipeline_tag="text-generation",
         tags=["lora", "qlora"],
     )
-    settings_kind, settings = loading_settings(job)
     model_card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
-        settings_kind=settings_kind,
-        settings=settings,
         name=job.name,
         base=job.base_name,
         served=served_base(job),
@@ -103,7 +99,8 @@ def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
         served_rank=served_rank(spec.lora),
         rejected_by_vllm=rejected_by_vllm(spec.lora),
         variant=variant_label(spec.lora),
-        tokenizer_settings=tokenizer_settings(job, _THIS_FOLDER),
+        has_chat_template=job.has_chat_template,
+        program=peft_program(job, _THIS_FOLDER),
         template_option=template_option(job, _THIS_FOLDER),
         request=request_command(job),
         gguf=gguf_commands(job, "."),

@@ -69,10 +69,7 @@ def served_base(job: TrainedJob) -> ServedBase:
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:
     """Commands and programs by tool, to paste with the adapter's path."""
     base = served_base(job)
-    commands = {
-        "PEFT": _peft(job.prepared.auto_class, *loading_settings(job), base)
-        + tokenizer_settings(job, ADAPTER_PLACEHOLDER)
-    }
+    commands = {"PEFT": peft_program(job, ADAPTER_PLACEHOLDER)}
     rank = served_rank(job.spec.lora)
     if rank is not None:
         pinned = f" --revision {base.revision}" if base.revision else ""
@@ -91,27 +88,70 @@ def template_option(job: TrainedJob, adapter: str) -> str:
     return "" if job.prepared.template_sha256 is None else f" \\\n  --chat-template {adapter}/{TEMPLATE_FILE}"
 
 
-def tokenizer_settings(job: TrainedJob, adapter: str) -> str:
-    """A program's lines to write and end turns as in training, or an empty string."""
-    lines, end = [], job.prepared.end_of_turn
-    # The text comes from an untrusted tokenizer, and a line break would end the comment.
-    text = json.dumps("" if end is None else end.text, ensure_ascii=False)
-    if job.prepared.template_sha256 is not None:
-        lines.append(f'tokenizer.chat_template = open("{adapter}/{TEMPLATE_FILE}", encoding="utf-8").read()')
+def peft_program(job: TrainedJob, adapter: str) -> str:
+    """A program that prints an answer, on a base most like the trained one. `adapter`: the adapter's folder."""
+    base, auto_class = served_base(job), job.prepared.auto_class
+    kind, settings = loading_settings(job)
+    if base.in_4_bit:
+        loading = f"""from peft import PeftModel
+from transformers import {auto_class}, AutoTokenizer
+
+base = {auto_class}.from_pretrained("{base.path}")"""
+    else:
+        pinned = f', revision="{base.revision}"' if base.revision else ""
+        loading = f"""import torch
+from peft import PeftModel
+from transformers import {auto_class}, AutoTokenizer, {kind}
+
+base = {auto_class}.from_pretrained(
+    "{base.path}"{pinned},
+    quantization_config={settings},
+)"""
+    end = job.prepared.end_of_turn
+    # The text comes from an untrusted tokenizer, and a line break would end the string or the comment.
+    text, lines, stop = json.dumps("" if end is None else end.text, ensure_ascii=False), [], ""
     if end is not None and end.token is not None:
-        lines.append(f"model.generation_config.eos_token_id = {[*end.known, end.token]}  # {text} ends an answer")
+        lines = [f"model.generation_config.eos_token_id = {[*end.known, end.token]}  # {text} ends an answer"]
     elif end is not None and end.text:
-        lines.append(f"# An answer ends at a text: model.generate(…, stop_strings=[{text}], tokenizer=tokenizer)")
-    return "".join(f"\n{line}" for line in lines)
+        stop = f", stop_strings=[{text}], tokenizer=tokenizer"
+    return "\n".join(
+        [
+            loading,
+            f'tokenizer = AutoTokenizer.from_pretrained("{adapter}")',
+            f'model = PeftModel.from_pretrained(base, "{adapter}")',
+            *lines,
+            "",
+            *_prompt(job),
+            f"answer = model.generate(**prompt, max_new_tokens=200{stop})[0, prompt.input_ids.shape[1] :]",
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        ]
+    )
+
+
+def _prompt(job: TrainedJob) -> list[str]:
+    """The lines that write a prompt as the rows were written."""
+    if not job.has_chat_template or job.prepared.dataset.format == "text":
+        return ['prompt = tokenizer("…", return_tensors="pt").to(model.device)']
+    return [
+        f"messages = {_messages(job)}",
+        "prompt = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        ").to(model.device)",
+    ]
+
+
+def _messages(job: TrainedJob) -> str:
+    """A question after the job's system message, as JSON."""
+    system = job.spec.dataset.system_prompt
+    said = [] if system is None else [{"role": "system", "content": system.text}]
+    return json.dumps([*said, {"role": "user", "content": "…"}], ensure_ascii=False)
 
 
 def request_command(job: TrainedJob) -> str | None:
     """A request with training's system message and end of answer, or None."""
     end, system = job.prepared.end_of_turn, job.spec.dataset.system_prompt
     fields = [f'"model": {json.dumps(job.name)}']
-    said = [] if system is None else [{"role": "system", "content": system.text}]
-    messages = json.dumps([*said, {"role": "user", "content": "…"}], ensure_ascii=False)
-    fields.append(f'"messages": {messages}')
+    fields.append(f'"messages": {_messages(job)}')
     if end is not None and end.text:
         fields.append(end.request_field)
     elif system is None:
@@ -135,27 +175,6 @@ def loading_settings(job: TrainedJob) -> tuple[str, str]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )""",
     )
-
-
-def _peft(auto_class: str, kind: str, settings: str, base: ServedBase) -> str:
-    pinned = f', revision="{base.revision}"' if base.revision else ""
-    tokenizer_and_adapter = f"""tokenizer = AutoTokenizer.from_pretrained("{base.path}"{pinned})
-model = PeftModel.from_pretrained(base, "{ADAPTER_PLACEHOLDER}")"""
-    if base.in_4_bit:
-        return f"""from peft import PeftModel
-from transformers import {auto_class}, AutoTokenizer
-
-base = {auto_class}.from_pretrained("{base.path}")
-{tokenizer_and_adapter}"""
-    return f"""import torch
-from peft import PeftModel
-from transformers import {auto_class}, AutoTokenizer, {kind}
-
-base = {auto_class}.from_pretrained(
-    "{base.path}"{pinned},
-    quantization_config={settings},
-)
-{tokenizer_and_adapter}"""
 
 
 def gguf_commands(job: TrainedJob, adapter: str) -> Mapping[str, str]:

@@ -29,15 +29,15 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confine
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.core.trained_job import TrainedJob
-from qlora_trainer.data.render.template_source import TEMPLATE_FILE
 from qlora_trainer.history.metrics_log import read_history
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.cache import require_whole_in_cache
 from qlora_trainer.publishing.gate import check_gate, gate_failure
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
-from qlora_trainer.publishing.merged_model import is_merged_published, job_template_file, publish_merged
+from qlora_trainer.publishing.merged_model import is_merged_published, publish_merged
 from qlora_trainer.publishing.quantized_base import is_base_published, publish_base
+from qlora_trainer.publishing.tokenizer import has_chat_template, tokenizer_files
 from qlora_trainer.publishing.tracking import upload_run
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.report.learning import learned_little
@@ -201,6 +201,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
         trained=trained,
         gate=check_gate(context.spec.gate, trained, pairs=pairs, prepared=prepared.fingerprint),
         gpu_hour_price=context.gpu_hour_price,
+        has_chat_template=has_chat_template(prepared, context.workspace.root / prepared.model_path),
     )
 
 
@@ -264,14 +265,9 @@ def _verify(job: TrainedJob, workspace: WorkspaceLayout) -> Path:
 
 
 def _describe(job: TrainedJob, workspace: WorkspaceLayout, picture: bytes) -> Contents:
-    """The adapter's model card, picture of its loss, and template, if the job has one."""
+    """The adapter's model card, the picture of its loss, and the tokenizer."""
     card = adapter_model_card(job, read_history(workspace.report / HISTORY_FILE)).encode()
-    template = job_template_file(job.prepared, workspace)
-    return {
-        MODEL_CARD_FILE: card,
-        CURVE_FILE: picture,
-        **({} if template is None else {TEMPLATE_FILE: template}),
-    }
+    return {MODEL_CARD_FILE: card, CURVE_FILE: picture, **tokenizer_files(job.prepared, workspace)}
 
 
 def _adapter_status(

@@ -83,6 +83,17 @@ PROCESSOR_TEMPLATE = "chat_template.json"
 """Where processors kept their template before chat_template.jinja."""
 
 
+def has_tokenizer_template(folder: Path) -> bool:
+    """Whether the tokenizer in a model's folder has a chat template of its own."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
+
+
 def processor_template(folder: Path) -> str | None:
     """The processor's template, or None. Raises StepFailure BAD_CONFIGURATION."""
     path = folder / PROCESSOR_TEMPLATE
