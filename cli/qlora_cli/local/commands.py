@@ -21,6 +21,7 @@ from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
 from qlora_cli.local.forecast import gpu_of_plan, gpu_of_profile, parse_gpu_memory, parse_price
 from qlora_cli.local.given import Given
 from qlora_cli.local.plan import find_config
+from qlora_cli.local.quiet import quiet_libraries
 from qlora_cli.local.restart import discard_run
 from qlora_cli.local.results import show_end, show_ends
 from qlora_cli.local.rows import RowAccess, show_first_rows
@@ -118,6 +119,7 @@ def plan(
     --gpu-tflops or --profile, the time that it is expected to take. Exits with 17 if it cannot fit, as the job itself
     does, and with 3 if it may run out of memory.
     """
+    quiet_libraries()
     given, console = _load_given(file, model, claims, config_maps), Console(emoji=False)
     if not given.has_model and (config is None or (data and tokenizer is None)):
         _fail(f"{file} has rows, and a plan needs a model: give its address or folder with --model")
@@ -157,6 +159,7 @@ def data(
     FILE is a manifest, or rows: a file, a folder or an address. Tokens that are trained on are green on a terminal, and
     between [[ and ]] elsewhere or with NO_COLOR set. Wrong rows are listed at the end, with totals by kind.
     """
+    quiet_libraries()
     access = _row_access(_load_given(file, model, claims, config_maps), tokenizer)
     try:
         show_first_rows(access, rows, Console(emoji=False))
