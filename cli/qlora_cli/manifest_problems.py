@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from qlora_api.kubernetes_values import (
     DNS_LABEL,
+    DNS_LABEL_WORDS,
     DNS_SUBDOMAIN,
     DOMAIN_PREFIXED_PATH,
     GPU_MEMORY,
@@ -70,7 +71,7 @@ WORDS_OF_PATTERN: Mapping[str, str] = {
     r"^[A-Za-z0-9][-A-Za-z0-9_.]*$": f"{_NAME_CHARACTERS}, with a letter or digit first",
     r"^[A-Za-z0-9_.-]+$": _NAME_CHARACTERS,
     r"^[-._a-zA-Z0-9]+$": _NAME_CHARACTERS,
-    DNS_LABEL: "must be lower-case letters, digits and hyphens, with a letter or digit at both ends",
+    DNS_LABEL: DNS_LABEL_WORDS,
     DNS_SUBDOMAIN: "must be lower-case letters, digits, hyphens and dots, with a letter or digit at both ends of each "
     "part between dots",
     LABEL_KEY: f"{_NAME_CHARACTERS}, 63 at most, with a letter or digit at both ends; a domain and '/' may be before",

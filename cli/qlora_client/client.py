@@ -1,5 +1,6 @@
 """QLoRAClient: jobs from Python, with the method names of Kubeflow's TrainerClient."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -8,8 +9,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qlora_api.kubernetes_values import DNS_LABEL_WORDS
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.status import Phase, StepName
 from qlora_client.client_types import Comparison, Plan, QLoRAJob
@@ -97,14 +99,17 @@ class QLoRAClient:
             annotations: Annotations of the QLoRAJob.
 
         Raises:
-            ValueError: The name is not allowed, or the spec names the job itself.
+            ValueError: The name is not allowed, the spec names the job itself, or a copy of it has a wrong value.
             RuntimeError: The job is not accepted, or its name is taken.
         """
         name = generated_name(spec.model.source, token_hex(3)) if name is None else name
         fields = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
         metadata = {"name": name, "labels": dict(labels or {}), "annotations": dict(annotations or {})}
         body: dict[str, Any] = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": fields}
-        QLoRAJobDocument.model_validate(body)
+        try:
+            QLoRAJobDocument.model_validate(body)
+        except ValidationError as error:
+            raise ValueError(_explain(error)) from None
         self._cluster.create(JOBS, body)
         return name
 
@@ -305,3 +310,13 @@ def _new_axes() -> Any:
     except ModuleNotFoundError:
         raise ClusterError("a picture takes the library matplotlib, which is missing: pip install matplotlib") from None
     return pyplot.subplots(layout="constrained")[1]
+
+
+def _explain(error: ValidationError) -> str:
+    """Return the first problem of a job in one sentence."""
+    [first, *_] = error.errors(include_url=False)
+    field, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message if not field else f"{field}: {message}"
+    words = DNS_LABEL_WORDS if first["type"] == "string_pattern_mismatch" and field == "metadata.name" else message
+    return f"{field}: found {json.dumps(first['input'], default=str)[:80]}, {words.replace('Input should', 'must')}"

@@ -10,6 +10,7 @@ from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import SUBDOMAIN
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+DNS_LABEL_WORDS = "must be lower-case letters, digits and hyphens, with a letter or digit at both ends"
 DNS_SUBDOMAIN = rf"^{SUBDOMAIN}$"
 # Zero is rejected here because the API server rejects it later, in a claim's size for example, where no user sees it.
 QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
@@ -183,8 +184,13 @@ def test_wrong_arguments_are_value_errors(scripted: Script) -> None:
     client = scripted()
     with pytest.raises(ValueError, match="step is 'node-0', must be one of prepare, train, publish"):
         client.get_job_logs("demo", "node-0")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"metadata\.name"):
-        client.train(SPEC, name="No Name")
+    with pytest.raises(ValueError, match=r'^metadata.name: found "rate-0.1", must be lower-case letters, digits and'):
+        client.train(SPEC, name="rate-0.1")
+    copied = replace(SPEC, training=replace(SPEC.training, learning_rate=2.0))
+    with pytest.raises(ValueError, match=r"^spec.training.learningRate: found 2.0, must be less than or equal to 1$"):
+        client.train(copied)
+    with pytest.raises(ValueError, match=r"^spec.continues names this job itself: name the job"):
+        client.train(replace(SPEC, continues="demo"), name="demo")
     with pytest.raises(ValueError, match="found no name"):
         client.compare()
 
