@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
+from qlora_api.contract import SWEEP_REPORT
 from qlora_cli.local.run import Ended, LocalRun
 from qlora_cli.local.run_sweep import LocalSweep, best_cell
 from qlora_trainer.core.outcome import steps_done
@@ -18,9 +19,33 @@ def show_ends(sweep: LocalSweep, ended: Mapping[str, Ended], console: Console) -
         if name in ended and "publish" in ended[name].results:
             console.print(f"\n{name}", style="bold", markup=False, highlight=False)
             show_end(ended[name], run, console)
+    _show_comparison(sweep, ended, console)
     if number is not None:
         cell = sweep.cells[number]
         console.print(f"\nBest: {cell.name} ({cell.overrides.text()})", markup=False, highlight=False)
+
+
+def _show_comparison(sweep: LocalSweep, ended: Mapping[str, Ended], console: Console) -> None:
+    """Print a line for each cell that was run, and the address of the page with their curves."""
+    lines = [("Cell", "Settings", "Held-out loss", "Answers that passed", "End")]
+    for cell in sweep.cells:
+        if (end := ended.get(cell.name)) is not None:
+            lines.append((cell.name, cell.overrides.text(), *_outcome(end)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    console.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True)
+    page = sweep.shared / SWEEP_REPORT
+    if page.exists():
+        console.print(f"\nCurves of all cells: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _outcome(end: Ended) -> tuple[str, str, str]:
+    """The held-out loss, the share of answers that passed, and how the cell has ended."""
+    train, publish = end.results.get("train"), end.results.get("publish")
+    gate = None if publish is None else publish.gate
+    score = "–" if gate is None or gate.score is None else f"{gate.score:.1%}"
+    done = "published" if end.exit_code == 0 else f"failed with exit code {end.exit_code}"
+    return _number(None if train is None else train.eval_loss), score, done
 
 
 def show_end(ended: Ended, local: LocalRun, console: Console) -> None:

@@ -64,6 +64,8 @@ class LocalRun:
     """Workspace of the job that spec.continues names."""
     model_cache: Path | None = None
     """Shared folder of downloaded base models; None for that of the environment."""
+    sweep: Path | None = None
+    """The folder that the cells of a sweep share, for their rows and their page; None if it is no cell."""
 
     @property
     def layout(self) -> WorkspaceLayout:
@@ -325,6 +327,8 @@ def _environment(run: LocalRun, step: StepName, pod_uid: str) -> dict[str, str]:
     environment = {**os.environ, contract.ENV_POD_UID: pod_uid, contract.ENV_DEVICE: run.device}
     # On this machine the user is the administrator: the registries that the job names are allowed.
     environment.setdefault(contract.ENV_REGISTRIES, " ".join(_registries(run.document.spec)))
+    if run.sweep is not None:
+        environment[contract.ENV_SWEEP_FOLDER] = str(run.sweep.absolute())
     if step == "train" and run.device == "cpu":
         environment |= preloaded_allocator(environment)
     # As in the image: no module is imported from the working directory, which may hold downloaded files.

@@ -25,6 +25,7 @@ from qlora_trainer.core.filesystem import write_atomically
 # In the folder of the sweep, for `--resume`.
 _SWEEP_FILE = "sweep.json"
 _MODELS_FOLDER = "models"
+_SHARED_FOLDER = "shared"
 # In a workspace's records/ folder: the job with another UID.
 _JOB_FILE = "job-together.json"
 # No claim is mounted here; each cell has the folder of its name.
@@ -62,11 +63,20 @@ class LocalSweep:
         before = {run.document.metadata.name: run for run in earlier}
         runs = [
             dataclasses.replace(
-                options, document=as_job(cell), workspace=options.workspace / cell.name, model_cache=models
+                options,
+                document=as_job(cell),
+                workspace=options.workspace / cell.name,
+                model_cache=models,
+                sweep=options.workspace / _SHARED_FOLDER,
             ).resuming(before.get(cell.name))
             for cell in found
         ]
         return cls(document, options.workspace, found, tuple(runs))
+
+    @property
+    def shared(self) -> Path:
+        """The folder that the cells share: their rows, and the page that compares them."""
+        return self.root / _SHARED_FOLDER
 
     @property
     def every_run(self) -> tuple[LocalRun, ...]:
@@ -78,7 +88,9 @@ class LocalSweep:
         """The run that publishes the adapter of that cell, from the end of its run."""
         run, cell = self.runs[number], self.cells[number]
         best = best_job(self.document.metadata.name, self.document.spec, cell, cell.spec.dump(), FoundRun())
-        return dataclasses.replace(run, document=as_job(best), workspace=self.root / best.name, continues=run.workspace)
+        return dataclasses.replace(
+            run, document=as_job(best), workspace=self.root / best.name, continues=run.workspace, sweep=None
+        )
 
 
 def as_job(cell: Cell) -> QLoRAJobDocument:

@@ -74,6 +74,9 @@ def test_each_cell_ends_with_its_adapter_on_a_base_that_is_downloaded_once(
         # The process that trained both is the only one that loaded the model.
         assert len((layout.records / "attempts.jsonl").read_text().splitlines()) == 1
     assert f"Best: {min(losses, key=lambda name: losses[name])} (" in done.stdout
+    page = (files.workspace / "shared" / "report.html").read_text()
+    assert all(name in page for name in NAMES)
+    assert f"Curves of all cells: {files.workspace / 'shared' / 'report.html'}" in done.stdout
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from qlora_api.contract import ExitCode, ResultRecord
 from qlora_api.sweep.spec import QLoRASweepDocument, cells
 from qlora_cli.local import run_sweep
 from qlora_cli.local.display import ConsoleDisplay
+from qlora_cli.local.results import show_ends
 from qlora_cli.local.run import Ended, LocalRun
 from qlora_cli.local.run_sweep import LocalSweep, as_job, best_cell
 from tests.support.builders import ADAPTER
@@ -88,3 +89,19 @@ def test_the_best_cell_has_the_lowest_loss_or_the_highest_score(tmp_path: Path) 
     assert best_cell(scored, ended) == 0
     assert best_cell(scored, {}) is None
     assert best_cell(sweep(tmp_path, select="all"), ended) is None, "they are not compared"
+
+
+def test_the_cells_are_printed_side_by_side(tmp_path: Path) -> None:
+    output, found = io.StringIO(), sweep(tmp_path)
+    show_ends(
+        found,
+        {"rates-00": ending(1.5), "rates-01": ending(1.25, 0.25), "rates-02": ending(1.0, code=20)},
+        Console(file=output, width=60),
+    )
+    table = output.getvalue().split("\n\n")[-2]
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["rates-00", "rank=8", "1.5000", "–", "published"],
+        ["rates-01", "rank=16", "1.2500", "25.0%", "published"],
+        ["rates-02", "rank=32", "1.0000", "–", *["failed", "with", "exit", "code", "20"]],
+    ]
+    assert output.getvalue().endswith("Best: rates-01 (rank=16)\n")
