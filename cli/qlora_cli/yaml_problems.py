@@ -1,4 +1,4 @@
-"""Describes an error of YAML's notation in the words of a manifest: what is there, and what to write."""
+"""Describes an error of YAML in the words of a manifest: the text found, and the text to write."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,7 @@ def _like_neighbor(lines: Sequence[str], number: int) -> str:
 
 
 def _neighbor(lines: Sequence[str], number: int) -> int:
-    """The indentation of the open objects before the line that is nearest to its own."""
+    """The indentation of the open objects before the line: the one nearest to that of the line."""
     found = _indentation(lines[number - 1])
     levels: list[int] = []
     for line in reversed(lines[: number - 1]):

@@ -95,7 +95,7 @@ def job_table(jobs: Sequence[Job], now: datetime, *, namespaces: bool, bars: boo
 
 
 def _remark(job: Job) -> str | None:
-    """A remark on the adapter instead of progress, which says nothing after the end."""
+    """Return the remark on the adapter: it replaces the progress of a job that has ended."""
     return (job.status.get("adapter") or {}).get("remark")
 
 

@@ -1,4 +1,4 @@
-"""What a command is to show: a manifest, or the job of rows that a user names without one."""
+"""Reads the manifest that a command shows, or makes the job of rows that a user names without one."""
 
 import re
 from collections.abc import Mapping
