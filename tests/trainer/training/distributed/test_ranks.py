@@ -83,7 +83,7 @@ def test_another_number_of_processes_does_not_resume_a_checkpoint(
     files = together[0].copied(tmp_path / "copy")
     (files.workspace / "records" / "train.json").unlink()
 
-    with failing(ExitCode.BAD_CONFIGURATION, match="ranks was 2, is 1"):
+    with failing(ExitCode.BAD_CONFIGURATION, match="the number of GPUs was 2, is 1"):
         run(context_of(files.workspace, job(EXACT)))
 
 
