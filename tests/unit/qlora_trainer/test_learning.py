@@ -17,7 +17,7 @@ def remark(folder: Path, losses: list[float], before: float | None = None, after
         adapter_path="trained",
         adapter_sha256="a" * 64,
         training_step=len(losses),
-        loss=losses[-1],
+        loss=losses[-1] if losses else 4.0,
         initial_eval_loss=before,
         eval_loss=after,
     )
@@ -43,6 +43,7 @@ def test_a_held_out_loss_that_fell_by_less_than_a_tenth_is_named(
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
+        ([], None),  # its history is lost
         ([4.0], "learned little: training loss 4 to 4"),
         ([4.0, 3.9, 3.8], "learned little: training loss 4 to 3.8"),
         ([4.0, 3.9, 3.5], None),
