@@ -22,7 +22,7 @@ from qlora_cli.local.forecast import gpu_of_plan, gpu_of_profile, parse_gpu_memo
 from qlora_cli.local.given import Given
 from qlora_cli.local.plan import find_config
 from qlora_cli.local.quiet import quiet_libraries
-from qlora_cli.local.restart import discard_run
+from qlora_cli.local.restart import discard_runs
 from qlora_cli.local.results import show_end, show_ends
 from qlora_cli.local.rows import RowAccess, show_first_rows
 from qlora_cli.local.run import Display, LocalRun, has_gpu, missing_data, missing_sources, run_steps
@@ -325,7 +325,7 @@ def _problems(run: LocalRun) -> list[str]:
 def _discard(runs: Sequence[LocalRun], console: Console) -> None:
     """Discard the earlier runs in these workspaces, and print what was deleted."""
     try:
-        deleted = [path for run in runs for path in discard_run(run)]
+        deleted = discard_runs(runs)
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
     except (OSError, ValueError) as error:

@@ -1,5 +1,6 @@
 """Discards the run in a workspace of this machine, so that `qlora run` starts over."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_cli.local.run import LOCAL_UID, LocalRun
@@ -9,20 +10,28 @@ from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.training.checkpoints.attempts import ATTEMPTS_FILE, only_attempt
 
 
-def discard_run(run: LocalRun) -> list[Path]:
-    """Delete checkpoints, adapter and report of the job's run in its workspace; model and data stay.
+def discard_runs(runs: Sequence[LocalRun]) -> list[Path]:
+    """Delete checkpoints, adapter and report of the jobs' runs in their workspaces; model and data stay.
 
-    Returns what was deleted: nothing in a workspace without a run. Raises StepFailure if the workspace is that of
-    another job, or if a process trains in it; ValueError if its run cannot be read; OSError.
+    Returns what was deleted: nothing in a workspace without a run. Raises StepFailure if a process trains in one, or,
+    before anything is deleted, if one is that of another job; ValueError if a run cannot be read; OSError.
     """
-    layout, name = run.layout, run.document.metadata.name
-    if not run.is_started:
-        return []
-    earlier = LocalRun.recall(run.workspace).document.metadata.name
+    started = [run for run in runs if run.is_started]
+    for run in started:
+        _require_own(run)
+    return [path for run in started for path in _discard(run)]
+
+
+def _require_own(run: LocalRun) -> None:
+    name, earlier = run.document.metadata.name, LocalRun.recall(run.workspace).document.metadata.name
     if earlier != name:
         raise bad_configuration(
             f"{run.workspace} holds the run of the job {earlier}, and FILE has the job {name}: name another --workspace"
         )
+
+
+def _discard(run: LocalRun) -> list[Path]:
+    layout = run.layout
     own = [folder for folder in (layout.adapter, layout.merged) if _is_of(folder, run)]
     records = [layout.completion(step) for step in ("train", "publish")]
     found = [
