@@ -17,8 +17,8 @@ from qlora_trainer.core.context import Mounts
 
 # Endings of rows, also of those that a job does not read: its message has what to do.
 _ROWS = re.compile(r"\.(jsonl|json|csv|parquet|arrow|tsv|txt|xlsx?)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
-# A manifest may be JSON too, and has these names at its beginning.
-_MANIFEST = re.compile(rb'"(apiVersion|kind)"\s*:')
+# A manifest may be JSON too, and has this name at its beginning. Rows may well have a column `kind`.
+_MANIFEST = re.compile(rb'"apiVersion"\s*:')
 _BEGINNING = 2**16
 # Claims for folders of this machine, which have none.
 _ROWS_CLAIM, _MODEL_CLAIM = "local-rows", "local-model"

@@ -100,3 +100,10 @@ def test_a_missing_folder_of_a_model_is_reported_as_missing(tmp_path: Path) -> N
     alone = qlora("data", tmp_path / "train.jsonl", "--model", tmp_path / "tiny")
     assert alone.exit_code == ExitCode.BAD_CONFIGURATION
     assert f"--model: {tmp_path / 'tiny'} is not a folder: name one, or an address such as hf:" in alone.output
+
+
+def test_rows_in_json_may_have_a_column_that_a_manifest_has(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{**ROW, "kind": "easy"}]))
+    done = qlora("data", tmp_path / "rows.json")
+    assert done.exit_code == 0
+    assert "Not used: kind" in done.output
