@@ -94,7 +94,7 @@ def tokens_of_run(
 
 
 def sequences_for_steps(training: TrainingSpec, steps: int) -> int:
-    """Return the least sequences of an epoch with which the run makes so many steps."""
+    """Return the least sequences of an epoch that make so many steps in the run."""
     per_step = training.micro_batch_size * training.gradient_accumulation_steps
     return (ceil(steps / (training.epochs or 1)) - 1) * per_step + 1
 

@@ -43,7 +43,7 @@ def few_steps_remark(
         )
         remedy = ", ".join(_changes(sequences, micro_batch_size, gradient_accumulation_steps, passes, gpus))
     effect = "an adapter learns next to nothing" if steps < VERY_FEW_STEPS else "many adapters learn too little"
-    return f"{STEPS}{steps} optimizer step{'s' * (steps != 1)} ({reason}), from which {effect}: {remedy}"
+    return f"{STEPS}{steps} optimizer step{'s' * (steps != 1)} ({reason}), so that {effect}: {remedy}"
 
 
 def _changes(sequences: int, micro_batch_size: int, accumulation: int, epochs: int, gpus: int) -> Iterator[str]:

@@ -17,8 +17,8 @@ def remark(sequences: int, **settings: Any) -> str | None:
     return few_steps_remark(steps, sequences, **chosen)
 
 
-EPOCH = "(1 epoch × {} sequences / (microBatchSize 1 × gradientAccumulationSteps 16)), from which"
-THRICE = "(3 epochs × 3 sequences / (microBatchSize 2 × gradientAccumulationSteps 1)), from which"
+EPOCH = "(1 epoch × {} sequences / (microBatchSize 1 × gradientAccumulationSteps 16)), so that"
+THRICE = "(3 epochs × 3 sequences / (microBatchSize 2 × gradientAccumulationSteps 1)), so that"
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ THRICE = "(3 epochs × 3 sequences / (microBatchSize 2 × gradientAccumulationSt
             f"6 optimizer steps {THRICE}",
             "epochs: 50 makes 100, or add rows",
         ),
-        (500, {"max_steps": 19}, "19 optimizer steps (maxSteps: 19), from which", "raise maxSteps to 100 or more"),
+        (500, {"max_steps": 19}, "19 optimizer steps (maxSteps: 19), so that", "raise maxSteps to 100 or more"),
     ],
 )
 def test_few_steps_are_reported_with_their_reason_and_remedies(
