@@ -127,7 +127,8 @@ class _Adapters:
     def __init__(self, number: int, tokens: int) -> None:
         import torch
 
-        from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
+        from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
+        from qlora_api.spec.training import QuantizationSpec
         from qlora_trainer.data.prepared import PackedSequence
         from qlora_trainer.model.adapter.attach import (
             activate_adapter,
@@ -141,7 +142,17 @@ class _Adapters:
         from qlora_trainer.model.losses.batch import Batch
         from qlora_trainer.training.optimizer import make_optimizer
 
-        folder, lora, training = model_folder(), LoraSpec(rank=RANK, alpha=ALPHA), TrainingSpec(optimizer="adamw")
+        folder, lora = model_folder(), ResolvedLora(rank=RANK, alpha=ALPHA)
+        training = ResolvedTraining(
+            optimizer="adamw",
+            micro_batch_size=1,
+            gradient_accumulation_steps=1,
+            learning_rate=2e-4,
+            scheduler="constant",
+            warmup_steps=0,
+            auto_micro_batch=False,
+            max_sequence_length=tokens,
+        )
         targets = inspect_family(folder, lora).target_modules
         base = load_base(folder, QuantizationSpec(), "cpu")
         # What loading has freed but the allocator still holds would hide what training takes.

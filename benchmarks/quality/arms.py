@@ -10,7 +10,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.resolved import ResolvedLora
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
 from qlora_trainer.model.architecture.decoder import block_linears
@@ -80,7 +81,7 @@ class MasterWeights(Subject):
             weight.copy_(master)
 
 
-def load_subject(arm: str, model: Path, bases: Path, lora: LoraSpec, seed: int) -> Subject:
+def load_subject(arm: str, model: Path, bases: Path, lora: ResolvedLora, seed: int) -> Subject:
     """Load the arm's model for training, with 4-bit bases kept in folder `bases`."""
     if arm == "full":
         # Not with fused norms, which have no gradient for their weights. Both compute the same function.

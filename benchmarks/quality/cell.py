@@ -20,7 +20,7 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Row, Task, rows_of, sets_of
 from benchmarks.quality.training import mean_loss, train
 from qlora_api.spec.dataset import Columns
-from qlora_api.spec.training import LoraSpec, TrainingSpec
+from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
 from qlora_trainer.data.packing import pack
 from qlora_trainer.data.prepared import PreparedDataset, write_split
 from qlora_trainer.data.read.rows import Row as DataRow
@@ -46,11 +46,13 @@ class Place:
     """Keeps bases in 4-bit from run to run."""
 
 
-def training_of(cell: Cell) -> TrainingSpec:
+def training_of(cell: Cell) -> ResolvedTraining:
     """Return the product's settings but for length, rate and storage of activations."""
-    return TrainingSpec(
+    return ResolvedTraining(
         epochs=EPOCHS,
+        micro_batch_size=1,
         gradient_accumulation_steps=1,
+        auto_micro_batch=False,
         learning_rate=cell.learning_rate or 1e-4,
         scheduler="linear",
         warmup_steps=2,
@@ -61,10 +63,10 @@ def training_of(cell: Cell) -> TrainingSpec:
     )
 
 
-def lora_of(cell: Cell) -> LoraSpec:
-    """The cell's adapter; alpha is the product's default, 16, at every rank."""
-    return LoraSpec(
-        rank=max(1, cell.rank), target_modules=_ATTENTION if cell.targets == "attention" else ("all-linear",)
+def lora_of(cell: Cell) -> ResolvedLora:
+    """The cell's adapter; alpha is QLoRA's, 16, at every rank."""
+    return ResolvedLora(
+        rank=max(1, cell.rank), alpha=16, target_modules=_ATTENTION if cell.targets == "attention" else ("all-linear",)
     )
 
 
@@ -150,7 +152,7 @@ def without_chat_template(model: Path, folder: Path) -> Path:
     return folder
 
 
-def prepare(rows: Sequence[Row], model: Path, training: TrainingSpec, path: Path) -> PreparedDataset:
+def prepare(rows: Sequence[Row], model: Path, training: ResolvedTraining, path: Path) -> PreparedDataset:
     """The rows as packed sequences in a file at `path`, whose folder exists."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     recipe = Recipe(

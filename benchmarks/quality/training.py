@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.arms import Subject
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.loss import batch_loss
@@ -18,7 +18,7 @@ from qlora_trainer.training.schedule import Schedule
 CPU = torch.device("cpu")
 
 
-def train(subject: Subject, data: PreparedDataset, training: TrainingSpec) -> list[float]:
+def train(subject: Subject, data: PreparedDataset, training: ResolvedTraining) -> list[float]:
     """Train to the last step; returns the loss of each step in nats per target."""
     schedule = Schedule.from_training(len(data), training)
     optimizer = make_optimizer(subject.parameters, training)

@@ -46,7 +46,7 @@ def _useful(context: StepContext) -> tuple[list[int], list[int]]:
     if prepared is None:
         raise AssertionError("prepare leaves its record")
     data = PreparedDataset.open(context.workspace.root / prepared.data_path, "train")
-    plan = Schedule.from_training(len(data), context.spec.training, data.epoch_offsets)
+    plan = Schedule.from_training(len(data), prepared.resolve(context.spec).training, data.epoch_offsets)
     tokens, rows = [], []
     for step in range(plan.total_steps):
         sequences = [data[index] for indices in plan.micro_batches(step) for index in indices]

@@ -10,13 +10,14 @@ from qlora_api.forecast import forecast_of_flops, parse_price, tokens_of_run, tr
 from qlora_api.gpus import find_gpu
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec, resolve
 from qlora_api.usage import ForecastStatus
 from qlora_client.client_types import Plan
 from qlora_client.files.folders import INSTALL
 from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.memory.fit import MemoryFit
-from qlora_trainer.model.memory.planned import check_config, measure_with
+from qlora_trainer.model.memory.planned import assume_settings, check_config, measure_with
 
 _MAX_CONFIG_BYTES = 2**22
 
@@ -54,11 +55,12 @@ def make_plan(spec: QLoRAJobSpec, config: Path | None, gpu: GpuOfPlan, tokens: i
         found = config or _fetched(spec, Path(folder))
         try:
             traits = check_config(found, spec)
+            resolved = resolve(spec, assume_settings(spec, traits))
             fit = MemoryFit.from_config(
                 found,
-                spec,
+                resolved,
                 spec.lora.target_modules,
-                rows_apart=traits.keeps_rows_apart(spec.training.max_sequence_length),
+                rows_apart=traits.keeps_rows_apart(resolved.training.max_sequence_length),
                 mixture_of_experts=traits.mixture_of_experts,
                 gpu_gib=gpu.gib,
                 measure=measure_with(traits),
@@ -68,12 +70,12 @@ def make_plan(spec: QLoRAJobSpec, config: Path | None, gpu: GpuOfPlan, tokens: i
             raise kind(failure.message) from None
         except OSError as error:
             raise ValueError(f"{found} cannot be read: {error.strerror}") from None
-    forecast, wall, remark = _forecast(spec, traits.parameters_of_token(fit.parameters), gpu, tokens)
+    forecast, wall, remark = _forecast(resolved, traits.parameters_of_token(fit.parameters), gpu, tokens)
     return Plan(fit.status, fit.objection, forecast, wall, remark)
 
 
 def _forecast(
-    spec: QLoRAJobSpec, parameters: int | None, gpu: GpuOfPlan, of_epoch: int | None
+    spec: ResolvedSpec, parameters: int | None, gpu: GpuOfPlan, of_epoch: int | None
 ) -> tuple[ForecastStatus | None, tuple[float, float] | None, str]:
     """The GPU hours, the shortest and the longest time, and a remark."""
     tokens, at_most = tokens_of_run(spec.training, of_epoch)

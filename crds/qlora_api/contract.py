@@ -9,28 +9,41 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, MergedStatus
+from qlora_api.choice import MAX_CHOICES, Choice
 from qlora_api.schema import ObservedModel, replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import Bytes, Count, DatasetStatus, Finite, MemoryStatus, Share, StepName, Timestamp
 from qlora_api.status_types import MAX_RUNGS
 from qlora_api.usage import WorkStatus
 
-CONTRACT_VERSION = 5
+CONTRACT_VERSION = 7
 """Raised by a release whose operator and trainer expect something new of each other.
 
 1: the trainer ends a job that was interrupted too often. 2: the operator does, because only it can tell a suspension.
 3: the trainer meets those of other nodes; only jobs with several nodes need it. 4: the trainer trains further jobs in
 the same process; only cells that one pod trains need it. 5: publish signs the lineage; only jobs whose profile has a
-key need it.
+key need it. 6: prepare chooses what the spec leaves open; only jobs that leave a setting open need it. 7: both 5 and 6.
 """
 
 
-def needed_contract(nodes: int, *, grouped: bool = False, signed: bool = False) -> int:
+def needed_contract(nodes: int, *, grouped: bool = False, signed: bool = False, chosen: bool = False) -> int:
     """Return the lowest contract version that supports a job of so many nodes.
 
     All versions support one node.
     """
+    if chosen:
+        return 7 if signed else 6
     return 5 if signed else 4 if grouped else 3 if nodes > 1 else 2
+
+
+def with_signing(version: int) -> int:
+    """Return the contract version that a job of this one needs to be signed too."""
+    return max(version, needed_contract(1, signed=True, chosen=version >= needed_contract(1, chosen=True)))
+
+
+def is_signed(version: int) -> bool:
+    """Whether publish signs the lineage of jobs of this contract version."""
+    return version == with_signing(version)
 
 
 TRAINER_CONTAINER = "trainer"
@@ -209,6 +222,7 @@ class ResultRecord(_Record):
     dataset: DatasetStatus | None = None
     base: BaseStatus | None = None
     work: WorkStatus | None = None
+    settings: tuple[Choice, ...] | None = Field(None, max_length=MAX_CHOICES)
     trained: bool | None = None
     """Of prepare: whether the workspace has the finished run, so that train has nothing to do."""
     training_since: Timestamp | None = None

@@ -75,6 +75,7 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
         memory=record.memory,
         dataset=record.dataset,
         base=record.base,
+        settings=record.settings or None,
         gate=record.gate,
         model_revision=record.model_revision,
     )

@@ -15,7 +15,7 @@ from math import ceil
 
 from qlora_api.duration import format_duration
 from qlora_api.profile import PRICE
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 from qlora_api.usage import ForecastStatus
 
 ASSUMED_UTILIZATION = 0.3
@@ -36,7 +36,7 @@ _DIGITS = Context(prec=100)
 _PRICE = re.compile(rf"({PRICE.removeprefix('^').removesuffix('$')}) ([A-Za-z]{{1,8}})")
 
 
-def training_flops(parameters: int, tokens: int, training: TrainingSpec) -> float:
+def training_flops(parameters: int, tokens: int, training: ResolvedTraining) -> float:
     """Return the floating-point operations to train on so many tokens.
 
     `parameters`: weights that each token is multiplied by.
@@ -79,7 +79,7 @@ def wall_time_text(flops: float, gpu_tflops: float, gpus: int) -> str:
 
 
 def tokens_of_run(
-    training: TrainingSpec, of_epoch: int | None, sequences: int | None = None
+    training: ResolvedTraining, of_epoch: int | None, sequences: int | None = None
 ) -> tuple[int | None, bool]:
     """Return the tokens of a run, None if unknown, and whether they are a maximum.
 
@@ -93,7 +93,7 @@ def tokens_of_run(
     return round(of_epoch * drawn / sequences), False
 
 
-def sequences_for_steps(training: TrainingSpec, steps: int) -> int:
+def sequences_for_steps(training: ResolvedTraining, steps: int) -> int:
     """Return the least sequences of an epoch that make so many steps in the run."""
     per_step = training.micro_batch_size * training.gradient_accumulation_steps
     return (ceil(steps / (training.epochs or 1)) - 1) * per_step + 1

@@ -33,7 +33,11 @@ _ALONE = (
     _Alone("lora.dropout", "self.lora.dropout == 0.0", lambda spec: spec.lora.dropout > 0),
     _Alone("lora.useDora", "!self.lora.useDora", lambda spec: spec.lora.use_dora),
     _Alone("lora.modulesToSave", "!has(self.lora.modulesToSave)", lambda spec: spec.lora.modules_to_save is not None),
-    _Alone("training.autoMicroBatch", "!self.training.autoMicroBatch", lambda spec: spec.training.auto_micro_batch),
+    _Alone(
+        "training.autoMicroBatch",
+        "!has(self.training.autoMicroBatch) || !self.training.autoMicroBatch",
+        lambda spec: bool(spec.training.auto_micro_batch),
+    ),
     _Alone(
         "training.objective",
         "!has(self.training.objective) || self.training.objective == 'supervised'",

@@ -12,6 +12,7 @@ from qlora_api.artifact_status import (
     MergedStatus,
     ReportStatus,
 )
+from qlora_api.choice import MAX_CHOICES, Choice
 from qlora_api.profile import Profile
 from qlora_api.retention import ClaimRetentionPolicy
 from qlora_api.schema import ObservedModel
@@ -327,6 +328,11 @@ class QLoRAJobStatus(ObservedModel):
     progress: ProgressStatus | None = Field(None, description="Progress of training.")
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
     dataset: DatasetStatus | None = Field(None, description="Counts of prepare for the data set.")
+    settings: tuple[Choice, ...] | None = Field(
+        None,
+        max_length=MAX_CHOICES,
+        description="The settings that the spec leaves open, as prepare chose them; not set if it leaves none open.",
+    )
     base: BaseStatus | None = Field(None, description="How prepare got the base model.")
     checkpoint: CheckpointStatus | None = Field(None, description="The latest checkpoint.")
     gate: GateStatus | None = Field(None, description="Whether the adapter has passed spec.gate; not set without one.")

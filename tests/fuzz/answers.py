@@ -13,7 +13,6 @@ from requests.adapters import HTTPAdapter
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.sources import ObjectStoreSource, RegistrySource
-from qlora_api.spec.training import LoraSpec
 from qlora_cli.local.run import LocalRun
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
@@ -28,6 +27,7 @@ from qlora_trainer.stores.registry import Registry
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.target import Target, in_file, in_text
 from tests.support.models.tiny import CHATML, save_tokenizer
+from tests.support.resolved import resolved_lora
 from tests.support.row_formats import CALLING, GOOD_ROWS
 
 _HOST = "registry.example"
@@ -82,7 +82,9 @@ def _store_error(message: str) -> None:
 
 def _adapter_config(path: Path) -> None:
     modules, base, revision = ("a.q_proj",), "org/model", "c0ffee"
-    verify_config(path, LoraSpec(), target_modules=modules, whole_modules=(), base_name=base, base_revision=revision)
+    verify_config(
+        path, resolved_lora(), target_modules=modules, whole_modules=(), base_name=base, base_revision=revision
+    )
 
 
 def _run(content: bytes, folder: Path) -> None:
@@ -120,7 +122,7 @@ def _template(content: bytes, folder: Path) -> None:
 
 _ADAPTER = f"""\
 {{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/model", "revision": "c0ffee",
- "r": {LoraSpec().rank}, "lora_alpha": {LoraSpec().alpha}, "lora_dropout": {LoraSpec().dropout},
+ "r": {resolved_lora().rank}, "lora_alpha": {resolved_lora().alpha}, "lora_dropout": {resolved_lora().dropout},
  "target_modules": ["a.q_proj"], "use_rslora": false, "use_dora": false, "bias": "none", "auto_mapping": null,
  "modules_to_save": null}}""".encode()
 _LOGIN = b"""\
@@ -159,7 +161,7 @@ ANSWERS: dict[str, Target] = {
         in_file("adapter_config.json", _adapter_config), (_ADAPTER,), exit_codes=(ExitCode.INTERNAL_ERROR,)
     ),
     "initial-adapter-config": Target(
-        in_file("adapter_config.json", lambda path: check_config(path, "hf://org/adapter", LoraSpec())),
+        in_file("adapter_config.json", lambda path: check_config(path, "hf://org/adapter", resolved_lora())),
         (_ADAPTER,),
         exit_codes=(_CONFIGURATION,),
     ),

@@ -20,7 +20,8 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from qlora_api.memory.advice import budget
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.resolved import ResolvedLora
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
 from qlora_trainer.model.architecture.decoder import block_linears
@@ -36,6 +37,7 @@ from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures
+from tests.support.resolved import resolved_lora, resolved_training
 
 CARD_BYTES = budget(48)
 """What a GPU of 48 GB offers a process."""
@@ -113,7 +115,7 @@ class Trained:
     """Of the second step."""
 
 
-def two_steps(config: LlamaConfig, device: str, lora: LoraSpec) -> Trained:
+def two_steps(config: LlamaConfig, device: str, lora: ResolvedLora) -> Trained:
     """Train a random base for two steps as the trainer does."""
     base = random_base(config, device)
     check_quantization(base, QuantizationSpec())
@@ -129,7 +131,7 @@ def two_steps(config: LlamaConfig, device: str, lora: LoraSpec) -> Trained:
         base_name="random/65b",
         base_revision="none",
     )
-    optimizer = make_optimizer(adapter_parameters(model).values(), TrainingSpec())
+    optimizer = make_optimizer(adapter_parameters(model).values(), resolved_training())
     tokens = torch.randint(config.vocab_size, (TOKENS,))
     labels = tokens.clone()
     labels[0] = -100
@@ -152,7 +154,7 @@ def two_steps(config: LlamaConfig, device: str, lora: LoraSpec) -> Trained:
     return Trained(paged, MICRO_BATCHES * TOKENS / seconds)
 
 
-def estimated(config: LlamaConfig, lora: LoraSpec, folder: Path) -> MemoryEstimate:
+def estimated(config: LlamaConfig, lora: ResolvedLora, folder: Path) -> MemoryEstimate:
     """The estimate of a dry run, in a process that sees no GPU."""
     config.save_pretrained(folder)
     sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
@@ -176,9 +178,9 @@ def test_65b_at_rank_64_fits_48_gb_as_estimated(figures: Figures, tmp_path: Path
     # Memory in use belongs to CUDA's context, on the smaller GPU too.
     with Ballast(free=CARD_BYTES - (total - free)) as ballast:
         torch.cuda.reset_peak_memory_stats()
-        trained = two_steps(LLAMA_65B, "cuda", LoraSpec())
+        trained = two_steps(LLAMA_65B, "cuda", resolved_lora())
         peak = torch.cuda.max_memory_allocated() - ballast.bytes
-    memory = estimated(LLAMA_65B, LoraSpec(), tmp_path)
+    memory = estimated(LLAMA_65B, resolved_lora(), tmp_path)
     resident = memory.context + peak
     needed = resident + trained.paged
     figures.add("65B, rank 64, 512 tokens: memory without paged state", resident / 1e9, "GB", limit=RESIDENT_65B_GB)
@@ -193,7 +195,7 @@ def test_65b_at_rank_64_fits_48_gb_as_estimated(figures: Figures, tmp_path: Path
 
 @pytest.mark.gpu(gib=10)
 def test_8b_at_rank_16_needs_the_documented_memory(figures: Figures, tmp_path: Path) -> None:
-    lora = LoraSpec(rank=16)
+    lora = resolved_lora(rank=16)
     torch.cuda.reset_peak_memory_stats()
     trained = two_steps(LLAMA_8B, "cuda", lora)
     memory = estimated(LLAMA_8B, lora, tmp_path)

@@ -15,7 +15,7 @@ from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import count_weights
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.family import Family
@@ -94,7 +94,7 @@ def _shape(config: Path) -> ModelShape:
     return model
 
 
-def inspect(folder: Path, _lora: LoraSpec) -> Family:
+def inspect(folder: Path, _lora: ResolvedLora) -> Family:
     """The traits of the listed family in the folder."""
     model_type = type_of_model(folder / "config.json")
     config = json.loads((folder / "config.json").read_bytes())

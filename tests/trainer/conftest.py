@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from qlora_api.spec.resolved import ResolvedLora
+
 # As steps do (process.py), which these tests also call in this process. Before anything loads bitsandbytes.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -20,7 +22,6 @@ from urllib3.util import Retry
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
-from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.families import admission
@@ -68,7 +69,7 @@ def _a_model_is_inspected_and_measured_once() -> Iterator[None]:
             found[key] = measure_within_limits(config, spec, sizes, digest, family)
         return found[key]
 
-    def inspect(folder: Path, lora: LoraSpec) -> Family:
+    def inspect(folder: Path, lora: ResolvedLora) -> Family:
         if not (folder / CONFIG).is_file():
             return inspect_within_limits(folder, lora)
         # Tests replace what inspects.

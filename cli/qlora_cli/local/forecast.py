@@ -27,8 +27,7 @@ from qlora_api.forecast import parse_price as parse_price_text
 from qlora_api.gpus import find_gpu
 from qlora_api.kubernetes_values import GPU_MEMORY, gibibytes
 from qlora_api.profile import Profile
-from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedSpec, ResolvedTraining
 from qlora_api.steps import FEW_STEPS, few_steps_remark, optimizer_steps
 from qlora_cli.local.plan import MemoryPlan
 from qlora_trainer.core.failures import bad_configuration
@@ -101,9 +100,9 @@ def gpu_of_profile(
     return profile.gpu_tflops, (price[0], price[1]) if price[0] and price[1] else None
 
 
-def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, epoch: Epoch, gpu: GpuOfPlan, console: Console) -> None:
+def show_forecast(plan: MemoryPlan, epoch: Epoch, gpu: GpuOfPlan, console: Console) -> None:
     """Print the run's steps, learning rate and tokens, and its time if the GPU's speed is given."""
-    training = spec.training
+    spec, training = plan.spec, plan.spec.training
     console.print()
     for line in _lines_of_steps(training, epoch, spec.resources.gpu_count, packed=plan.traits.packs(training)):
         console.print(line, highlight=False, soft_wrap=True)
@@ -111,7 +110,7 @@ def show_forecast(plan: MemoryPlan, spec: QLoRAJobSpec, epoch: Epoch, gpu: GpuOf
         _show_time(plan, spec, epoch, gpu.tflops, gpu, console)
 
 
-def _lines_of_steps(training: TrainingSpec, epoch: Epoch, gpus: int, *, packed: bool) -> Iterator[str]:
+def _lines_of_steps(training: ResolvedTraining, epoch: Epoch, gpus: int, *, packed: bool) -> Iterator[str]:
     per_step = training.micro_batch_size * training.gradient_accumulation_steps
     least = ""
     sequences = epoch.sequences
@@ -140,7 +139,7 @@ def _lines_of_steps(training: TrainingSpec, epoch: Epoch, gpus: int, *, packed: 
         yield f"[bold]Tokens[/]: {epoch.tokens:,} in an epoch."
 
 
-def _origin(training: TrainingSpec, sequences: int) -> str:
+def _origin(training: ResolvedTraining, sequences: int) -> str:
     if training.max_steps is not None:
         return "spec.training.maxSteps"
     epochs = training.epochs or 1
@@ -150,7 +149,7 @@ def _origin(training: TrainingSpec, sequences: int) -> str:
     )
 
 
-def _least_data(training: TrainingSpec, *, packed: bool) -> str:
+def _least_data(training: ResolvedTraining, *, packed: bool) -> str:
     """The data that is needed for enough steps."""
     sequences = sequences_for_steps(training, FEW_STEPS)
     if not packed:
@@ -160,7 +159,7 @@ def _least_data(training: TrainingSpec, *, packed: bool) -> str:
 
 
 def _show_time(
-    plan: MemoryPlan, spec: QLoRAJobSpec, epoch: Epoch, tflops: float, gpu: GpuOfPlan, console: Console
+    plan: MemoryPlan, spec: ResolvedSpec, epoch: Epoch, tflops: float, gpu: GpuOfPlan, console: Console
 ) -> None:
     tokens, at_most = tokens_of_run(spec.training, epoch.tokens, epoch.sequences)
     if plan.parameters is None:

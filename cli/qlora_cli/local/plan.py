@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qlora_api.choice import Choice
 from qlora_api.contract import TIGHT_EXIT_CODE, ExitCode
 from qlora_api.gpus import GPUS
 from qlora_api.memory.advice import (
@@ -32,6 +33,7 @@ from qlora_api.memory.weights import WeightCounts
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
+from qlora_api.spec.resolved import ResolvedSpec, resolve
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
@@ -40,10 +42,12 @@ from qlora_trainer.model.families.admission import require_settings
 from qlora_trainer.model.families.family import Traits
 from qlora_trainer.model.memory.dry_run import INSTALL
 from qlora_trainer.model.memory.fit import training_shape, weights_of
+from qlora_trainer.model.memory.fitted import settings_that_fit
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
-from qlora_trainer.model.memory.planned import find_traits, measure_with
+from qlora_trainer.model.memory.planned import assume_settings, find_traits, measure_with
 
 FindTraits: TypeAlias = Callable[[LoraSpec], Traits]
+ChooseSettings: TypeAlias = Callable[[QLoRAJobSpec, Traits], tuple[Choice, ...]]
 _HUB_SECONDS = 5.0
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
 MEANING = {
@@ -63,6 +67,9 @@ class MemoryPlan:
     training: TrainingShape
     gpu_gib: float | None
     traits: Traits
+    spec: ResolvedSpec
+    settings: tuple[Choice, ...] = ()
+    """What the job leaves open."""
     nodes: int = 1
     unknown: str = ""
     """Why the dry run failed."""
@@ -114,33 +121,48 @@ def make_plan(
     gpu_gib: float | None,
     measure: Measure | None = None,
     find: FindTraits | None = None,
+    choose: ChooseSettings = assume_settings,
 ) -> MemoryPlan:
     """The plan of a job whose model has this config.json, from a dry run.
 
-    Without one, as without the trainer, the plan has the weights only. Raises StepFailure as prepare does, unless the
-    job does not fit its GPU.
+    Without one, as without the trainer, the plan has the weights only. `choose` decides what the job leaves open.
+    Raises StepFailure as prepare does, unless the job does not fit its GPU.
     """
     traits = find_traits(config, spec.lora) if find is None else find(spec.lora)
     require_settings(traits, config, spec)
-    training = training_shape(spec, spec.lora.target_modules, mixture_of_experts=traits.mixture_of_experts)
+    gpu_gib = gpu_gib if gpu_gib is not None else spec.resources.gpu_gib
+    settings = choose(spec, traits)
+    resolved = resolve(spec, settings)
+    require_settings(traits, config, resolved)
     job: MeasuredJob | None = None
     weights, unknown = None, ""
+    measure = measure or measure_with(traits)
     try:
-        job = MeasuredJob.from_config(config, spec, training, measure=measure or measure_with(traits))
+        first = job = MeasuredJob.from_config(config, resolved, _shape(resolved, traits), measure=measure)
+        settings = settings_that_fit(spec, settings, gpu_gib, lambda other: first.estimate(_shape(other, traits)))
+        if (fitting := resolve(spec, settings)) != resolved:
+            resolved = fitting
+            job = MeasuredJob.from_config(config, resolved, _shape(resolved, traits), measure=measure)
     except DryRunFailed as failure:
-        weights, unknown = weights_of(config, training), str(failure)
+        weights, unknown = weights_of(config, _shape(resolved, traits)), str(failure)
     return MemoryPlan(
-        title=f"{name}: {spec.model.source}, rank {spec.lora.rank}, "
-        f"{spec.training.micro_batch_size} × {spec.training.max_sequence_length} tokens",
+        title=f"{name}: {spec.model.source}, rank {resolved.lora.rank}, "
+        f"{resolved.training.micro_batch_size} × {resolved.training.max_sequence_length} tokens",
         job=job,
-        training=training,
-        gpu_gib=gpu_gib if gpu_gib is not None else spec.resources.gpu_gib,
+        training=_shape(resolved, traits),
+        gpu_gib=gpu_gib,
+        spec=resolved,
+        settings=settings,
         nodes=spec.resources.node_count,
         unknown=unknown,
         weights=weights,
         traits=traits,
-        remarks=tuple(traits.remarks(spec.training)),
+        remarks=tuple(traits.remarks(resolved.training)),
     )
+
+
+def _shape(spec: ResolvedSpec, traits: Traits) -> TrainingShape:
+    return training_shape(spec, spec.lora.target_modules, mixture_of_experts=traits.mixture_of_experts)
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:

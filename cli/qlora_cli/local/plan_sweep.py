@@ -1,7 +1,7 @@
 """Shows the cells of a sweep, the GPU memory of each pod, and the pods at a time."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,21 +14,30 @@ from qlora_api.gpus import GPUS
 from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
-from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.schema import Decides
+from qlora_api.spec.resolved import ResolvedSpec, open_settings
 from qlora_api.spec.training import LoraSpec
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.spec import Cell, QLoRASweepDocument, cells, pods
-from qlora_cli.local.plan import COLORS, FindTraits, MemoryPlan, exit_code_of, gib, gib_of_gpu, make_plan
+from qlora_cli.local.plan import (
+    COLORS,
+    ChooseSettings,
+    FindTraits,
+    MemoryPlan,
+    exit_code_of,
+    gib,
+    gib_of_gpu,
+    make_plan,
+)
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.families.admission import require_settings
 from qlora_trainer.model.families.family import Traits
 from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits
-from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import Measure, MeasurePasses, memory_together
-from qlora_trainer.model.memory.planned import find_traits, measure_with
+from qlora_trainer.model.memory.planned import assume_settings, find_traits, measure_with
 
 # The operator creates the claim of a sweep that names none; no memory depends on its name.
 _CLAIM = "workspace"
@@ -78,6 +87,7 @@ def make_sweep_plan(
     gpu_gib: float | None,
     measure: Measure | None = None,
     measure_passes: MeasurePasses = measure_together_within_limits,
+    choose: ChooseSettings = assume_settings,
 ) -> SweepPlan:
     """The plan of a sweep whose model has this config.json. Pods whose cells need the same memory are estimated once.
 
@@ -94,13 +104,13 @@ def make_sweep_plan(
     _require_rows_apart(document, find(template.lora))
     for cell in found:
         require_settings(find(cell.spec.lora), config, cell.spec)
-    measured = _once(measure, find)
+    plan_cell = _plan_cells(config, gpu_gib, find, _once(measure, find), choose)
     known: dict[tuple[object, ...], PodPlan] = {}
     planned = []
     for pod in pods(document.spec, found):
         key = tuple(_decides_memory(cell) for cell in pod)
         if key not in known:
-            known[key] = _pod_plan(pod, config, find, measured, measure_passes)
+            known[key] = _pod_plan(pod, config, plan_cell, measure_passes)
         planned.append(replace(known[key], cells=tuple(pod)))
     return SweepPlan(document, tuple(planned), gpu_gib if gpu_gib is not None else template.resources.gpu_gib)
 
@@ -114,14 +124,22 @@ def _require_rows_apart(document: QLoRASweepDocument, traits: Traits) -> None:
 
 def _decides_memory(cell: Cell) -> object:
     """The same for two cells of a sweep that need the same memory."""
-    # The shape has the last parts of the names only.
-    return training_shape(cell.spec, cell.spec.lora.target_modules), cell.spec.lora.target_modules
+    spec = cell.spec
+    # What is chosen follows from the length of the run too.
+    length = (spec.training.epochs, spec.training.max_steps) if open_settings(spec) else ()
+    return Decides.DRY_RUN.settings(spec.training), spec.training.gradient_accumulation_steps, spec.lora, length
+
+
+def _plan_cells(
+    config: Path, gpu_gib: float | None, find: FindTraits, measure: Measure, choose: ChooseSettings
+) -> Callable[[Cell], MemoryPlan]:
+    return lambda cell: make_plan(cell.name, cell.spec, config, gpu_gib, measure, find, choose)
 
 
 def _pod_plan(
-    pod: Sequence[Cell], config: Path, find: FindTraits, measure: Measure, measure_passes: MeasurePasses
+    pod: Sequence[Cell], config: Path, plan_cell: Callable[[Cell], MemoryPlan], measure_passes: MeasurePasses
 ) -> PodPlan:
-    alone = tuple(make_plan(cell.name, cell.spec, config, None, measure, find) for cell in pod)
+    alone = tuple(map(plan_cell, pod))
     known = [(plan, plan.job) for plan in alone if plan.job is not None]
     if len(known) < len(alone):
         return PodPlan(tuple(pod), alone, None, next(plan.unknown for plan in alone if plan.job is None))
@@ -129,7 +147,7 @@ def _pod_plan(
         [(plan, job)] = known
         return PodPlan(tuple(pod), alone, job.estimate(plan.training), plan.unknown)
     try:
-        together = memory_together(config, [cell.spec for cell in pod], [job for _, job in known], measure_passes)
+        together = memory_together(config, [plan.spec for plan in alone], [job for _, job in known], measure_passes)
     except DryRunFailed as failure:
         return PodPlan(tuple(pod), alone, None, str(failure))
     return PodPlan(tuple(pod), alone, together)
@@ -152,7 +170,7 @@ def _once(measure: Measure | None, find: FindTraits) -> Measure:
     """The dry run, which measures what depends on the same things once only."""
     found: dict[tuple[str, tuple[StepSize, ...]], MeasuredMemory] = {}
 
-    def measured(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    def measured(config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
         key = (digest, tuple(sizes))
         if key not in found:
             run = measure or measure_with(find(spec.lora))

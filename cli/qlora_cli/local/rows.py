@@ -13,16 +13,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_api.automatic import Limits
+from qlora_api.choice import Choice
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
+from qlora_api.spec.resolved import ResolvedTraining, fill
 from qlora_cli.local.forecast import Epoch
 from qlora_cli.local.plan import fetching, hub_answers, require_hub_client
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration, model_unavailable
+from qlora_trainer.core.failures import bad_configuration, bad_dataset, model_unavailable
 from qlora_trainer.core.process import hide_gpus
+from qlora_trainer.model.families.family import Traits
 
 if TYPE_CHECKING:
     from qlora_trainer.data.build import ExaminedData
@@ -73,15 +77,17 @@ class RowAccess:
             access, known = self._data(), self.is_manifest
             yield previews(dataset, training, tokenizer, access, Path(folder), count, wrong, objective_is_known=known)
 
-    def examine(self, folder: Path) -> "ExaminedData":
-        """Tokenize all rows with their files in `folder`. Raises StepFailure."""
+    def examine(self, spec: QLoRAJobSpec, folder: Path, context: int | None) -> "ExaminedData":
+        """Tokenize all rows of a job with their files in `folder`. Raises StepFailure.
+
+        `context`: tokens of a row that the model has positions for, None for any number.
+        """
         from qlora_trainer.data.build import DatasetBuilder
         from qlora_trainer.data.tokenize.chunk_maker import ANY_VOCABULARY
         from qlora_trainer.data.tokenize.row_cache import RowsFolder
 
         return DatasetBuilder(
-            self.spec.dataset,
-            self.spec.training,
+            spec,
             self.tokenizer(),
             {},
             vocabulary=ANY_VOCABULARY,
@@ -89,6 +95,7 @@ class RowAccess:
             scratch=lambda name: folder / name,
             rows=RowsFolder(folder / "rows"),
             say=lambda _activity: None,
+            context=context,
         ).examine()
 
     def _data(self) -> "StoreAccess":
@@ -188,25 +195,67 @@ def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:
     console.print(text, soft_wrap=True, highlight=False, end="" if text.plain.endswith("\n") else "\n")
 
 
-def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console, *, packed: bool = True) -> Epoch:
-    """Print the lengths of rows, the number above each maxSequenceLength, and the job's use of the others.
+@dataclass(frozen=True)
+class CountedRows:
+    """All rows of a job, tokenized, and the settings that they decide."""
 
-    Returns the data of an epoch, if the job can train on it. `packed`: whether a sequence may have several rows.
-    Raises StepFailure if the rows cannot be read.
-    """
-    with TemporaryDirectory() as folder:
-        examined = access.examine(Path(folder))
-        for source in examined.sources:
-            _show_source(source, spec.training.max_sequence_length, console)
-        console.print()
-        if examined.dataset is not None:
-            _show_chosen(examined.dataset, spec, console)
-        if examined.rejection:
-            console.print(Text(printable(f"The job fails: {examined.rejection}."), "bold red"), soft_wrap=True)
-        if examined.dataset is None or examined.rejection:
+    examined: "ExaminedData"
+    of_length: tuple[Choice, ...]
+    """The length of a sequence, if the job leaves it open."""
+
+    def choose(self, spec: QLoRAJobSpec, traits: Traits) -> tuple[Choice, ...]:
+        """Choose the settings that a job on these rows leaves open. Raises StepFailure if it cannot train on them."""
+        from qlora_trainer.data.open_settings import choose_settings
+
+        if self.examined.dataset is None or self.examined.rejection:
+            raise bad_dataset(self.examined.rejection)
+        length = fill(spec, self.of_length).training.max_sequence_length
+        limits = Limits(one_row=not traits.keeps_rows_apart(length))
+        return choose_settings(spec, self.examined.dataset, traits, self.of_length, limits)
+
+    def epoch(self, training: ResolvedTraining, *, packed: bool) -> Epoch:
+        """The data of an epoch. `packed`: whether a sequence may have several rows."""
+        dataset = self.examined.dataset
+        if dataset is None:
             return Epoch()
-        dataset = examined.dataset
-        return Epoch(dataset.status().tokens, dataset.epoch_sequences(spec.training, packed=packed))
+        facts = dataset.facts(training.max_sequence_length, training.seed, packed=packed)
+        return Epoch(dataset.status().tokens, facts.sequences)
+
+
+@contextmanager
+def counted_rows(spec: QLoRAJobSpec, access: RowAccess, context: int | None) -> Iterator[CountedRows]:
+    """Tokenize all rows of a job into files that exist during the body. Raises StepFailure if they are unreadable.
+
+    `context`: tokens of a row that the model has positions for, None for any number.
+    """
+    from qlora_trainer.data.open_settings import build_in_length
+
+    with TemporaryDirectory() as folder:
+        found = [access.examine(spec, Path(folder) / "first", context)]
+
+        def build(asked: QLoRAJobSpec) -> "Dataset":
+            if asked is not spec:
+                found.append(access.examine(asked, Path(folder) / "again", context))
+            if found[-1].dataset is None:
+                raise bad_dataset(found[-1].rejection)
+            return found[-1].dataset
+
+        of_length: tuple[Choice, ...] = ()
+        if found[0].dataset is not None:
+            _, of_length = build_in_length(spec, build, context)
+        yield CountedRows(found[-1], of_length)
+
+
+def show_lengths(spec: QLoRAJobSpec, counted: CountedRows, console: Console) -> None:
+    """Print the lengths of rows, the number above each maxSequenceLength, and the job's use of the others."""
+    examined, length = counted.examined, fill(spec, counted.of_length).training.max_sequence_length
+    for source in examined.sources:
+        _show_source(source, length, console)
+    console.print()
+    if examined.dataset is not None:
+        _show_chosen(examined.dataset, spec, console)
+    if examined.rejection:
+        console.print(Text(printable(f"The job fails: {examined.rejection}."), "bold red"), soft_wrap=True)
 
 
 def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> None:
@@ -226,7 +275,7 @@ def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> No
         console.print(Text(printable(line)), soft_wrap=True)
 
 
-def _show_source(source: "TokenizedSource", chosen: int, console: Console) -> None:
+def _show_source(source: "TokenizedSource", chosen: int | None, console: Console) -> None:
     from qlora_trainer.data.examples.formats import PAIRS
     from qlora_trainer.data.statistics import unlabeled_rows
 
@@ -245,7 +294,7 @@ def _counted(rows: int) -> str:
     return "1 row" if rows == 1 else f"{rows:,} rows"
 
 
-def _show_lengths(lengths: Any, chosen: int, console: Console) -> None:
+def _show_lengths(lengths: Any, chosen: int | None, console: Console) -> None:
     """`lengths`: int32 [rows]."""
     from qlora_trainer.data.statistics import Lengths
 
@@ -261,6 +310,8 @@ def _show_lengths(lengths: Any, chosen: int, console: Console) -> None:
         width = round(_BAR_WIDTH * bar.rows / most)
         table.add_row(f"≤ {bar.up_to:,}", f"{bar.rows:,}", "█" * width, _lost(lengths, bar.up_to))
     console.print(table)
+    if chosen is None:
+        return
     lost = _lost(lengths, chosen)
     console.print(f"spec.training.maxSequenceLength is {chosen:,}: it leaves out {lost}.", highlight=False)
 

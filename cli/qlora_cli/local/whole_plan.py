@@ -1,15 +1,20 @@
 """Shows all that is known of a job or sweep before it is applied."""
 
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
+from qlora_api.choice import Choice
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.local.forecast import Epoch, GpuOfPlan, show_forecast
 from qlora_cli.local.plan import make_plan, show_plan
 from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
-from qlora_cli.local.rows import RowAccess, show_lengths
+from qlora_cli.local.rows import CountedRows, RowAccess, counted_rows, show_lengths
 from qlora_cli.manifest import Document
+from qlora_trainer.model.memory.planned import assume_settings, find_traits
 
 
 def show_whole_plan(
@@ -19,18 +24,40 @@ def show_whole_plan(
 
     `access`: to the rows, to count them. `tokens`: of an epoch. Raises StepFailure.
     """
-    if isinstance(document, QLoRASweepDocument):
-        sweep = make_sweep_plan(document, config, gpu.gib)
-        show_sweep_plan(sweep, console)
+    spec = document.spec.template.spec if isinstance(document, QLoRASweepDocument) else document.spec
+    with ExitStack() as files:
+        counted: CountedRows | None = None
         if access is not None:
-            show_lengths(document.spec.template.spec, access, console)
-        return sweep.exit_code
-    spec = document.spec
-    made = make_plan(document.metadata.name, spec, config, gpu.gib)
-    show_plan(made, console)
-    epoch = Epoch(tokens)
-    if access is not None:
-        counted = show_lengths(spec, access, console, packed=made.traits.packs(spec.training))
-        epoch = Epoch(tokens or counted.tokens, counted.sequences)
-    show_forecast(made, spec, epoch, gpu, console)
-    return made.exit_code
+            context = find_traits(config, spec.lora).longest_row
+            counted = files.enter_context(counted_rows(spec, access, context))
+        choose = assume_settings if counted is None or counted.examined.rejection else counted.choose
+        if isinstance(document, QLoRASweepDocument):
+            sweep = make_sweep_plan(document, config, gpu.gib, choose=choose)
+            show_sweep_plan(sweep, console)
+            if counted is not None:
+                show_lengths(spec, counted, console)
+            return sweep.exit_code
+        made = make_plan(document.metadata.name, spec, config, gpu.gib, choose=choose)
+        show_plan(made, console)
+        epoch = Epoch(tokens)
+        if counted is not None:
+            show_lengths(spec, counted, console)
+            found = counted.epoch(made.spec.training, packed=made.traits.packs(made.spec.training))
+            epoch = Epoch() if counted.examined.rejection else Epoch(tokens or found.tokens, found.sequences)
+        show_settings(made.settings, console)
+        show_forecast(made, epoch, gpu, console)
+        return made.exit_code
+
+
+def show_settings(settings: Iterable[Choice], console: Console) -> None:
+    """Print the chosen settings with their reasons."""
+    chosen = tuple(settings)
+    if not chosen:
+        return
+    table = Table(title="What the job leaves open", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in ("Setting", "Value", ""):
+        table.add_column(column)
+    for each in chosen:
+        table.add_row(f"spec.{each.setting}", each.value, each.reason)
+    console.print()
+    console.print(table)

@@ -40,7 +40,7 @@ def count_weights(model: ModelShape, training: TrainingShape) -> WeightCounts:
 
     Raises ValueError for target modules that the model does not have.
     """
-    shapes = [model.projections[name] for name in _adapted(model, training)]
+    shapes = [model.projections[name] for name in adapted_linears(model, training.target_modules)]
     tensors = [training.rank * features for shape in shapes for features in shape]
     if training.use_dora:
         tensors += [outputs for _, outputs in shapes]
@@ -55,9 +55,9 @@ def count_weights(model: ModelShape, training: TrainingShape) -> WeightCounts:
     )
 
 
-def _adapted(model: ModelShape, training: TrainingShape) -> frozenset[str]:
-    """Names of the layers of a block that get an adapter."""
-    linears, targets = frozenset(model.projections), training.target_modules
+def adapted_linears(model: ModelShape, targets: frozenset[str]) -> frozenset[str]:
+    """Return the names of a block's layers that get an adapter. Raises ValueError for a target without one."""
+    linears = frozenset(model.projections)
     if targets == ALL_LINEAR:
         return linears
     if not targets or targets - linears:

@@ -104,9 +104,9 @@ class EvalSpec(ApiModel):
     )
     fraction: float | None = Field(
         default=None,
-        gt=0,
+        ge=0,
         lt=1,
-        description="Fraction of the rows to hold out, of each source of a mix, by training.seed.",
+        description="Fraction of the rows to hold out, of each source of a mix, by training.seed; 0 for none.",
     )
     overlap: Literal["report", "fail", "drop"] | None = Field(
         default=None,
@@ -269,7 +269,9 @@ class DatasetSpec(ApiModel):
         default=None, description="A system message for every row; only the rows' own if not set."
     )
     split: ColumnName | None = Field(default=None, description=_SPLIT)
-    eval: EvalSpec | None = Field(default=None, description="Rows held out for evaluation; none if not set.")
+    eval: EvalSpec | None = Field(
+        default=None, description="Rows held out for evaluation. Automatic: of 100 rows or more, 10 percent, 10 to 500."
+    )
     max_rows: int | None = Field(
         default=None, ge=1, le=2**31 - 1, description="Use only this many rows, the first ones; all if not set."
     )
@@ -304,6 +306,11 @@ class DatasetSpec(ApiModel):
         columns = self.training_sources[field].columns
         apart = self.eval is not None and self.eval.source is not None
         return columns.check if columns is not None and apart == own_evaluation else None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the job asks for held-out rows."""
+        return self.eval is not None and self.eval.fraction != 0
 
     @property
     def addresses(self) -> Mapping[str, str]:

@@ -69,7 +69,7 @@ _PAIRS_NEEDED = (
 _PAIRS_UNUSED = (
     "dataset.format preference needs an objective that compares two answers: set training.objective to dpo or orpo"
 )
-_GATE_AND_NO_ROWS = "gate is decided on held-out rows: set dataset.eval, or remove gate"
+_GATE_AND_NO_ROWS = "gate is decided on held-out rows: set dataset.eval to some, or remove gate"
 _SCORE_AND_SHARDED = (
     "gate.score needs the whole base in one process, and training.sharding: full shards it: remove one of them"
 )
@@ -101,11 +101,14 @@ _HAS_ANY_CHECK = (
     f"self.dataset.mix.exists(part, {_HAS_CHECK.format('part')})))"
 )
 
+_HOLDS_OUT_NONE = "has(self.dataset.eval) && has(self.dataset.eval.fraction) && self.dataset.eval.fraction == 0.0"
 _BEST_OF_NOTHING = (
-    "training.keep: best compares adapters by their loss on held-out rows: set dataset.eval, or remove keep"
+    "training.keep: best compares adapters by their loss on held-out rows, and dataset.eval.fraction is 0: raise it, "
+    "or remove keep"
 )
 _STOPPED_BY_NOTHING = (
-    "training.earlyStopping watches the loss on held-out rows: set dataset.eval, or remove earlyStopping"
+    "training.earlyStopping watches the loss on held-out rows, and dataset.eval.fraction is 0: raise it, or remove "
+    "earlyStopping"
 )
 
 
@@ -123,7 +126,11 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 _SHARDED_ALONE,
             ),
             rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
-            rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
+            rule(
+                "self.training.sharding != 'full' || !has(self.training.autoMicroBatch) || "
+                "!self.training.autoMicroBatch",
+                _SHARDED_AND_HALVED,
+            ),
             rule(
                 "!has(self.training.objective) || self.training.objective == 'supervised' || "
                 "(self.dataset.format in ['auto', 'preference'] && (!has(self.dataset.mix) || "
@@ -136,11 +143,9 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 "(has(self.training.objective) && self.training.objective != 'supervised')",
                 _PAIRS_UNUSED,
             ),
-            rule(
-                "!has(self.training.keep) || self.training.keep != 'best' || has(self.dataset.eval)", _BEST_OF_NOTHING
-            ),
-            rule("!has(self.training.earlyStopping) || has(self.dataset.eval)", _STOPPED_BY_NOTHING),
-            rule("!has(self.gate) || has(self.dataset.eval)", _GATE_AND_NO_ROWS),
+            rule(f"!has(self.training.keep) || self.training.keep != 'best' || !({_HOLDS_OUT_NONE})", _BEST_OF_NOTHING),
+            rule(f"!has(self.training.earlyStopping) || !({_HOLDS_OUT_NONE})", _STOPPED_BY_NOTHING),
+            rule(f"!has(self.gate) || (has(self.dataset.eval) && !({_HOLDS_OUT_NONE}))", _GATE_AND_NO_ROWS),
             rule(f"!({HAS_SCORE}) || self.training.sharding != 'full'", _SCORE_AND_SHARDED),
             rule(f"!({HAS_SCORE}) || self.training.trainOn != 'all'", _SCORE_AND_NO_PROMPTS),
             rule(f"!{_SCORE_OF_ROWS} || {_HAVE_CHECKS}", _CHECKS_NEEDED),
@@ -245,9 +250,11 @@ class QLoRAJobSpec(ApiModel):
 
     @model_validator(mode="after")
     def _held_out_rows_to_judge_by(self) -> Self:
-        if self.dataset.eval is None and self.training.keep == "best":
+        if self.dataset.eval is None or self.dataset.holds_out:
+            return self
+        if self.training.keep == "best":
             raise ValueError(_BEST_OF_NOTHING)
-        if self.dataset.eval is None and self.training.early_stopping is not None:
+        if self.training.early_stopping is not None:
             raise ValueError(_STOPPED_BY_NOTHING)
         return self
 
@@ -277,7 +284,7 @@ class QLoRAJobSpec(ApiModel):
     def _gate_can_be_decided(self) -> Self:
         if self.gate is None:
             return self
-        if self.dataset.eval is None:
+        if not self.dataset.holds_out:
             raise ValueError(_GATE_AND_NO_ROWS)
         if self.gate.score is not None and self.training.sharding == "full":
             raise ValueError(_SCORE_AND_SHARDED)

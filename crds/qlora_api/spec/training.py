@@ -8,6 +8,7 @@ from qlora_api.kubernetes_values import GpuMemory, Quantity, gibibytes
 from qlora_api.schema import ApiModel, Decides, rule, rules
 from qlora_api.spec.model import InitialAdapterSpec
 
+MAX_RANK, MAX_ALPHA = 1024, 8192
 BlockNumber = Annotated[int, Field(ge=0, le=1023)]
 TrainOn = Literal["completion", "last", "marked", "all"]
 ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -28,11 +29,19 @@ class QuantizationSpec(ApiModel):
 class LoraSpec(ApiModel):
     """The low-rank adapter that is trained."""
 
-    rank: int = Field(
-        default=64, ge=1, le=1024, description="Rank r of the adapter. A server must allow it (vLLM: --max-lora-rank)."
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_RANK,
+        description="Rank r of the adapter. A server must allow it (vLLM: --max-lora-rank). Automatic: 16, doubled up "
+        "to 256 while the adapter has fewer weights than an epoch has tokens that are trained on.",
     )
-    alpha: int = Field(
-        default=16, ge=1, le=8192, description="Scaling numerator: the adapter's output is multiplied by alpha / rank."
+    alpha: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_ALPHA,
+        description="Scaling numerator: the adapter's output is multiplied by alpha / rank. Automatic: 32; with "
+        "useRslora 8.",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability on the adapter's input.")
     target_modules: tuple[ModuleName, ...] = Field(
@@ -118,18 +127,8 @@ class EarlyStoppingSpec(ApiModel):
     )
 
 
-_NOTHING_TO_STOP_AT = (
-    "earlyStopping counts evaluations: set evalEverySteps, the number of optimizer steps between them, or remove "
-    "earlyStopping"
-)
-_NOTHING_TO_CHOOSE = (
-    "keep: best chooses among evaluations, and without evalEverySteps only the last adapter is evaluated: set "
-    "evalEverySteps, or remove keep"
-)
-
-
 class TrainingSpec(ApiModel):
-    """Settings of training. The defaults are those of the QLoRA paper."""
+    """Settings of training. prepare chooses those that are automatic, by the rows and the model."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -146,8 +145,6 @@ class TrainingSpec(ApiModel):
                 "!has(self.objective) || self.objective == 'supervised' || self.trainOn == 'completion'",
                 _PAIRS_TRAIN_ON_ANSWERS,
             ),
-            rule("!has(self.earlyStopping) || has(self.evalEverySteps)", _NOTHING_TO_STOP_AT),
-            rule("!has(self.keep) || self.keep != 'best' || has(self.evalEverySteps)", _NOTHING_TO_CHOOSE),
         )
     )
 
@@ -162,33 +159,51 @@ class TrainingSpec(ApiModel):
     )
 
     epochs: int | None = Field(
-        default=None, ge=1, le=1000, description="Passes over the data; 1 if maxSteps is not set either."
+        default=None,
+        ge=1,
+        le=1000,
+        description="Passes over the data, unless maxSteps is set. Automatic: 3 up to 8,333 rows, 2 up to 12,500, else "
+        "1; of few rows up to 10, until there are 100 sequences in all.",
     )
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
-    micro_batch_size: Annotated[int, Decides.DRY_RUN] = Field(
-        default=1,
+    micro_batch_size: Annotated[int | None, Decides.DRY_RUN] = Field(
+        default=None,
         ge=1,
         le=1024,
-        description="Sequences in one forward pass. Costs GPU memory. 1 for a model that cannot keep rows apart.",
+        description="Sequences in one forward pass. Costs GPU memory. Automatic: as many as have 4,096 tokens, fewer "
+        "where the GPU or the step has no room for them; 1 for a model that cannot keep rows apart.",
     )
-    gradient_accumulation_steps: int = Field(
-        default=16, ge=1, le=4096, description="Micro batches in one optimizer step. Costs no memory."
+    gradient_accumulation_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Micro batches in one optimizer step. Costs no memory. Automatic: for 150 optimizer steps or more, "
+        "with 1 to 16 sequences in each, and a multiple of the GPUs.",
     )
-    learning_rate: float = Field(
-        default=2e-4, gt=0, le=1, description="Peak learning rate. 1e-4 is advised above 13B parameters."
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Peak learning rate. Automatic: 5e-4 × (2000 / width)^0.78, where width is that of the model's "
+        "hidden states, for alpha 32; a 15th of it if the objective compares answers.",
     )
-    scheduler: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Learning rate after the warm-up."
+    scheduler: Literal["constant", "linear", "cosine"] | None = Field(
+        default=None, description="Learning rate after the warm-up. Automatic: linear, to 0 at the end."
     )
-    warmup_steps: int = Field(
-        default=0, ge=0, le=1_000_000, description="Optimizer steps of the linear rise of the rate from 0."
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="Optimizer steps of the linear rise of the rate from 0. Automatic: 5 percent of the steps, 1 to "
+        "100.",
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled weight decay.")
     max_grad_norm: float = Field(default=0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
-    auto_micro_batch: Annotated[bool, Decides.DRY_RUN, Decides.NOT_THE_ADAPTER] = Field(
-        default=False,
+    auto_micro_batch: Annotated[bool | None, Decides.DRY_RUN, Decides.NOT_THE_ADAPTER] = Field(
+        default=None,
         description="When the GPU runs out of memory, repeat the step with half the microBatchSize and twice the "
-        "gradientAccumulationSteps, keep these for the rest of the run, and report the change.",
+        "gradientAccumulationSteps, keep these for the rest of the run, and report the change. Automatic: true where "
+        "microBatchSize is automatic too, unless the base is sharded or jobs are trained together.",
     )
     divergence_patience: Annotated[int, Decides.NOT_THE_ADAPTER] = Field(
         default=20,
@@ -214,12 +229,13 @@ class TrainingSpec(ApiModel):
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
         default="paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."
     )
-    max_sequence_length: Annotated[int, Decides.PREPARED_DATA, Decides.DRY_RUN] = Field(
-        default=512,
+    max_sequence_length: Annotated[int | None, Decides.PREPARED_DATA, Decides.DRY_RUN] = Field(
+        default=None,
         ge=16,
         le=131_072,
         description="Tokens per sequence. Longer rows are left out and reported in status.dataset. A row of format "
-        "preference has the tokens of both answers, each with the prompt.",
+        "preference has the tokens of both answers, each with the prompt. Automatic: the next power of two that holds "
+        "the longest row, 128 or more; above 2,048 it may leave out 0.5 percent of the rows.",
     )
     packing: Annotated[bool, Decides.PREPARED_DATA] = Field(
         default=True,
@@ -238,18 +254,19 @@ class TrainingSpec(ApiModel):
         default=None,
         ge=1,
         le=10_000_000,
-        description="Optimizer steps between evaluations; only at start and end if not set.",
+        description="Optimizer steps between evaluations. Automatic: one evaluation an epoch, three or more in all; "
+        "without held-out rows none.",
     )
     keep: Literal["last", "best"] | None = Field(
         default=None,
         description="The adapter that is published: that of the last optimizer step, or of the evaluation with the "
-        "lowest loss on the held-out rows (the first of equal ones; never the untrained one). best needs dataset.eval "
-        "and evalEverySteps, and disk for up to three more adapters. last if not set.",
+        "lowest loss on the held-out rows (the first of equal ones; never the untrained one). best needs held-out "
+        "rows, and disk for up to three more adapters. Automatic: best where rows are held out, else last.",
     )
     early_stopping: EarlyStoppingSpec | None = Field(
         default=None,
-        description="End training once the loss on the held-out rows no longer falls; needs dataset.eval and "
-        "evalEverySteps. keep selects the published adapter. Not set: train to the last step.",
+        description="End training once the loss on the held-out rows no longer falls. keep selects the published "
+        "adapter. Not set: train to the last step.",
     )
     save_every_steps: Annotated[int, Decides.NOT_THE_ADAPTER] = Field(
         default=50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints."
@@ -285,14 +302,6 @@ class TrainingSpec(ApiModel):
             raise ValueError(_PAIRS_TRAIN_ON_ANSWERS)
         return self
 
-    @model_validator(mode="after")
-    def _evaluated_on_the_way(self) -> Self:
-        if self.eval_every_steps is None and self.early_stopping is not None:
-            raise ValueError(_NOTHING_TO_STOP_AT)
-        if self.eval_every_steps is None and self.keep == "best":
-            raise ValueError(_NOTHING_TO_CHOOSE)
-        return self
-
 
 MAX_GPUS, MAX_NODES = 16, 64
 
@@ -305,7 +314,8 @@ class ResourcesSpec(ApiModel):
         ge=1,
         le=MAX_GPUS,
         description="GPUs of each train pod. With several, each trains on its share of every step's micro batches; the "
-        "result is that of one GPU, up to rounding. Make gradientAccumulationSteps a multiple of gpus × nodes.",
+        "result is that of one GPU, up to rounding. A gradientAccumulationSteps that is set should be a multiple of "
+        "gpus × nodes.",
     )
     nodes: int | None = Field(
         default=None,

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
-from qlora_api.contract import needed_contract
+from qlora_api.contract import needed_contract, with_signing
 from qlora_api.kubernetes_values import amount
 from qlora_api.naming import workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile
 from qlora_api.schema import replace
+from qlora_api.spec.resolved import open_settings
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.announcing import reserved_config_map
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
@@ -79,7 +80,8 @@ def _with_trainer_of_its_cell(resolved: Resolved, job: QLoRAJob, cell: QLoRAJob 
 
 
 def _contract_of_training(job: QLoRAJob, *, is_shared: bool) -> int:
-    return needed_contract(job.spec.resources.node_count, grouped=is_shared)
+    chosen = bool(open_settings(job.spec))
+    return needed_contract(job.spec.resources.node_count, grouped=is_shared, chosen=chosen)
 
 
 def _signed(contract: int, profile: Profile) -> int:
@@ -87,7 +89,7 @@ def _signed(contract: int, profile: Profile) -> int:
 
     An older trainer does not publish.
     """
-    return max(contract, needed_contract(1, signed=True)) if profile.signing_key is not None else contract
+    return with_signing(contract) if profile.signing_key is not None else contract
 
 
 def _may_still_change(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, today: Profile | None) -> bool:

@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
@@ -18,6 +18,7 @@ from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from tests.support.models.sequences import CPU
+from tests.support.resolved import resolved_lora
 
 NF4 = QuantizationSpec()
 
@@ -31,7 +32,7 @@ def adapted(
     **lora: Any,
 ) -> Any:
     """The model of a folder in 4-bit with an adapter."""
-    spec = LoraSpec(rank=4, alpha=8, dropout=dropout, **lora)
+    spec = resolved_lora(rank=4, alpha=8, dropout=dropout, **lora)
     family = inspect_family(model, spec)
     return attach_adapter(
         load_base(model, NF4, "cpu", attention=family.attention),
@@ -48,7 +49,7 @@ def restored(base: Path, adapter: Path, family: Family, *, checkpointing: bool =
     """Load the 4-bit base with the adapter of a folder, as the train step does."""
     model = attach_adapter(
         load_base(base, NF4, "cpu", attention=family.attention),
-        LoraSpec(rank=4, alpha=8),
+        resolved_lora(rank=4, alpha=8),
         family.target_modules,
         seed=0,
         gradient_checkpointing=checkpointing,

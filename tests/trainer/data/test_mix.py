@@ -26,6 +26,7 @@ from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training.schedule import Schedule
 from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.resolved import resolved_training
 from tests.support.training import adapter_bytes, history, interrupted_at, run
 from tests.trainer.conftest import MakeContext
 
@@ -196,7 +197,7 @@ def test_the_train_step_rejects_rows_that_were_drawn_for_fewer_steps() -> None:
     with pytest.raises(
         StepFailure, match="the rows of 2 epochs are drawn, but the job trains on more: run the prepare"
     ):
-        Schedule.from_training(9, TrainingSpec(epochs=3), (0, 4, 9))
+        Schedule.from_training(9, resolved_training(epochs=3), (0, 4, 9))
 
 
 def test_each_source_has_its_own_format(make_mixed: MakeContext, records: Recorded, tmp_path: Path) -> None:

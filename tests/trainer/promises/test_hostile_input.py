@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobDocument
-from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.families.rejection import entries
 from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.stores.contents import parse_manifest
@@ -22,6 +21,7 @@ from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
 from tests.support.failures import failing
 from tests.support.rejected.made import write_pickle
 from tests.support.rejected.parsed import ADDRESSES
+from tests.support.resolved import resolved_lora
 from tests.support.runs.hostile import bounded
 from tests.support.runs.published import MANIFEST
 
@@ -94,7 +94,7 @@ def test_an_endless_adapter_configuration_is_not_read(tmp_path: Path, make: Call
     with bounded(), failing(ExitCode.UNSAFE_ARTIFACT, "not a regular file"):
         verify_config(
             tmp_path / "adapter_config.json",
-            LoraSpec(),
+            resolved_lora(),
             target_modules=(),
             whole_modules=(),
             base_name="hf://a/b",

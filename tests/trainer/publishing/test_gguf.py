@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.spec.output import GgufSpec
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE, GGUF_FILE
 from qlora_trainer.model.families.inspection import inspect_family
@@ -28,6 +28,7 @@ from tests.support.commands.command import Files
 from tests.support.families import BASE
 from tests.support.models.llama_cpp import base_gguf, log_probabilities
 from tests.support.models.tiny import Recorded, chat_row, save_model, write_rows
+from tests.support.resolved import resolved_lora
 from tests.support.runs.published import published
 from tests.trainer.conftest import MakeContext
 
@@ -48,7 +49,7 @@ def made(config: PretrainedConfig, folder: Path) -> Path:
     return folder
 
 
-def adapted(model: Path, lora: LoraSpec, folder: Path) -> tuple[Tensor, Tensor]:
+def adapted(model: Path, lora: ResolvedLora, folder: Path) -> tuple[Tensor, Tensor]:
     """Save a random adapter. Return log-probabilities after TOKENS, with and without."""
     targets = inspect_family(model, lora).target_modules
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.use_rslora, target_modules=list(targets))
@@ -66,7 +67,7 @@ def adapted(model: Path, lora: LoraSpec, folder: Path) -> tuple[Tensor, Tensor]:
     return found, without
 
 
-def converted(model: Path, lora: LoraSpec, root: Path, adapter: Path, kind: GgufSpec) -> Path:
+def converted(model: Path, lora: ResolvedLora, root: Path, adapter: Path, kind: GgufSpec) -> Path:
     """The GGUF file of an adapter, in the new folder `root`."""
     root.mkdir()
     gguf._convert(adapter / ADAPTER_FILE, model / CONFIG, lora, kind, root / "job")
@@ -75,7 +76,7 @@ def converted(model: Path, lora: LoraSpec, root: Path, adapter: Path, kind: Gguf
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_with_the_file_matches_peft_with_the_adapter(tmp_path: Path, family: str) -> None:
-    model, lora = made(FAMILIES[family], tmp_path / "model"), LoraSpec(rank=8, alpha=16, use_rslora=True)
+    model, lora = made(FAMILIES[family], tmp_path / "model"), resolved_lora(rank=8, alpha=16, use_rslora=True)
     wanted, without = adapted(model, lora, tmp_path / "adapter")
     file = converted(model, lora, tmp_path / "gguf", tmp_path / "adapter", GgufSpec(type="f32"))
 
@@ -88,7 +89,7 @@ def test_llama_cpp_with_the_file_matches_peft_with_the_adapter(tmp_path: Path, f
 
 
 def test_shorter_numbers_give_nearly_the_same_answers(tmp_path: Path) -> None:
-    model, lora = made(FAMILIES["llama"], tmp_path / "model"), LoraSpec(rank=32, alpha=16)
+    model, lora = made(FAMILIES["llama"], tmp_path / "model"), resolved_lora(rank=32, alpha=16)
     wanted, _ = adapted(model, lora, tmp_path / "adapter")
     base = base_gguf(model, tmp_path / "base.gguf")
     # Measured for four families: 0.003 and 0.013.
@@ -138,11 +139,11 @@ def test_prepare_rejects_a_family_that_the_converter_does_not_support(
 
 def test_a_layer_that_the_converter_drops_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(FAMILIES["llama"], tmp_path / "model")
-    targets = inspect_family(model, LoraSpec()).target_modules
+    targets = inspect_family(model, resolved_lora()).target_modules
     change_converter("if '.1.mlp.up_proj' in name: continue", tmp_path, monkeypatch)
 
     with pytest.raises(StepFailure, match="it converts 13 of the 14 layers that have an adapter"):
-        require_convertible(model, targets, LoraSpec(), GgufSpec(), tmp_path / "scratch")
+        require_convertible(model, targets, resolved_lora(), GgufSpec(), tmp_path / "scratch")
 
 
 def change_converter(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,21 +163,21 @@ def test_a_family_whose_layers_the_converter_changes_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     model = made(FAMILIES["llama"], tmp_path / "model")
-    targets = inspect_family(model, LoraSpec()).target_modules
+    targets = inspect_family(model, resolved_lora()).target_modules
     message = "" if error == "NotImplementedError" else "LoraTorchTensor has no x"
     change_converter(f"raise {error}('{message}')", tmp_path, monkeypatch)
     with pytest.raises(StepFailure, match="it changes the form of a layer in a way that no adapter can") as failure:
-        require_convertible(model, targets, LoraSpec(), GgufSpec(), tmp_path / "scratch")
+        require_convertible(model, targets, resolved_lora(), GgufSpec(), tmp_path / "scratch")
     assert "LoraTorchTensor" not in failure.value.message
 
 
 def test_all_layers_of_the_trial_adapter_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter joins layers with the same A, which no trained adapter has."""
     model = made(FAMILIES["llama"], tmp_path / "model")
-    targets = inspect_family(model, LoraSpec()).target_modules
+    targets = inspect_family(model, resolved_lora()).target_modules
     same = "assert not any(torch.equal(tensor, other) for known, other in lora_model.items() if known < name)"
     change_converter(same, tmp_path, monkeypatch)
-    require_convertible(model, targets, LoraSpec(), GgufSpec(), tmp_path / "scratch")
+    require_convertible(model, targets, resolved_lora(), GgufSpec(), tmp_path / "scratch")
 
 
 def test_a_split_layer_does_not_hide_a_missing_one_of_another_block(tmp_path: Path) -> None:

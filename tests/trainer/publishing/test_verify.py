@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.adapter.shapes import Expected
 from qlora_trainer.publishing.verify import verify_config, verify_tensors
+from tests.support.resolved import resolved_lora
 
-LORA = LoraSpec(rank=4, alpha=8)
+LORA = resolved_lora(rank=4, alpha=8)
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -35,7 +36,7 @@ CONFIG: dict[str, Any] = {
 """What PEFT writes for this adapter, as far as it matters."""
 
 
-def verify(path: Path, lora: LoraSpec = LORA) -> None:
+def verify(path: Path, lora: ResolvedLora = LORA) -> None:
     verify_config(
         path,
         lora,

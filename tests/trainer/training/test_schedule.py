@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import ExitCode
-from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.training.checkpoints.attempts import Attempt, read_attempts, reject_if_stuck, write_attempts
 from qlora_trainer.training.checkpoints.time_spent import Pace
 from qlora_trainer.training.optimizer import learning_rate
 from qlora_trainer.training.schedule import Schedule
 from tests.support.failures import failing
+from tests.support.resolved import resolved_training
 
 
 def schedule(sequences: int, **training: Any) -> Schedule:
     return Schedule.from_training(
-        sequences, TrainingSpec(**({"gradient_accumulation_steps": 2, "micro_batch_size": 2} | training))
+        sequences, resolved_training(**({"gradient_accumulation_steps": 2, "micro_batch_size": 2} | training))
     )
 
 
@@ -52,7 +52,7 @@ def test_one_epoch_is_the_default() -> None:
 
 
 def rates(steps: int, **training: Any) -> list[float]:
-    spec = TrainingSpec(learning_rate=1.0, **training)
+    spec = resolved_training(learning_rate=1.0, **training)
     return [round(learning_rate(step, steps, spec), 4) for step in range(steps)]
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 
-from qlora_api.spec.training import EarlyStoppingSpec, TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
+from qlora_api.spec.training import EarlyStoppingSpec
 from qlora_trainer.training.progress.evaluations import expected_end, too_few_evaluations
 
 Curve = list[tuple[int, float]]
 
 
-def training(keep: str | None = "best", patience: int | None = None, min_delta: float = 0.0) -> TrainingSpec:
+def training(keep: str | None = "best", patience: int | None = None, min_delta: float = 0.0) -> ResolvedTraining:
     stopping = None if patience is None else EarlyStoppingSpec(patience=patience, min_delta=min_delta)
     return TrainingSpec.model_validate({"keep": keep, "earlyStopping": stopping, "evalEverySteps": 10})
 

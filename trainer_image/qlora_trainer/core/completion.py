@@ -10,11 +10,15 @@ from typing import Literal, TypeVar
 from pydantic import Field, PositiveInt, ValidationError
 
 from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, InitialAdapterStatus, MergedStatus
+from qlora_api.choice import Choice
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.gate import ScoreSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import TrackingStatus
+from qlora_api.spec.resolved import ResolvedSpec, open_settings, resolve
 from qlora_api.status import DatasetStatus, MemoryStatus, Share, Timestamp
 from qlora_api.usage import WorkStatus
+from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
 
@@ -93,12 +97,32 @@ class PrepareRecord(PreparedModel, PreparedBase, PreparedData):
     """The result of prepare. Paths below the workspace are relative to it."""
 
     remarks: tuple[str, ...] = Field((), description="Remarks for the user, such as deviations from the spec.")
+    settings: tuple[Choice, ...] = Field((), description="The settings that the job leaves open, as chosen.")
+    asked: str = Field("", description="SHA-256 of the parts of the spec that these follow; empty without any.")
     initial_adapter: InitialAdapterStatus | None = Field(
         None, description="The adapter of spec.lora.from, which is in the workspace; not set without one."
     )
     continued_step: int | None = Field(
         None, description="Optimizer steps of the run that spec.continues resumes; not set without it."
     )
+
+    def resolve(self, spec: QLoRAJobSpec) -> ResolvedSpec:
+        """Return the spec with the chosen settings. Raises StepFailure if these are of another spec."""
+        try:
+            return resolve(spec, self.settings)
+        except ValidationError as error:
+            raise bad_configuration(
+                "the workspace is prepared for other settings than the spec's: run the prepare step again"
+            ) from error
+
+
+def asked_sha256(spec: QLoRAJobSpec) -> str:
+    """SHA-256 of the parts of a spec that chosen settings follow; empty if it leaves none open."""
+    if not open_settings(spec):
+        return ""
+    parts = (spec.model, spec.dataset, spec.lora, spec.training, spec.quantization, spec.resources)
+    text = json.dumps([part.dump() for part in parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def recorded_path(path: Path, root: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from qlora_api.artifact_status import published_text
+from qlora_api.choice import sentence
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.printable import first_line, one_line, shortened
 from qlora_api.schema import replace
@@ -128,7 +129,8 @@ def result_record(
 ) -> ResultRecord:
     """The step's last record, redacted and within its size: a message that is too long is cut.
 
-    If that is not enough, the sources of a mix are left out, and the runs of trackers last.
+    If that is not enough, it leaves out the reasons of chosen settings, the sources of a mix, then the runs of
+    trackers.
     """
     message = shortened(one_line(redact(ending.message)), MAX_MESSAGE_LENGTH)
     record = ResultRecord(
@@ -144,7 +146,10 @@ def result_record(
         **_known_fields(completion, findings),
     )
     while not _is_encodable(record):
-        if len(message) <= _SHORT_MESSAGE and record.dataset is not None and record.dataset.sources is not None:
+        if len(message) <= _SHORT_MESSAGE and any(each.reason for each in record.settings or ()):
+            settings = tuple(replace(each, reason="") for each in record.settings or ())
+            record = replace(record, settings=settings)
+        elif len(message) <= _SHORT_MESSAGE and record.dataset is not None and record.dataset.sources is not None:
             record = replace(record, dataset=replace(record.dataset, sources=None))
         elif message:
             message = shortened(message, len(message) // 2)
@@ -170,7 +175,7 @@ _FIGURES = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_by
 def _known_fields(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
     """Fields of the result record, from the completion record or the findings."""
     if isinstance(completion, PrepareRecord):
-        of_prepare = ("model_revision", "memory", "dataset", "base", "work")
+        of_prepare = ("model_revision", "memory", "dataset", "base", "work", "settings")
         known = {name: getattr(completion, name) for name in of_prepare}
         return known if findings.trained is None else known | {"trained": True} | _of_run(findings.trained)
     known = {name: getattr(findings, name) for name in ("model_revision", "memory", "dataset", "gate")}
@@ -199,7 +204,8 @@ def summary(completion: CompletionRecord | None, step: StepName) -> str:
             f"{rows.used_rows} rows of format {rows.format} ({rows.eval_rows} held out, {rows.too_long_rows} too long) "
             f"and model revision {completion.model_revision} are ready"
         )
-        return "; ".join((ready, *completion.remarks))
+        chosen = sentence(completion.settings)
+        return "; ".join((ready, *completion.remarks, *(() if chosen is None else (chosen,))))
     if isinstance(completion, TrainRecord):
         planned = f" of {completion.total_steps}" if completion.stopped_early else ""
         return f"trained {completion.training_step}{planned} steps to loss {completion.loss:.4f}{_remarks(completion)}"

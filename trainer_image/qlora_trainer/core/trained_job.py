@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from qlora_api.artifact_status import GateStatus
-from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.protocols import JsonObject
 
@@ -15,7 +15,7 @@ class TrainedJob:
     name: str
     uid: str
     """`local` where no API server has given one."""
-    spec: QLoRAJobSpec
+    spec: ResolvedSpec
     base_name: str
     """The base's name for PEFT and servers: ORG/NAME of the hub, else the address."""
     prepared: PrepareRecord

@@ -10,8 +10,11 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
+from qlora_api.automatic import LONGEST, choose_held_out
+from qlora_api.choice import Choice
 from qlora_api.schema import replace
-from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.spec.dataset import DatasetSpec, EvalSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import StepFailure, bad_dataset
@@ -48,8 +51,7 @@ class ExaminedData:
 class DatasetBuilder:
     """Builds one job's data set. Raises StepFailure, BAD_DATASET for invalid data."""
 
-    spec: DatasetSpec
-    training: TrainingSpec
+    job: QLoRAJobSpec
     tokenizer: Tokenizer
     tokenizer_files: Mapping[str, str]
     """SHA-256 of each of the tokenizer's files."""
@@ -60,6 +62,23 @@ class DatasetBuilder:
     rows: RowsFolder
     say: Callable[[str], None]
     """Called with what is being done, for the progress record."""
+    context: int | None = None
+    """Tokens of a row that the model has positions for, None for any number."""
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """The job's data set."""
+        return self.job.dataset
+
+    @property
+    def training(self) -> TrainingSpec:
+        """The job's run."""
+        return self.job.training
+
+    @property
+    def _longest(self) -> int:
+        """Most tokens of a row."""
+        return self.training.max_sequence_length or min(self.context or LONGEST, LONGEST)
 
     def build(self) -> Dataset:
         """The data set: all rows tokenized, and which of them are trained on and held out."""
@@ -80,7 +99,7 @@ class DatasetBuilder:
         sources, dataset, rejection = (*training, *([own] if own else [])), None, ""
         try:
             for source in sources:
-                _require_usable(source, self.training.max_sequence_length)
+                _require_usable(source, self._longest)
             dataset = self._choose(training, own)
             self._require_trainable(dataset)
         except StepFailure as failure:
@@ -91,20 +110,26 @@ class DatasetBuilder:
         """The rows of each split and, with a mix, how many of each source an epoch has."""
         rows = TokenizedRows.from_parts([source.rows for source in (*training, *([own] if own else []))])
         self.say("looking for rows that are equal")
+        held_out = None if self.spec.eval is not None else self._choose_held_out(training)
         selection = select_rows(
-            self.spec,
+            self.spec if held_out is None else replace(self.spec, eval=EvalSpec(fraction=float(held_out.value))),
             self.training.seed,
             {name: len(source.rows) for name, source in zip(self._names(), training, strict=True)},
             0 if own is None else len(own.rows),
             first_equal(rows.digests()),
         )
-        dataset = Dataset(training, own, rows, selection)
+        dataset = Dataset(training, own, rows, selection, chosen_share=held_out)
         if self.spec.mix is None:
             return dataset
         weights = tuple(source.weight for source in self.spec.mix)
         return dataclasses.replace(
             dataset, mix=Mix.from_sizes([len(part) for part in selection.training], weights), weights=weights
         )
+
+    def _choose_held_out(self, training: tuple[TokenizedSource, ...]) -> Choice | None:
+        """Choose the share of held-out rows: none of a source with a single row."""
+        counts = [len(source.rows) for source in training]
+        return choose_held_out(self.job, sum(counts)) if min(counts) > 1 else None
 
     def _require_trainable(self, dataset: Dataset) -> None:
         """Raise StepFailure BAD_DATASET for rejected overlap or a source without rows."""
@@ -182,7 +207,14 @@ class DatasetBuilder:
             format_ = like.reading.format
             columns = replace(like.columns, check=self.spec.check_column(field, own_evaluation=True))
         recipe = Recipe.from_spec(
-            self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
+            self.spec,
+            self.training,
+            self.tokenizer,
+            format_,
+            columns,
+            field,
+            vocabulary=self.vocabulary,
+            longest=self._longest,
         )
         recipe.require_place_for_settings(self.tokenizer, data.uri)
         done_before = sum(source.rows.rows_read for source in earlier)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy
 
+from qlora_api.automatic import RowFacts
+from qlora_api.choice import Choice
 from qlora_api.printable import printable, shortened_in_the_middle
 from qlora_api.spec.dataset import Columns
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 from qlora_api.status import MAX_MIXED_SOURCE_LENGTH, DatasetStatus, MixedSourceStatus
 from qlora_trainer.data.epochs import EpochArrangements, Mix
 from qlora_trainer.data.examples.formats import PAIRS, Reading
@@ -75,6 +77,8 @@ class Dataset:
     selection: Selection
     mix: Mix | None = None
     weights: tuple[float | None, ...] = ()
+    chosen_share: Choice | None = None
+    """The share of held-out rows that was chosen, as the job leaves it open; None without any."""
 
     @property
     def sources(self) -> tuple[TokenizedSource, ...]:
@@ -132,16 +136,23 @@ class Dataset:
         ]
         return (*of_columns, *(() if self.overlap is None else (self.overlap.remark(),)))
 
-    def epoch_sequences(self, training: TrainingSpec, *, packed: bool) -> int:
-        """Sequences of an epoch, of the first one with a mix.
+    def facts(self, sequence_length: int, seed: int, *, packed: bool) -> RowFacts:
+        """Count the rows of an epoch, of the first one with a mix.
 
         `packed`: whether a sequence may have several rows.
         """
         used = numpy.concatenate(self.selection.training)
-        rows = used if self.mix is None else used[next(self.mix.epochs(training.seed))]
-        return len(_arrange(rows, self.rows.lengths[rows], training, packed=packed))
+        rows = used if self.mix is None else used[next(self.mix.epochs(seed))]
+        lengths = self.rows.lengths[rows]
+        arrangement = pack(rows, lengths, sequence_length, seed) if packed else one_row_each(rows)
+        return RowFacts(
+            rows=len(rows),
+            sequences=len(arrangement),
+            loss_tokens=int(self.rows.target_counts[rows].sum(dtype=numpy.int64)),
+            held_out=any(len(part) for part in self.selection.held_out),
+        )
 
-    def write(self, folder: Path, training: TrainingSpec, *, packed: bool, on_epoch: Callable[[int], None]) -> None:
+    def write(self, folder: Path, training: ResolvedTraining, *, packed: bool, on_epoch: Callable[[int], None]) -> None:
         """Write the files of the splits, and their statistics. Raises OSError if the disk is full.
 
         `packed`: whether a sequence may have several rows. `on_epoch` gets the number of each epoch that is drawn.
@@ -199,5 +210,5 @@ class Dataset:
             yield own.statistics(capacity, counts)
 
 
-def _arrange(rows: RowIndices, lengths: Int32s, training: TrainingSpec, *, packed: bool) -> Arrangement:
+def _arrange(rows: RowIndices, lengths: Int32s, training: ResolvedTraining, *, packed: bool) -> Arrangement:
     return pack(rows, lengths, training.max_sequence_length, training.seed) if packed else one_row_each(rows)

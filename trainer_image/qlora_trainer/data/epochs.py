@@ -19,7 +19,7 @@ from typing import Self
 import numpy
 from numpy.typing import NDArray
 
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.packing import Arrangement
 from qlora_trainer.data.sampling import Purpose, RowIndices, permutation
@@ -83,7 +83,7 @@ class EpochArrangements:
         cls,
         epochs: Iterable[RowIndices],
         arrange: Callable[[RowIndices], Arrangement],
-        training: TrainingSpec,
+        training: ResolvedTraining,
         scratch: Path,
         on_epoch: Callable[[int], None],
     ) -> Self:
@@ -118,7 +118,7 @@ class EpochArrangements:
         return Arrangement(self.rows[: offsets[-1]].astype(numpy.int64), offsets)
 
 
-def _require_few_epochs(training: TrainingSpec, rows: int, steps: int) -> None:
+def _require_few_epochs(training: ResolvedTraining, rows: int, steps: int) -> None:
     """Raise StepFailure (BAD_CONFIGURATION) if epochs of so many steps are too many."""
     epochs = ceil(training.max_steps / steps) if training.max_steps else training.epochs or 1
     most = min(MAX_EPOCHS, max(1, MAX_DRAWN_ROWS // rows))

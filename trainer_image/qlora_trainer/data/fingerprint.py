@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from qlora_api.schema import Decides
 from qlora_api.spec.dataset import DatasetSpec
-from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.filesystem import write_atomically
@@ -40,7 +40,7 @@ class ResolvedInputs:
     template: str | None = None
     """SHA-256 of the job's chat template override, or None."""
 
-    def fingerprint(self, spec: QLoRAJobSpec) -> str:
+    def fingerprint(self, spec: ResolvedSpec) -> str:
         """SHA-256, in hexadecimal, of everything that decides a job's prepared data."""
         training = spec.training
         inputs: dict[str, object] = {

@@ -89,13 +89,13 @@ def select_rows(
     training: tuple[RowIndices, ...] = tuple(usable)
     held_out: tuple[RowIndices, ...] = ()
     evaluation = spec.eval
-    if evaluation is not None and evaluation.fraction is not None:
+    if evaluation is not None and evaluation.fraction:
         divided = [
             [rows[part] for part in hold_out(len(rows), evaluation.fraction, seed, name)]
             for name, rows in zip(sources, usable, strict=True)
         ]
         training, held_out = tuple(kept for kept, _ in divided), tuple(chosen for _, chosen in divided)
-    elif evaluation is not None:
+    elif evaluation is not None and evaluation.source is not None:
         held_out = (own_firsts if spec.deduplicate else own,)
     overlap = Overlap.from_rows(first_equal, numpy.concatenate(training), numpy.concatenate([bounds[:0], *held_out]))
     drops = evaluation is not None and evaluation.overlap == "drop"

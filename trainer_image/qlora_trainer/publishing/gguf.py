@@ -28,7 +28,7 @@ from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.printable import one_line, shortened
 from qlora_api.schema import replace
 from qlora_api.spec.output import GgufSpec, GgufStatus
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, GGUF_FILE
 from qlora_trainer.core.filesystem import file_sha256, require_space, scratch_folder
@@ -63,7 +63,7 @@ class GgufFile:
 
 
 def require_convertible(
-    model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, gguf: GgufSpec, scratch: Path
+    model_folder: Path, target_modules: tuple[str, ...], lora: ResolvedLora, gguf: GgufSpec, scratch: Path
 ) -> None:
     """Raise StepFailure (BAD_CONFIGURATION) unless the converter supports the model and each of its adapted layers.
 
@@ -117,12 +117,12 @@ def gguf_file(job: TrainedJob, adapter: Path, workspace: WorkspaceLayout) -> Ite
         yield GgufFile(path, status)
 
 
-def llama_cpp_alpha(lora: LoraSpec) -> float:
+def llama_cpp_alpha(lora: ResolvedLora) -> float:
     """The alpha that makes llama.cpp, which multiplies by alpha / rank, scale alike."""
     return lora.alpha * sqrt(lora.rank) if lora.use_rslora else float(lora.alpha)
 
 
-def _convert(tensors: Path, config: Path, lora: LoraSpec, gguf: GgufSpec, folder: Path) -> str:
+def _convert(tensors: Path, config: Path, lora: ResolvedLora, gguf: GgufSpec, folder: Path) -> str:
     """Write GGUF_FILE next to `folder`, with its name, and return the architecture."""
     # No job has a name with a dot.
     base = folder.with_name(".base")
@@ -207,7 +207,7 @@ def _block(name: str) -> str:
     return found[1] if found else ""
 
 
-def _write_trial(model_folder: Path, target_modules: tuple[str, ...], lora: LoraSpec, path: Path) -> None:
+def _write_trial(model_folder: Path, target_modules: tuple[str, ...], lora: ResolvedLora, path: Path) -> None:
     """Write an adapter of rank 1, layers different: the converter joins equal ones."""
     torch.set_num_threads(1)
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)

@@ -11,8 +11,7 @@ from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.printable import shortened_json
-from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
@@ -32,7 +31,7 @@ from qlora_trainer.training.schedule import Schedule
 def verify_adapter(
     folder: Path,
     sha256: str,
-    lora: LoraSpec,
+    lora: ResolvedLora,
     *,
     model_folder: Path,
     target_modules: tuple[str, ...],
@@ -66,7 +65,7 @@ def verify_tensors(
     path: Path,
     sha256: str,
     expected: Mapping[str, Expected],
-    lora: LoraSpec,
+    lora: ResolvedLora,
     initial: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Check the adapter's file: SHA-256, names, shapes, types, and every number."""
@@ -96,7 +95,7 @@ def _require_same_names(found: set[str], expected: set[str]) -> None:
             raise _wrong_adapter(f"the adapter {what} {len(names)} of {len(expected)} tensors, first {min(names)}")
 
 
-def _check(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> torch.Tensor:
+def _check(name: str, tensor: torch.Tensor, expected: Expected, lora: ResolvedLora) -> torch.Tensor:
     if tuple(tensor.shape) != expected.shape:
         raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
     if tensor.dtype != expected.dtype:
@@ -133,7 +132,7 @@ def _require_moved(unmoved: list[str], layers: int, *, is_continued: bool) -> No
 
 def verify_config(
     path: Path,
-    lora: LoraSpec,
+    lora: ResolvedLora,
     *,
     target_modules: tuple[str, ...],
     target_parameters: tuple[str, ...] = (),
@@ -196,7 +195,7 @@ def _wrong_adapter(what: str) -> StepFailure:
 
 
 def require_own_training(
-    prepared: PrepareRecord, trained: TrainRecord, spec: QLoRAJobSpec, workspace: WorkspaceLayout
+    prepared: PrepareRecord, trained: TrainRecord, spec: ResolvedSpec, workspace: WorkspaceLayout
 ) -> None:
     """Raise StepFailure (UNSAFE_ARTIFACT) unless the train record is of this spec, data and number of steps.
 

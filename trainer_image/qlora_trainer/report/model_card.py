@@ -8,7 +8,8 @@ from qlora_api.artifact_status import GateStatus
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
-from qlora_api.spec.training import LoraSpec, PreferenceSpec, QuantizationSpec
+from qlora_api.spec.resolved import ResolvedLora
+from qlora_api.spec.training import PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.core.trained_job import TrainedJob
@@ -40,7 +41,7 @@ def quantization_label(quantization: QuantizationSpec) -> str:
     return f"{quantization.type} with double quantization" if quantization.double_quant else quantization.type
 
 
-def variant_label(lora: LoraSpec) -> str:
+def variant_label(lora: ResolvedLora) -> str:
     """Which variant of LoRA it is, for people: `rsLoRA, blocks 0, 1`."""
     parts = [
         "rsLoRA" if lora.use_rslora else "",

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qlora_api.sources import HubSource, parse_source
-from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
 from qlora_trainer.core.file_names import GGUF_FILE
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE
@@ -22,14 +21,14 @@ BASE_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL"
 _BASE_GGUF = f"{BASE_PLACEHOLDER}.gguf"
 
 
-def served_rank(lora: LoraSpec) -> int | None:
+def served_rank(lora: ResolvedLora) -> int | None:
     """The smallest --max-lora-rank of vLLM for the adapter, or None if unsupported."""
     if rejected_by_vllm(lora) is not None:
         return None
     return next(allowed for allowed in _VLLM_RANKS if allowed >= lora.rank)
 
 
-def rejected_by_vllm(lora: LoraSpec) -> str | None:
+def rejected_by_vllm(lora: ResolvedLora) -> str | None:
     """Why vLLM does not load such an adapter, as a sentence's end, or None."""
     reasons = {
         "it does not support DoRA (spec.lora.useDora)": lora.use_dora,
@@ -39,7 +38,7 @@ def rejected_by_vllm(lora: LoraSpec) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def warn_if_not_served(spec: QLoRAJobSpec) -> None:
+def warn_if_not_served(spec: ResolvedSpec) -> None:
     """Log a warning if vLLM loads neither the adapter nor a merged model."""
     rejected = rejected_by_vllm(spec.lora)
     if rejected is not None and spec.output.merged is None:

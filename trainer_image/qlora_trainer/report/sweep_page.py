@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from qlora_api.contract import SWEEP_REPORT
 from qlora_api.kubernetes_values import DNS_LABEL
 from qlora_api.schema import ObservedModel, replace
-from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_api.status import Share
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import write_atomically
@@ -109,7 +109,7 @@ def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
 
 
 def add_unfinished_to_sweep_report(
-    name: str, spec: QLoRAJobSpec, report: Path, shared: Path, *, diverged: bool
+    name: str, spec: ResolvedSpec, report: Path, shared: Path, *, diverged: bool
 ) -> None:
     """The same for a cell of that name that has `diverged`, or is stopped before its end and may be resumed.
 
@@ -126,7 +126,7 @@ def add_unfinished_to_sweep_report(
     _add(curves, shared)
 
 
-def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurves:
+def _curves(name: str, spec: ResolvedSpec, history: MetricsHistory) -> _CellCurves:
     span = max(1.0, len(history.loss.steps) / 20)
     return _CellCurves(
         name=name,

@@ -13,14 +13,27 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_api.artifact_status import BaseStatus, InitialAdapterStatus
+from qlora_api.automatic import Limits
+from qlora_api.choice import Choice
 from qlora_api.contract import ModelCacheLayout, WorkspaceLayout
 from qlora_api.schema import replace
-from qlora_trainer.core.completion import PreparedBase, PrepareRecord, read_completion, recorded_path, write_completion
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import fill, open_settings
+from qlora_trainer.core.completion import (
+    PreparedBase,
+    PrepareRecord,
+    asked_sha256,
+    read_completion,
+    recorded_path,
+    write_completion,
+)
 from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import is_full, partial_path, remove, remove_partials, sizes
 from qlora_trainer.core.paths import confine
 from qlora_trainer.core.records import RecordWriter
+from qlora_trainer.data.dataset import Dataset
+from qlora_trainer.data.open_settings import build_in_length, choose_settings
 from qlora_trainer.data.render.template_source import job_template
 from qlora_trainer.evaluation.scorable import require_readable
 from qlora_trainer.model.adapter.initial import get_initial_adapter
@@ -30,7 +43,7 @@ from qlora_trainer.model.source.models import ModelSource, open_model_source
 from qlora_trainer.publishing.manifest import base_publisher
 from qlora_trainer.steps.prepare_checks import check_steps, refresh_record
 from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
-from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, measure_memory
+from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, fit_model
 from qlora_trainer.steps.publish import read_published
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.contents import SHARED_BASE, Publisher
@@ -40,7 +53,7 @@ from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.checkpoints.fingerprint import run_settings
 from qlora_trainer.training.checkpoints.same_run import reject_changed_run, reject_changed_settings
-from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
+from qlora_trainer.training.continued import continue_run, continued_settings, require_something_to_continue
 from qlora_trainer.training.prepared_job import PreparedJob
 
 
@@ -63,11 +76,12 @@ def prepare(
         # A job whose status was lost: a clean-up may have left nothing else.
         records.note(trained=published)
         return written
-    settings = run_settings(spec, context.device, gpus)
-    reject_changed_settings(workspace.checkpoints, settings)
+    settings, left_open = run_settings(spec, context.device, gpus), open_settings(spec)
+    reject_changed_settings(workspace.checkpoints, settings, left_open)
+    continued: tuple[Choice, ...] = ()
     if written is None and spec.continues is not None:
         require_something_to_continue(mounts.continued, spec.continues)
-        reject_other_settings(mounts.continued, spec.continues, settings)
+        continued = continued_settings(mounts.continued, spec.continues, settings, left_open)
     secret = context.secret("output") if context.contract_version > 1 else None
     check = partial(check_destination, mounts=mounts, secret=secret, registries=context.registries)
     record = None
@@ -77,7 +91,8 @@ def prepare(
         with _leaving_what_can_be_resumed(workspace):
             for field, address in spec.output.destinations.items():
                 check(address, publisher=Publisher(SHARED_BASE if field == "base.destination" else identity.job_uid))
-            record = _prepare(context, records, report, now, None if written is None else written.initial_adapter)
+            earlier = None if written is None else written.initial_adapter
+            record = _prepare(context, records, report, now, earlier, continued)
     if spec.output.base is not None:
         publisher = base_publisher(record.base_sha256, workspace.root / record.model_path)
         check(spec.output.base.destination, publisher=publisher)
@@ -124,9 +139,14 @@ def _prepare(
     report: Callable[[str], None],
     now: Callable[[], datetime],
     earlier_adapter: InitialAdapterStatus | None,
+    continued: tuple[Choice, ...],
 ) -> PrepareRecord:
-    """Prepare model and data in stages, each of which returns its part of the record."""
-    spec, workspace, mounts, identity = context.spec, context.workspace, context.mounts, context.identity
+    """Prepare model and data in stages, each of which returns its part of the record.
+
+    `continued`: the values of the run that the job continues, for what it leaves open.
+    """
+    spec = fill(context.spec, continued)
+    workspace, mounts, identity = context.workspace, context.mounts, context.identity
     reference = spec.model.token_secret_ref
     secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
     hub = cache(lambda: Hub(hub_token(mounts.token_file, secret)))
@@ -142,10 +162,7 @@ def _prepare(
     fetching = now() - started
     template = job_template(spec.dataset, mounts)
     family = check_settings(folder, spec, workspace.root / "gguf")
-    report("measuring the memory that training needs")
-    memory = measure_memory(folder, spec, family, context.group_size)
-    records.note(memory=memory.status)
-    model = AdmittedModel.from_folder(folder, spec, family, memory, template)
+    model = AdmittedModel.from_folder(folder, spec, family, template)
     model_cache = None
     if mounts.model_cache is not None:
         model_cache = ModelCache(ModelCacheLayout(mounts.model_cache), identity.job_uid, identity.pod_uid)
@@ -160,26 +177,43 @@ def _prepare(
             spec.lora, access("lora"), workspace.initial_adapter, folder, modules, earlier_adapter
         )
     rows = rows_folder(workspace.data, mounts.sweep, identity)
-    dataset = build_dataset(spec, model, access("dataset"), workspace.data, rows, report)
+
+    def build(asked: QLoRAJobSpec) -> Dataset:
+        return build_dataset(asked, model, access("dataset"), workspace.data, rows, report)
+
+    dataset, of_length = build_in_length(spec, build, family.longest_row)
     records.note(dataset=dataset.status())
-    sequences = write_sequences(dataset, spec, model, workspace.data, report)
-    of_steps = check_steps(spec.training, spec.resources.gpu_count, sequences.folder)
+    length = fill(spec, of_length).training.max_sequence_length
+    limits = Limits(
+        one_row=not family.keeps_rows_apart(length),
+        in_group=context.group_size > 1,
+        adapter=None if initial is None else {"rank": initial.lora.rank, "alpha": initial.lora.alpha},
+    )
+    chosen = choose_settings(spec, dataset, family, of_length, limits)
+    report("measuring the memory that training needs")
+    fitted = fit_model(model, spec, chosen, context.group_size)
+    records.note(memory=fitted.memory.status)
+    sequences = write_sequences(dataset, fitted, workspace.data, report)
+    training = fitted.spec.training
+    of_steps = check_steps(training, spec.resources.gpu_count, sequences.folder)
 
     started = now()
     base = bases.base(lambda done, total: report(f"{bases.activity} model {sizes(done, total)}"))
     fetching += now() - started
 
-    data = sequences.complete(spec, model, base.revision, workspace)
-    remarks = (*of_steps, *family.remarks(spec.training), *sequences.remarks)
+    data = sequences.complete(fitted, base.revision, workspace)
+    remarks = (*of_steps, *family.remarks(training), *sequences.remarks)
     if initial is not None:
         initial.complete()
         remark = initial.remark(base_name(spec.model), base.revision)
         remarks += () if remark is None else (remark,)
     return PrepareRecord(
-        **dict(model.record()),
+        **dict(fitted.record()),
         **dict(_base_record(bases, base, source, fetching, workspace.root)),
         **dict(data),
         remarks=remarks,
+        settings=(*continued, *fitted.settings),
+        asked=asked_sha256(context.spec),
         initial_adapter=None if initial is None else initial.status,
     )
 

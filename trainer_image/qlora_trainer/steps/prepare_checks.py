@@ -9,11 +9,11 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.forecast import training_flops
 from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 from qlora_api.status import DatasetStatus
 from qlora_api.steps import STEPS, few_steps_remark
 from qlora_api.usage import WorkStatus
-from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.completion import PrepareRecord, asked_sha256
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.records import RecordWriter
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def planned_work(
-    parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: TrainingSpec
+    parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: ResolvedTraining
 ) -> WorkStatus | None:
     """Return the planned run's operations, None if those per token are unknown."""
     if parameters is None:
@@ -43,7 +43,7 @@ def planned_work(
     return WorkStatus(parameters=parameters, tokens=tokens, flops=training_flops(parameters, tokens, training))
 
 
-def check_steps(training: TrainingSpec, gpus: int, data_folder: Path) -> tuple[str, ...]:
+def check_steps(training: ResolvedTraining, gpus: int, data_folder: Path) -> tuple[str, ...]:
     """Return remarks on few optimizer steps or evaluations, also logged.
 
     Raises StepFailure (BAD_CONFIGURATION) for a warm-up that takes the whole run.
@@ -73,7 +73,7 @@ def check_steps(training: TrainingSpec, gpus: int, data_folder: Path) -> tuple[s
 
 def refresh_record(
     record: PrepareRecord,
-    spec: QLoRAJobSpec,
+    asked: QLoRAJobSpec,
     workspace: WorkspaceLayout,
     mounts: Mounts,
     group_size: int,
@@ -83,13 +83,15 @@ def refresh_record(
 
     Raises StepFailure if the job does not fit its GPU, asks for a score that no adapter could have, or only warms up.
     """
-    root = workspace.root
+    if record.asked != asked_sha256(asked):
+        return None
+    root, spec = workspace.root, record.resolve(asked)
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
     data, base = root / record.data_path, root / record.base_path
     if resolved is None or not (
         resolved.fingerprint(spec) == record.fingerprint
         and (folder / CONFIG).is_file()
-        and _can_be_opened(data, ("train", "eval") if spec.dataset.eval else ("train",))
+        and _can_be_opened(data, ("train", "eval") if spec.dataset.holds_out else ("train",))
         and is_unchanged(record.initial_adapter, spec.lora.initial_adapter, workspace.initial_adapter)
         and is_whole(base, mounts.model_cache)
         and is_present(base, record.base_sha256, spec.quantization)

@@ -21,7 +21,7 @@ from qlora_trainer.data.tokenize.row_cache import RowsFolder
 from qlora_trainer.evaluation.answers import AnswerTexts
 from qlora_trainer.evaluation.scorable import require_scorable
 from qlora_trainer.steps.prepare_checks import planned_work
-from qlora_trainer.steps.prepare_model import AdmittedModel
+from qlora_trainer.steps.prepare_model import AdmittedModel, FittedModel
 from qlora_trainer.stores.access import StoreAccess
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,10 @@ class WrittenSequences:
     """How answers end, if servers have to be given that."""
     remarks: tuple[str, ...]
 
-    def complete(
-        self, spec: QLoRAJobSpec, model: AdmittedModel, revision: str, workspace: WorkspaceLayout
-    ) -> PreparedData:
+    def complete(self, model: FittedModel, revision: str, workspace: WorkspaceLayout) -> PreparedData:
         """Rename the folder to its fingerprint, and return the data's part of the record."""
-        template, text = None, model.tokenizer.template_text
+        spec, admitted = model.spec, model.admitted
+        template, text = None, admitted.tokenizer.template_text
         if text is not None:
             # For publication.
             (self.folder / TEMPLATE_FILE).write_text(text, encoding="utf-8", newline="")
@@ -49,7 +48,7 @@ class WrittenSequences:
         own = self.dataset.own_evaluation
         resolved = ResolvedInputs(
             revision,
-            model.tokenizer_files,
+            admitted.tokenizer_files,
             tuple(source.sha256 for source in self.dataset.training),
             None if own is None else own.sha256,
             template,
@@ -80,8 +79,7 @@ def build_dataset(
 ) -> Dataset:
     """Tokenize the job's data set. The next attempt resumes from files below `data`."""
     return DatasetBuilder(
-        spec.dataset,
-        spec.training,
+        spec,
         model.tokenizer,
         model.tokenizer_files,
         vocabulary=model.family.vocabulary,
@@ -89,6 +87,7 @@ def build_dataset(
         scratch=lambda name: partial_path(data / name),
         rows=rows,
         say=report,
+        context=model.family.longest_row,
     ).build()
 
 
@@ -101,21 +100,21 @@ def rows_folder(data: Path, sweep: Path | None, identity: Identity) -> RowsFolde
 
 
 def write_sequences(
-    dataset: Dataset, spec: QLoRAJobSpec, model: AdmittedModel, data: Path, report: Callable[[str], None]
+    dataset: Dataset, model: FittedModel, data: Path, report: Callable[[str], None]
 ) -> WrittenSequences:
     """Write the sequences to a new folder below `data`. Raises StepFailure."""
-    folder = new_folder(partial_path(data / "layout"))
+    folder, spec, admitted = new_folder(partial_path(data / "layout")), model.spec, model.admitted
     dataset.write(
         folder,
         spec.training,
         packed=model.packed,
         on_epoch=lambda number: report(f"drawing the rows of epoch {number + 1}"),
     )
-    tokenizer = model.tokenizer
+    tokenizer = admitted.tokenizer
     end: EndOfTurn | None = None
     of_turns: tuple[str, ...] = ()
     if tokenizer.has_chat_template and not all(source.reading.format == "text" for source in dataset.training):
-        end = end_of_turn(tokenizer, model.folder)
+        end = end_of_turn(tokenizer, admitted.folder)
         of_turns = template_remarks(end, () if tokenizer.template is None else marks_in_pieces(tokenizer))
         for remark in of_turns:
             logger.warning("%s", remark)
@@ -123,7 +122,7 @@ def write_sequences(
         spec.gate,
         folder,
         dataset.status(),
-        partial(AnswerTexts, model.folder, end),
-        fixed_positions=model.family.fixed_positions,
+        partial(AnswerTexts, admitted.folder, end),
+        fixed_positions=admitted.family.fixed_positions,
     )
     return WrittenSequences(dataset, folder, end, (*of_turns, *dataset.remarks, *of_score))

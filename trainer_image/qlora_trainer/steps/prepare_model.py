@@ -1,22 +1,28 @@
-"""Decides by the model's small files whether and how a job is trained."""
+"""Decides by the model's small files, and then by the rows, whether and how a job is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
 
+from qlora_api.choice import Choice
+from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec, decided_lora, resolve
 from qlora_trainer.core.completion import PreparedModel
+from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
 from qlora_trainer.history.trackers import require_installed
 from qlora_trainer.model.base.layout import BaseLayout
-from qlora_trainer.model.families.admission import advise_learning_rate, check_model
+from qlora_trainer.model.families.admission import advise_learning_rate, check_model, require_settings
 from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
-from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.memory.fit import MemoryFit, training_shape
+from qlora_trainer.model.memory.fitted import settings_that_fit
+from qlora_trainer.model.memory.job_memory import measured_estimate
 from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.report.serving import warn_if_not_served
@@ -24,47 +30,56 @@ from qlora_trainer.report.serving import warn_if_not_served
 
 @dataclass(frozen=True)
 class AdmittedModel:
-    """A model that the job can be trained on, before data and weights are fetched."""
+    """A model that the job may be trained on, before data and weights are fetched."""
 
     folder: Path
     """With the model's small files."""
     family: Family
-    memory: MemoryFit
     tokenizer: Tokenizer
     tokenizer_files: Mapping[str, str]
     """SHA-256 of each of the tokenizer's files."""
     layout: BaseLayout
-    rows_apart: bool
-    """Whether rows can share a sequence."""
-    packed: bool
-    """Whether they do."""
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, spec: QLoRAJobSpec, family: Family, memory: MemoryFit, template: JobTemplate | None
-    ) -> Self:
-        """Load the tokenizer of a checked model. Raises StepFailure if it does not fit."""
-        memory.require()
-        advise_learning_rate(memory.parameters or 0, spec.training.learning_rate)
+    def from_folder(cls, folder: Path, spec: QLoRAJobSpec, family: Family, template: JobTemplate | None) -> Self:
+        """Load the tokenizer of a checked model."""
         return cls(
             folder=folder,
             family=family,
-            memory=memory,
             tokenizer=Tokenizer(folder, template),
             tokenizer_files=tokenizer_digests(folder),
             layout=BaseLayout.from_folder(folder, spec.quantization),
-            rows_apart=family.keeps_rows_apart(spec.training.max_sequence_length),
-            packed=family.packs(spec.training),
         )
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A model with all settings of the job, which fit the model and the GPU."""
+
+    admitted: AdmittedModel
+    spec: ResolvedSpec
+    settings: tuple[Choice, ...]
+    """What the job left open."""
+    memory: MemoryFit
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether rows can share a sequence."""
+        return self.admitted.family.keeps_rows_apart(self.spec.training.max_sequence_length)
+
+    @property
+    def packed(self) -> bool:
+        """Whether they do."""
+        return self.admitted.family.packs(self.spec.training)
 
     @property
     def parameters(self) -> int | None:
         """Weights that each token is multiplied by, or None if unknown."""
-        return self.family.parameters_of_token(self.memory.parameters)
+        return self.admitted.family.parameters_of_token(self.memory.parameters)
 
     def record(self) -> PreparedModel:
         """Return the model's part of the completion record."""
-        family = self.family
+        family = self.admitted.family
         return PreparedModel(
             target_modules=family.target_modules,
             packed=self.packed,
@@ -87,13 +102,41 @@ def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> Family:
     """
     require_installed(spec.training.report_to)
     family = check_model(folder, spec)
-    warn_if_not_served(spec)
     if spec.output.gguf is not None:
-        require_convertible(folder, family.target_modules, spec.lora, spec.output.gguf, scratch)
+        # The conversion of one rank is like that of every other.
+        require_convertible(folder, family.target_modules, decided_lora(spec.lora, 1, 1), spec.output.gguf, scratch)
     return family
 
 
-def measure_memory(folder: Path, spec: QLoRAJobSpec, family: Family, group_size: int) -> MemoryFit:
+def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, settings: Sequence[Choice], group_size: int) -> FittedModel:
+    """Return the model with the chosen settings, of which the micro batch is the largest up to it that fits the GPU.
+
+    Raises StepFailure if the job does not fit the GPU, or the model cannot be trained so.
+    """
+    family, chosen = model.family, tuple(settings)
+    resolved = resolve(spec, chosen)
+    require_settings(family, model.folder / CONFIG, resolved)
+    memory = measure_memory(model.folder, resolved, family, group_size)
+    if (measured := memory.measured) is not None:
+        # From one dry run: each takes seconds.
+        chosen = settings_that_fit(
+            spec, chosen, resolved.resources.gpu_gib, lambda other: _estimate(other, family, measured)
+        )
+        if (fitting := resolve(spec, chosen)) != resolved:
+            resolved, memory = fitting, measure_memory(model.folder, fitting, family, group_size)
+    memory.require()
+    if spec.training.learning_rate is not None:
+        advise_learning_rate(memory.parameters or 0, spec.training.learning_rate)
+    warn_if_not_served(resolved)
+    return FittedModel(model, resolved, chosen, memory)
+
+
+def _estimate(spec: ResolvedSpec, family: Family, measured: MeasuredMemory) -> MemoryEstimate:
+    shape = training_shape(spec, family.target_modules, mixture_of_experts=family.mixture_of_experts)
+    return measured_estimate(measured, shape)
+
+
+def measure_memory(folder: Path, spec: ResolvedSpec, family: Family, group_size: int) -> MemoryFit:
     """Measure in dry runs the memory that `group_size` such jobs need together."""
     return MemoryFit.from_config(
         folder / CONFIG,

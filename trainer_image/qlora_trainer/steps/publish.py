@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qlora_api.artifact_status import AdapterStatus
-from qlora_api.contract import WorkspaceLayout, needed_contract
+from qlora_api.contract import WorkspaceLayout, is_signed
 from qlora_api.schema import replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import StepName
@@ -158,8 +158,9 @@ def read_published(context: StepContext) -> TrainRecord | None:
         context.registries,
         identity.pod_uid,
     )
-    signs = context.contract_version >= needed_contract(1, signed=True)
-    done = _find_published(job, workspace, destinations.adapter(), destinations, has_key=signs)
+    done = _find_published(
+        job, workspace, destinations.adapter(), destinations, has_key=is_signed(context.contract_version)
+    )
     return None if done is None else job.trained
 
 
@@ -195,7 +196,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
     return TrainedJob(
         name=context.document.metadata.name,
         uid=context.identity.job_uid,
-        spec=context.spec,
+        spec=prepared.resolve(context.spec),
         base_name=base_name(context.spec.model),
         prepared=prepared,
         trained=trained,

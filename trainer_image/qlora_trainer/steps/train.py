@@ -52,7 +52,7 @@ def train(
         checkpoint = job.agree_on_checkpoint(ranks, checkpoint)
         shortage = partial(
             explain_shortage,
-            context.spec,
+            job.spec,
             job.prepared.target_modules,
             context.device,
             measured=job.prepared.measured,
@@ -61,7 +61,7 @@ def train(
         base_check = BaseCheck(job.base_folder, job.prepared.base_sha256) if rank_info.local_rank == 0 else None
         if base_check is not None:
             held.callback(base_check.close)
-        with shortage(lambda: context.spec.training.micro_batch_size):
+        with shortage(lambda: job.spec.training.micro_batch_size):
             run, state = open_run(job, ProcessSettings(runtime, ranks, base_check), checkpoint)
         if run.history is not None:
             held.enter_context(run.history)

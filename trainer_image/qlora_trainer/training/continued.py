@@ -2,8 +2,10 @@
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
+from qlora_api.choice import Choice
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.schema import replace
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
@@ -17,7 +19,7 @@ from qlora_trainer.training.checkpoints.checkpoint import (
     newest_intact,
     numbered_checkpoints,
 )
-from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, settings_differences
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, settings_differences, settings_of
 from qlora_trainer.training.prepared_job import PreparedJob
 
 _BLOCK_BYTES = 2**20
@@ -32,11 +34,18 @@ def require_something_to_continue(source: Path, name: str) -> None:
         raise _nothing_to_continue(name)
 
 
-def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> None:
-    """Raise StepFailure if the other job's run has other settings: cheap, so early."""
+def continued_settings(
+    source: Path, name: str, settings: Fingerprint, left_open: Collection[str]
+) -> tuple[Choice, ...]:
+    """Return the other run's values of settings that the job leaves open.
+
+    Raises StepFailure if that run has others of those that the job sets: cheap, so early.
+    """
     checkpoint = newest_fingerprint(_layout(source).checkpoints)
-    if checkpoint is not None:
-        _require_same(settings_differences(checkpoint[1], settings), name)
+    if checkpoint is None:
+        return ()
+    _require_same(settings_differences(checkpoint[1], settings, left_open), name)
+    return settings_of(checkpoint[1], left_open, name)
 
 
 def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
 from torch import Tensor, nn
 
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -27,7 +27,7 @@ _CLASSES = {
 }
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterable[nn.Parameter], training: ResolvedTraining) -> torch.optim.Optimizer:
     """AdamW as `training.optimizer` names it, with β 0.9 and 0.999 (arXiv 2305.14314).
 
     Paged state is in memory that the driver moves between GPU and host. On a CPU nothing is paged; this is logged.
@@ -49,7 +49,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], training: TrainingSpec) -
     return make()
 
 
-def learning_rate(step: int, total_steps: int, training: TrainingSpec) -> float:
+def learning_rate(step: int, total_steps: int, training: ResolvedTraining) -> float:
     """The rate of the optimizer step that is number `step`, counted from 0.
 
     It rises linearly over `warmupSteps`, starting above 0, and then stays (constant) or falls to 0 at `total_steps`,

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import GIB, MemoryEstimate
 from qlora_api.schema import replace
-from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedSpec, ResolvedTraining
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
 from qlora_trainer.core.measured_memory import MeasuredMemory
@@ -30,7 +29,7 @@ _SHARES = {
 
 @contextmanager
 def explain_shortage(
-    spec: QLoRAJobSpec,
+    spec: ResolvedSpec,
     target_modules: Iterable[str],
     device: Device,
     micro_batch_size: Callable[[], int],
@@ -67,7 +66,7 @@ def _by_share(memory: MemoryEstimate) -> str:
     return f"{memory.expected / GIB:.1f} GiB ({listed})"
 
 
-def smaller(training: TrainingSpec) -> str:
+def smaller(training: ResolvedTraining) -> str:
     """The first change: micro batches, gradient checkpointing, then the sequences."""
     if training.micro_batch_size > 1:
         half, twice = training.micro_batch_size // 2, training.gradient_accumulation_steps * 2

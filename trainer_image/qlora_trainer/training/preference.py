@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from qlora_api.spec.training import PreferenceSpec, TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
+from qlora_api.spec.training import PreferenceSpec
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.model.losses.batch import Batch, PairedRows
@@ -22,7 +23,7 @@ Accuracy is the share of pairs whose chosen answer has the higher implicit rewar
 
 
 def make_objective(
-    training: TrainingSpec, data: PreparedDataset, eval_data: PreparedDataset | None, device: torch.device
+    training: ResolvedTraining, data: PreparedDataset, eval_data: PreparedDataset | None, device: torch.device
 ) -> Objective:
     """The job's objective. Raises StepFailure (BAD_CONFIGURATION) for unusable data."""
     if training.compares_answers != data.pairs:

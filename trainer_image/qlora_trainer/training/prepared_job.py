@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, score_settings
 from qlora_trainer.core.context import Device, Identity, StepContext
 from qlora_trainer.core.failures import bad_configuration
@@ -33,7 +33,10 @@ from qlora_trainer.training.distributed.ranks import Ranks
 class PreparedJob:
     """A job that this process trains, known before anything is loaded."""
 
-    document: QLoRAJobDocument
+    name: str
+    """The job's name, for messages and reports."""
+    spec: ResolvedSpec
+    """The job's, with the chosen settings."""
     workspace: WorkspaceLayout
     identity: Identity
     device: Device
@@ -55,20 +58,18 @@ class PreparedJob:
     @classmethod
     def from_record(cls, context: StepContext, prepared: PrepareRecord, ranks: int) -> Self:
         """Return the job of a record, to be trained by so many processes."""
-        fingerprint = run_fingerprint(context.spec, prepared, context.device, ranks)
+        spec = prepared.resolve(context.spec)
+        fingerprint = run_fingerprint(spec, prepared, context.device, ranks)
         return cls(
-            context.document, context.workspace, context.identity, context.device, context.rungs, prepared, fingerprint
+            context.document.metadata.name,
+            spec,
+            context.workspace,
+            context.identity,
+            context.device,
+            context.rungs,
+            prepared,
+            fingerprint,
         )
-
-    @property
-    def spec(self) -> QLoRAJobSpec:
-        """The job's spec, with the schema's defaults."""
-        return self.document.spec
-
-    @property
-    def name(self) -> str:
-        """The job's name, for messages and reports."""
-        return self.document.metadata.name
 
     @property
     def model_folder(self) -> Path:

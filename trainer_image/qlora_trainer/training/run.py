@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, nine_digits
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
@@ -95,7 +95,7 @@ class Run:
         return self.adapted_base
 
     @property
-    def training(self) -> TrainingSpec:
+    def training(self) -> ResolvedTraining:
         """The job's settings of the loop."""
         return self.job.spec.training
 

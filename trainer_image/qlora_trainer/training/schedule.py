@@ -7,7 +7,7 @@ from math import ceil
 import numpy
 from numpy.typing import NDArray
 
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.losses.batch import MicroBatch
 
@@ -27,7 +27,9 @@ class Schedule:
     """The first sequence of each epoch, and the end, where a mix makes them differ."""
 
     @classmethod
-    def from_training(cls, sequences: int, training: TrainingSpec, epoch_offsets: tuple[int, ...] = ()) -> "Schedule":
+    def from_training(
+        cls, sequences: int, training: ResolvedTraining, epoch_offsets: tuple[int, ...] = ()
+    ) -> "Schedule":
         """The schedule for `sequences` sequences. An epoch ends with a smaller step if they do not divide.
 
         Raises StepFailure (BAD_CONFIGURATION) if too few epochs are prepared.

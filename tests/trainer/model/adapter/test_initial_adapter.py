@@ -12,7 +12,6 @@ from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource, RegistrySource, parse_source
-from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
@@ -27,12 +26,13 @@ from qlora_trainer.stores.destinations.destination import Destination, publish_f
 from qlora_trainer.stores.destinations.registry import RegistryDestination
 from qlora_trainer.stores.hub import Hub
 from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, serve
+from tests.support.resolved import resolved_lora
 from tests.support.runs.published import MANIFEST
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, give_login, s3_server
 from tests.support.services.fault_proxy import FaultProxy
 from tests.trainer.conftest import MakeContext
 
-LORA = LoraSpec(rank=4, alpha=8)
+LORA = resolved_lora(rank=4, alpha=8)
 TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 CONFIG = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8.0, "base_model_name_or_path": "acme/tiny"}'
 

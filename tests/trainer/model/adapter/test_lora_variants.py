@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.resolved import ResolvedLora
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
@@ -27,6 +28,7 @@ from qlora_trainer.report.serving import rejected_by_vllm, served_rank
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 from tests.support.models.sequences import CPU
+from tests.support.resolved import resolved_lora
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -135,32 +137,32 @@ def test_the_check_before_publication_covers_every_tensor(
 
 
 def test_blocks_are_chosen_by_number_and_must_exist(tiny_llama: Path) -> None:
-    chosen = inspect_family(tiny_llama, LoraSpec(layers_to_transform=(1,))).target_modules
+    chosen = inspect_family(tiny_llama, resolved_lora(layers_to_transform=(1,))).target_modules
     assert len(chosen) == 7
     assert all(".layers.1." in name for name in chosen)
     with pytest.raises(StepFailure, match=r"names block 2, .* numbered 0 to 1") as caught:
-        inspect_family(tiny_llama, LoraSpec(layers_to_transform=(0, 2)))
+        inspect_family(tiny_llama, resolved_lora(layers_to_transform=(0, 2)))
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
     with pytest.raises(StepFailure, match="embed_tokens and lm_head are one matrix") as caught:
-        inspect_family(tiny_qwen2, LoraSpec(modules_to_save=("lm_head",)))
+        inspect_family(tiny_qwen2, resolved_lora(modules_to_save=("lm_head",)))
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 @pytest.mark.parametrize(
     ("lora", "word"),
     [
-        (LoraSpec(), None),
-        (LoraSpec(use_rslora=True, layers_to_transform=(1,)), None),
-        (LoraSpec(rank=512), None),
-        (LoraSpec(use_dora=True), "DoRA"),
-        (LoraSpec(modules_to_save=("lm_head",)), "modulesToSave"),
-        (LoraSpec(rank=1024), "rank 1024"),
+        (resolved_lora(), None),
+        (resolved_lora(use_rslora=True, layers_to_transform=(1,)), None),
+        (resolved_lora(rank=512), None),
+        (resolved_lora(use_dora=True), "DoRA"),
+        (resolved_lora(modules_to_save=("lm_head",)), "modulesToSave"),
+        (resolved_lora(rank=1024), "rank 1024"),
     ],
 )
-def test_settings_that_vllm_rejects_are_named_with_the_reason(lora: LoraSpec, word: str | None) -> None:
+def test_settings_that_vllm_rejects_are_named_with_the_reason(lora: ResolvedLora, word: str | None) -> None:
     reason = rejected_by_vllm(lora)
     assert (reason is None) == (word is None)
     assert reason is None or str(word) in reason
@@ -169,4 +171,4 @@ def test_settings_that_vllm_rejects_are_named_with_the_reason(lora: LoraSpec, wo
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (48, 64), (64, 64), (257, 320), (321, 512)])
 def test_the_rank_that_a_server_must_allow_is_one_that_vllm_accepts(rank: int, served: int) -> None:
-    assert served_rank(LoraSpec(rank=rank)) == served
+    assert served_rank(resolved_lora(rank=rank)) == served

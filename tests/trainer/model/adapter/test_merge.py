@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Phi3Config, Qwen2Config
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -44,6 +44,7 @@ from tests.support.families import FAMILIES, tiny_config
 from tests.support.models.four_bit import convert
 from tests.support.models.sequences import rows_of
 from tests.support.models.tiny import JOB_UID, SHAPE, Recorded, save_model
+from tests.support.resolved import resolved_lora
 from tests.support.runs.forks import server
 from tests.support.runs.report_page import Page
 from tests.support.training import prepared, run
@@ -342,7 +343,7 @@ def test_buffers_of_a_family_are_in_the_merged_model(tmp_path: Path) -> None:
     whole = merged_model(model)
     (tmp_path / "merged").mkdir()
     base = BaseWeights(tmp_path / "base", whole)
-    write_merged(whole, MergeSource(base, tmp_path / "adapter.safetensors", LoraSpec()), tmp_path / "merged")
+    write_merged(whole, MergeSource(base, tmp_path / "adapter.safetensors", resolved_lora()), tmp_path / "merged")
 
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"]

@@ -25,7 +25,7 @@ from transformers import (
 from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import MergedSpec, OutputSpec, PublishedBaseSpec
-from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.model.adapter.attach import adapter_parameters, save_adapter
@@ -44,6 +44,7 @@ from tests.support.models.four_bit import convert, expert_weights
 from tests.support.models.mxfp4 import GPT_OSS
 from tests.support.models.sequences import CPU
 from tests.support.models.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.resolved import resolved_lora, resolved_training
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 
@@ -142,14 +143,14 @@ def test_adapters_on_experts_with_unsupported_options_are_rejected(
     tiny_qwen3_moe: Path, lora: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(StepFailure) as caught:
-        inspect_family(tiny_qwen3_moe, LoraSpec(**lora))
+        inspect_family(tiny_qwen3_moe, resolved_lora(**lora))
 
     assert message in caught.value.message
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_experts_that_a_token_is_not_routed_to_are_not_counted_for_it(tiny_qwen3_moe: Path) -> None:
-    family = inspect_family(tiny_qwen3_moe, LoraSpec())
+    family = inspect_family(tiny_qwen3_moe, resolved_lora())
     config = AutoConfig.from_pretrained(tiny_qwen3_moe)
     of_an_expert = 3 * config.hidden_size * config.moe_intermediate_size * config.num_hidden_layers
     idle = (config.num_experts - config.num_experts_per_tok) * of_an_expert
@@ -160,12 +161,12 @@ def test_experts_that_a_token_is_not_routed_to_are_not_counted_for_it(tiny_qwen3
 def test_sharding_merging_and_publishing_the_base_are_rejected_for_experts_only(
     tiny_qwen3_moe: Path, tiny_llama: Path
 ) -> None:
-    routed, dense = inspect_family(tiny_qwen3_moe, LoraSpec()), inspect_family(tiny_llama, LoraSpec())
+    routed, dense = inspect_family(tiny_qwen3_moe, resolved_lora()), inspect_family(tiny_llama, resolved_lora())
     base = OutputSpec(base=PublishedBaseSpec(destination="pvc://out/base"))
     for training, output, message in (
-        (TrainingSpec(sharding="full"), OutputSpec(), r"spec\.training\.sharding is full"),
-        (TrainingSpec(), OutputSpec(merged=MergedSpec()), r"spec\.output\.merged"),
-        (TrainingSpec(), base, r"spec\.output\.base.* no server reads experts"),
+        (resolved_training(sharding="full"), OutputSpec(), r"spec\.training\.sharding is full"),
+        (resolved_training(), OutputSpec(merged=MergedSpec()), r"spec\.output\.merged"),
+        (resolved_training(), base, r"spec\.output\.base.* no server reads experts"),
     ):
         with pytest.raises(StepFailure, match=message) as caught:
             routed.require(training, output)
@@ -217,13 +218,13 @@ def test_plain_peft_puts_the_tensors_of_shared_experts_in_their_place(tmp_path: 
 def test_layers_that_peft_takes_for_experts_get_an_adapter_by_weight_but_no_dora(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", EXPERTS["glm4_moe"][0])
 
-    family, dora = (inspect_family(model, LoraSpec(use_dora=way)) for way in (False, True))
+    family, dora = (inspect_family(model, resolved_lora(use_dora=way)) for way in (False, True))
 
     assert {"model.layers.0.mlp.down_proj", *SHARED} <= set(family.target_modules)
     assert set(family.target_modules) == {*dora.target_modules, *dora.without_dora}
     assert {name.split(".")[3] for name in dora.target_modules} == {"self_attn"}
     with pytest.raises(StepFailure, match=r"'up_proj', which can have no DoRA \(spec\.lora\.useDora\)"):
-        inspect_family(model, LoraSpec(target_modules=("q_proj", "up_proj"), use_dora=True))
+        inspect_family(model, resolved_lora(target_modules=("q_proj", "up_proj"), use_dora=True))
 
 
 def test_the_weight_of_a_shared_expert_stays_in_16_bit_and_gets_no_adapter(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_the_weight_of_a_shared_expert_stays_in_16_bit_and_gets_no_adapter(tmp_p
     assert type(routing.shared_expert_gate) is nn.Linear
     assert routing.shared_expert_gate.weight.dtype == routing.gate.weight.dtype == torch.bfloat16
     assert isinstance(routing.shared_expert.up_proj, Linear4bit)
-    family = inspect_family(model, LoraSpec())
+    family = inspect_family(model, resolved_lora())
     assert not any(name.endswith("gate") for name in family.target_modules)
     assert "model.layers.1.mlp.shared_expert.gate_proj" in family.target_modules
 
@@ -261,7 +262,7 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
 def test_all_layers_of_a_router_stay_in_16_bit_and_get_no_adapter(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", CASES["zaya"].config())
 
-    base, family = load_base(model, NF4, "cpu"), inspect_family(model, LoraSpec())
+    base, family = load_base(model, NF4, "cpu"), inspect_family(model, resolved_lora())
 
     routers = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and ".gate." in name]
     assert {name.partition(".gate.")[2] for name in routers} == {
@@ -296,7 +297,7 @@ def test_experts_whose_router_is_not_found_are_rejected() -> None:
 def test_a_leak_between_rows_is_noticed_although_experts_round(
     tiny_qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not inspect_family(tiny_qwen3_moe, LoraSpec()).one_row
+    assert not inspect_family(tiny_qwen3_moe, resolved_lora()).one_row
 
     def leaky(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
         one = RowBoundaries.from_lengths((query.shape[2],), CPU)
@@ -305,7 +306,7 @@ def test_a_leak_between_rows_is_noticed_although_experts_round(
         return apart + 1e-3 * (mixed - apart), weights
 
     monkeypatch.setattr("qlora_trainer.model.kernels.attention.rows_attention", leaky)
-    assert inspect_family(tiny_qwen3_moe, LoraSpec()).one_row
+    assert inspect_family(tiny_qwen3_moe, resolved_lora()).one_row
 
 
 def test_the_dry_run_counts_4_bit_and_dequantized_experts(tmp_path: Path) -> None:

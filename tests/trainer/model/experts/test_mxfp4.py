@@ -19,7 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base.layout import BaseLayout
@@ -37,6 +37,7 @@ from tests.support.models.four_bit import convert
 from tests.support.models.mxfp4 import CONFIG, WEIGHTS, save_gpt_oss
 from tests.support.models.plain_loss import mean_loss
 from tests.support.models.tiny import SHAPE, Recorded, chat_row, write_rows
+from tests.support.resolved import resolved_lora
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 
@@ -239,6 +240,6 @@ def test_models_in_another_form_are_rejected_by_name(
     config = json.loads((gpt_oss / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | changes))
     with pytest.raises(StepFailure) as caught:
-        inspect_family(tmp_path, LoraSpec())
+        inspect_family(tmp_path, resolved_lora())
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert message in caught.value.message

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_api.memory.model_shape import SUPPORTED_MODEL_TYPES
-from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -41,6 +41,7 @@ from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.models.four_bit import require_quantized_experts, settings
 from tests.support.models.plain_loss import mean_loss
 from tests.support.models.sequences import CPU, random_sequence
+from tests.support.resolved import resolved_lora, resolved_training
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 SPEC: dict[str, Any] = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
@@ -71,7 +72,7 @@ def train_without_interruption(case: Case, root: Path) -> Trained:
                 # Norms that begin at 1 and biases that begin at 0 would not be missed.
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(root / "model")
-    family = inspect_family(root / "model", LoraSpec())
+    family = inspect_family(root / "model", resolved_lora())
     context = prepared(root / "workspace", root / "model", SPEC, packed=not family.one_row)
     return Trained(case, root / "model", family, context, run(context))
 
@@ -198,9 +199,9 @@ def test_a_family_that_cannot_keep_rows_apart_takes_micro_batches_of_one_row(tra
     with pytest.raises(
         StepFailure, match=r"set spec\.training\.microBatchSize to 1 and raise gradientAccumulationSteps"
     ):
-        check_model(trained.model, job_spec(training=TrainingSpec(micro_batch_size=2, max_sequence_length=64)))
+        check_model(trained.model, job_spec(training=resolved_training(micro_batch_size=2, max_sequence_length=64)))
 
-    training = TrainingSpec(max_sequence_length=64)
+    training = resolved_training(max_sequence_length=64)
     family = check_model(trained.model, job_spec(training=training))
     assert not family.packs(training)
     assert any(remark.startswith("no packing") for remark in family.remarks(training))

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import ADAPTER_FILE
@@ -40,6 +40,7 @@ from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.models.four_bit import convert, expert_weights, require_quantized_experts, settings
 from tests.support.models.plain_loss import mean_loss
 from tests.support.models.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
+from tests.support.resolved import resolved_lora
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 # One with the decoder of a text model, and one with a special decoder, with positions on three axes.
@@ -97,7 +98,7 @@ routed = pytest.mark.parametrize("trained", families(*MIXTURES), indirect=True)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp(request.param)
     model = save_wrapper(root / "model", tiny_wrapper(request.param))
-    family = inspect_family(model, LoraSpec())
+    family = inspect_family(model, resolved_lora())
     assert family.mixture_of_experts == (request.param in MIXTURES)
     assert family.mixture_of_experts or family.one_row == (request.param in ONE_ROW)
     context = prepared(root / "workspace", model, SPEC, packed=not family.one_row)
@@ -300,7 +301,7 @@ def test_layers_that_only_images_reach_get_no_adapter_and_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     AutoConfig.for_model("mllama").save_pretrained(tmp_path)
-    family = check_model(tmp_path, job_spec(lora=LoraSpec(target_modules=("o_proj", "down_proj"))))
+    family = check_model(tmp_path, job_spec(lora=resolved_lora(target_modules=("o_proj", "down_proj"))))
 
     images_only = {3, 8, 13, 18, 23, 28, 33, 38}
     adapted_blocks = {place_in_block(name)[0] for name in family.target_modules}

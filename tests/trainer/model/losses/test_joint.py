@@ -8,7 +8,6 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
-from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.model.adapter.attach import (
     activate_adapter,
@@ -28,12 +27,13 @@ from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.losses.loss import batch_loss
 from tests.support.models.adapted import NF4
 from tests.support.models.sequences import CPU, random_sequence
+from tests.support.resolved import resolved_lora
 
 # The first is of its own shape and scale, and lacks layers that others adapt.
 ADAPTERS = {
-    "default": (LoraSpec(rank=8, alpha=4, target_modules=("q_proj", "o_proj", "up_proj")), 3),
-    "job00": (LoraSpec(rank=4, alpha=8), 4),
-    "job01": (LoraSpec(rank=4, alpha=8, layers_to_transform=(1,)), 5),
+    "default": (resolved_lora(rank=8, alpha=4, target_modules=("q_proj", "o_proj", "up_proj")), 3),
+    "job00": (resolved_lora(rank=4, alpha=8), 4),
+    "job01": (resolved_lora(rank=4, alpha=8, layers_to_transform=(1,)), 5),
 }
 ROWS = {"default": (40, 25, 70), "job00": (90, 31), "job01": (12, 55, 64, 8)}
 BATCHES = {name: Batch.from_sequences([random_sequence(rows, seed=len(rows))], CPU) for name, rows in ROWS.items()}

@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
@@ -23,6 +22,7 @@ from tests.support.families import FAMILIES
 from tests.support.models.adapted import adapted
 from tests.support.models.sequences import CPU, random_sequence
 from tests.support.models.tiny import SHAPE, save_model
+from tests.support.resolved import resolved_lora
 
 WIDE = LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4})
 BATCH = Batch.from_sequences([random_sequence((128, 128), 1)], CPU)
@@ -64,10 +64,10 @@ def test_the_walk_over_the_graph_frees_the_same_tensors_as_the_engine(
 
 def test_a_joint_pass_of_several_adapters_is_walked_as_the_engine_goes(tmp_path: Path) -> None:
     model = adapted(save_model(tmp_path / "model", WIDE))
-    targets = inspect_family(tmp_path / "model", LoraSpec()).target_modules
+    targets = inspect_family(tmp_path / "model", resolved_lora()).target_modules
     names = [adapter_name(position) for position in range(3)]
     for name in names[1:]:
-        attach_further_adapter(model, name, LoraSpec(rank=8), targets, seed=1, base_name="", base_revision="")
+        attach_further_adapter(model, name, resolved_lora(rank=8), targets, seed=1, base_name="", base_revision="")
     with_gradients(model)
     batches = dict(zip(names, (BATCH, BATCH, Batch.from_sequences([random_sequence((64,), 2)], CPU)), strict=True))
     require_same_walk(lambda run_backward: joint_step_bytes(model, batches, run_backward))

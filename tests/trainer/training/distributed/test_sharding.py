@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, OPTConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.spec.training import LoraSpec, QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.adapter.attach import attach_adapter
@@ -34,6 +34,7 @@ from tests.support.models.parts import bar_other_parts, packed_weights
 from tests.support.models.sequences import CPU
 from tests.support.models.tiny import SHAPE, save_model
 from tests.support.ranks import EXACT, SHARDED, same_numbers
+from tests.support.resolved import resolved_lora
 from tests.support.runs.forks import logs, train_ranks
 from tests.support.training import prepared, run
 
@@ -148,7 +149,7 @@ def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def to_be_sharded(folder: Path) -> Any:
     """The model of a folder in main memory, with an adapter."""
-    lora = LoraSpec(rank=4, alpha=8)
+    lora = resolved_lora(rank=4, alpha=8)
     return attach_adapter(
         load_base(folder, NF4, "cpu", STORAGE_DTYPE),
         lora,

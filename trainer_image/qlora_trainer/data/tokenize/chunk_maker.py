@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy
 
+from qlora_api.automatic import LONGEST
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
 from qlora_api.spec.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
@@ -74,15 +75,19 @@ class Recipe:
         field: str,
         *,
         vocabulary: int,
+        longest: int = LONGEST,
     ) -> "Recipe":
-        """That of a job whose rows are of this format, which its `field` sets."""
+        """That of a job whose rows are of this format, which its `field` sets.
+
+        `longest`: most tokens of a row if the rows decide on the length of sequences.
+        """
         return cls(
             tokenizer=tokenizer.folder,
             vocabulary=vocabulary,
             format=format_,
             columns=columns or Columns(),
             train_on=training.train_on,
-            longest_allowed=training.max_sequence_length,
+            longest_allowed=training.max_sequence_length or longest,
             field=field,
             template=tokenizer.template,
             system_prompt=spec.system_prompt,

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use, taken_for_experts
 from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora
@@ -22,7 +22,7 @@ ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def attach_adapter(
     base: Decoder,
-    lora: LoraSpec,
+    lora: ResolvedLora,
     target_modules: tuple[str, ...],
     *,
     seed: int,
@@ -56,7 +56,7 @@ def adapter_name(position: int) -> str:
 def attach_further_adapter(
     model: AdaptedModel,
     name: str,
-    lora: LoraSpec,
+    lora: ResolvedLora,
     target_modules: tuple[str, ...],
     *,
     seed: int,
@@ -84,7 +84,7 @@ def activate_adapter(model: AdaptedModel, name: str) -> None:
                 layers.requires_grad_(True)
 
 
-def _configuration(base: Decoder, lora: LoraSpec, target_modules: tuple[str, ...]) -> LoraConfig:
+def _configuration(base: Decoder, lora: ResolvedLora, target_modules: tuple[str, ...]) -> LoraConfig:
     modules, parameters = peft_targets(base, target_modules)
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -115,14 +115,14 @@ def peft_targets(model: Decoder, layers: tuple[str, ...]) -> tuple[tuple[str, ..
     return modules, tuple(f"{name}.weight" for name in layers if name in taken)
 
 
-def whole_modules(model: Decoder, lora: LoraSpec) -> tuple[str, ...]:
+def whole_modules(model: Decoder, lora: ResolvedLora) -> tuple[str, ...]:
     """Paths in the model of the modules in spec.lora.modulesToSave."""
     modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
     paths = {id(module): path for path, module in model.named_modules()}
     return tuple(sorted(paths[id(modules[kind])] for kind in lora.modules_to_save or ()))
 
 
-def tensor_dtype(name: str, lora: LoraSpec) -> torch.dtype:
+def tensor_dtype(name: str, lora: ResolvedLora) -> torch.dtype:
     """The type of a tensor in the adapter's file: 16 bit for whole modules."""
     return ADAPTER_DTYPES[lora.dtype] if ".lora_" in name else COMPUTE_DTYPE
 

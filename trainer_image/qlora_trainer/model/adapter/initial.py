@@ -15,7 +15,8 @@ from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.contract import ExitCode
 from qlora_api.sources import VolumeSource, parse_source
 from qlora_api.spec.model import InitialAdapterSpec
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora, decided_lora
+from qlora_api.spec.training import MAX_RANK, LoraSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
@@ -40,6 +41,8 @@ class InitialAdapter:
     base_name: str | None
     """The base as its configuration names it, or None."""
     base_revision: str | None
+    lora: ResolvedLora
+    """The job's, with the rank and alpha of the adapter where it leaves them open."""
     folder: Path
     """Where `complete` puts it."""
 
@@ -75,12 +78,14 @@ def get_initial_adapter(
     if lora.initial_adapter is None:
         return None
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-    expected = expected_tensors(text_part(config), target_modules, lora)
+    skeleton = text_part(config)
     partial = new_folder(partial_path(folder))
     known = earlier if earlier is not None and _is_wanted(earlier, lora.initial_adapter) else None
     address = lora.initial_adapter.source.rstrip("/") if known is None else known.source
-    location = _fetch(access, address, partial, largest_file(expected))
+    largest = expected_tensors(skeleton, target_modules, decided_lora(lora, MAX_RANK, 1))
+    location = _fetch(access, address, partial, largest_file(largest))
     found = check_config(partial / ADAPTER_CONFIG_FILE, location, lora)
+    decided = decided_lora(lora, found.rank, found.alpha)
     sha256, stated = file_sha256(partial / ADAPTER_FILE), lora.initial_adapter.sha256
     if stated not in (None, sha256):
         raise unsafe_artifact(
@@ -92,9 +97,9 @@ def get_initial_adapter(
             f"{_FIELD}.source: the adapter at {location} has changed since this job was prepared (sha256 was "
             f"{known.sha256}, is {sha256}): put the earlier one back, or create the job again to begin with this one"
         )
-    check_tensors(partial / ADAPTER_FILE, location, lora, expected)
+    check_tensors(partial / ADAPTER_FILE, location, decided, expected_tensors(skeleton, target_modules, decided))
     status = InitialAdapterStatus(source=location, sha256=sha256)
-    return InitialAdapter(status, found.base_name, found.base_revision, folder)
+    return InitialAdapter(status, found.base_name, found.base_revision, decided, folder)
 
 
 def is_unchanged(record: InitialAdapterStatus | None, wanted: InitialAdapterSpec | None, folder: Path) -> bool:

@@ -13,7 +13,8 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from qlora_api.printable import shortened, shortened_json
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora
+from qlora_api.spec.training import MAX_ALPHA, MAX_RANK, LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.core.protocols import JsonObject
@@ -48,7 +49,10 @@ _REMEDY = "set these fields to what the adapter has, or remove spec.lora.from to
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The base that an adapter's configuration names."""
+    """The size of an adapter, and the base that its configuration names."""
+
+    rank: int
+    alpha: int
 
     base_name: str | None
     base_revision: str | None
@@ -60,9 +64,12 @@ def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
     if config.get("peft_type") != "LORA":
         kind = shortened_json(config.get("peft_type"))
         raise bad_configuration(f"the adapter of spec.lora.from, {location}, is of type {kind}: must be LORA")
+    # The job takes over what it leaves open.
+    rank = lora.rank or _size(config, "r", MAX_RANK, location)
+    alpha = lora.alpha or _size(config, "lora_alpha", MAX_ALPHA, location)
     wanted: dict[str, tuple[str, object]] = {
-        "r": ("rank", lora.rank),
-        "lora_alpha": ("alpha", lora.alpha),
+        "r": ("rank", rank),
+        "lora_alpha": ("alpha", alpha),
         "use_rslora": ("useRslora", lora.use_rslora),
         "use_dora": ("useDora", lora.use_dora),
     }
@@ -75,10 +82,21 @@ def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
         raise _does_not_match(location, different)
     _validate_variant(config, location, {*wanted, "peft_type"})
     names = (config.get("base_model_name_or_path"), config.get("revision"))
-    return AdapterConfig(*(shortened(name, 200) if isinstance(name, str) and name else None for name in names))
+    base = (shortened(name, 200) if isinstance(name, str) and name else None for name in names)
+    return AdapterConfig(rank, alpha, *base)
 
 
-def check_tensors(path: Path, location: str, lora: LoraSpec, expected: Mapping[str, Expected]) -> None:
+def _size(config: JsonObject, key: str, highest: int, location: str) -> int:
+    found = config.get(key)
+    if type(found) is not int or not 1 <= found <= highest:
+        raise bad_configuration(
+            f"the adapter of spec.lora.from, {location}, has {key} {shortened_json(found)}: must be a whole number "
+            f"from 1 to {highest}"
+        )
+    return found
+
+
+def check_tensors(path: Path, location: str, lora: ResolvedLora, expected: Mapping[str, Expected]) -> None:
     """Compare the adapter's tensors with those of training. Raises StepFailure."""
     try:
         with safe_open(path, framework="pt") as tensors:
@@ -153,7 +171,7 @@ def _last(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _validate_tensor(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec, location: str) -> None:
+def _validate_tensor(name: str, tensor: torch.Tensor, expected: Expected, lora: ResolvedLora, location: str) -> None:
     if tuple(tensor.shape) != expected.shape:
         raise bad_configuration(
             f"the adapter of spec.lora.from, {location}, is of another base: {name} has shape {list(tensor.shape)}, "

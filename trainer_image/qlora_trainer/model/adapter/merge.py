@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.model.architecture.text_part import without_weights
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.protocols import Network
@@ -41,7 +41,7 @@ def merged_weight(base: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude:
     return merged.to(_MERGED_DTYPE)
 
 
-def adapter_scaling(lora: LoraSpec) -> float:
+def adapter_scaling(lora: ResolvedLora) -> float:
     """B A's factor: alpha / rank, or / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
     return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
@@ -53,7 +53,7 @@ class MergeSource:
     base: BaseWeights
     """The 4-bit base."""
     adapter_file: Path
-    lora: LoraSpec
+    lora: ResolvedLora
 
     def tensor(self, name: str) -> Tensor:
         """This tensor of the merged model. Raises StepFailure if the base lacks it."""

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.model.adapter.attach import tensor_dtype, whole_modules
 from qlora_trainer.model.protocols import Decoder
 
@@ -26,7 +26,7 @@ class Expected(NamedTuple):
     dtype: torch.dtype
 
 
-def expected_tensors(skeleton: Decoder, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
+def expected_tensors(skeleton: Decoder, target_modules: tuple[str, ...], lora: ResolvedLora) -> Mapping[str, Expected]:
     """Each tensor of a complete adapter, by its name in PEFT's files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target in target_modules:

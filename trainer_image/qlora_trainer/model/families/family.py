@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from qlora_api.automatic import ModelFacts
 from qlora_api.spec.output import OutputSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
@@ -26,14 +27,28 @@ class Traits:
     """Tokens that the model has positions for, None if its configuration has no limit."""
     same_rotation_up_to: int | None = None
     """Tokens of a row beyond which all rows of its sequence rotate differently."""
+    sizes: ModelFacts | None = None
+    """Those that decide settings; None if they are not known without the trainer."""
 
-    def keeps_rows_apart(self, row_tokens: int) -> bool:
-        """Whether rows of up to `row_tokens` tokens can share a sequence without effect."""
-        return not self.one_row and row_tokens <= (self.same_rotation_up_to or row_tokens)
+    def keeps_rows_apart(self, row_tokens: int | None) -> bool:
+        """Whether rows of up to `row_tokens` tokens can share a sequence without effect.
+
+        None for a length that the rows will decide: whether rows of any length can.
+        """
+        return not self.one_row and (row_tokens is None or row_tokens <= (self.same_rotation_up_to or row_tokens))
 
     def packs(self, training: TrainingSpec) -> bool:
         """Whether the job packs rows, and they have no effect on each other."""
         return training.packing and self.keeps_rows_apart(training.max_sequence_length)
+
+    def require_sizes(self) -> ModelFacts:
+        """Return the sizes that decide settings. Raises StepFailure if they are not known."""
+        if self.sizes is None:
+            raise bad_configuration(
+                f"the sizes of model_type {self.model_type!r} are not known without the trainer, and "
+                "spec.training.learningRate follows from them: set it and spec.lora.rank, or install the trainer"
+            )
+        return self.sizes
 
     def parameters_of_token(self, parameters: int | None) -> int | None:
         """Weights that each token is multiplied by, out of all; None if unknown."""
@@ -41,11 +56,12 @@ class Traits:
 
     def require(self, training: TrainingSpec, output: OutputSpec) -> None:
         """Raise StepFailure if the model cannot be trained and published so."""
-        self._require_positions(training.max_sequence_length)
+        if training.max_sequence_length is not None:
+            self._require_positions(training.max_sequence_length)
         if not self.keeps_rows_apart(training.max_sequence_length):
             if training.compares_answers:
                 raise cannot_compare_answers(self.model_type)
-            if training.micro_batch_size > 1:
+            if training.micro_batch_size is not None and training.micro_batch_size > 1:
                 raise cannot_keep_rows_apart(self.model_type)
         if self.mixture_of_experts:
             _require_whole_and_unmerged(self.model_type, training, output)

@@ -1,7 +1,7 @@
 """Inspects a model's configuration: support, adapted layers, and row lengths."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import RopeParameters
 
+from qlora_api.automatic import ModelFacts
 from qlora_api.memory.model_shape import NAMED_SIZES, missing_sizes
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
@@ -79,6 +80,11 @@ def inspect_published(folder: Path, lora: LoraSpec) -> Family:
     return family
 
 
+def _weights_per_rank(model: PreTrainedModel, names: Iterable[str]) -> int:
+    layers = (model.get_submodule(name) for name in names)
+    return sum(layer.in_features + layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+
+
 def _unnamed_sizes(folder: Path, *, experts: bool) -> list[str]:
     """Sizes that config.json does not name: transformers' defaults are another model's.
 
@@ -141,9 +147,11 @@ def _inspect(config: PretrainedConfig, lora: LoraSpec) -> Family:
     without_dora = tuple(sorted(taken.difference(left_out))) if lora.use_dora else ()
     targets = resolve_targets(lora.target_modules, linears, left_out, without_dora, experts=experts)
     text = config.get_text_config(decoder=True)
+    adapted = in_blocks(targets, lora.layers_to_transform)
     return Family(
         model_type=model_type,
-        target_modules=in_blocks(targets, lora.layers_to_transform),
+        target_modules=adapted,
+        sizes=ModelFacts(text.hidden_size, _weights_per_rank(skeleton, adapted)),
         vocabulary=text.vocab_size,
         quantized_fraction=fraction,
         one_row=not probed.is_isolated,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_api.memory.estimate import ActivationBytes
-from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.compile_later import load_bitsandbytes
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed, within_limits
@@ -28,7 +28,7 @@ class StepSize:
 
 
 def measure_within_limits(
-    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: object = None
+    config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str, family: object = None
 ) -> MeasuredMemory:
     """Run `measure.measure` in at most ten minutes and 2 GiB. `family`: as there.
 
@@ -40,7 +40,7 @@ def measure_within_limits(
 
 
 def measure_together_within_limits(
-    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: object = None
+    config: Path, specs: Sequence[ResolvedSpec], passes: Sequence[tuple[int, ...]], family: object = None
 ) -> tuple[ActivationBytes, ...]:
     """Run `measure.measure_together` with the limits of `measure_within_limits`."""
     _require_trainer()

@@ -29,7 +29,7 @@ from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts, count_weights
 from qlora_api.schema import replace
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
-from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
@@ -67,7 +67,7 @@ def type_of_model(config: Path) -> str:
 
 
 def training_shape(
-    spec: QLoRAJobSpec, target_modules: Iterable[str], *, mixture_of_experts: bool = False
+    spec: ResolvedSpec, target_modules: Iterable[str], *, mixture_of_experts: bool = False
 ) -> TrainingShape:
     """The settings of a job that decide its memory.
 
@@ -94,7 +94,7 @@ def training_shape(
     )
 
 
-def _fixed_fields(spec: QLoRAJobSpec, *, mixture_of_experts: bool) -> frozenset[str]:
+def _fixed_fields(spec: ResolvedSpec, *, mixture_of_experts: bool) -> frozenset[str]:
     """Fields that no advice may change."""
     if spec.continues is not None:
         return RUN_FIELDS
@@ -104,20 +104,20 @@ def _fixed_fields(spec: QLoRAJobSpec, *, mixture_of_experts: bool) -> frozenset[
     return fixed if spec.resources.node_count == 1 else fixed | {"gpus"}
 
 
-def _can_be_sharded(spec: QLoRAJobSpec) -> bool:
+def _can_be_sharded(spec: ResolvedSpec) -> bool:
     sharded = replace(
         spec,
         training=replace(spec.training, sharding="full"),
         resources=replace(spec.resources, gpus=max(2, spec.resources.gpus)),
     )
     try:
-        QLoRAJobSpec.model_validate(sharded.dump())
+        ResolvedSpec.model_validate(sharded.dump())
     except ValidationError:
         return False
     return True
 
 
-def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
+def _answer_tokens(spec: ResolvedSpec) -> tuple[int, int] | None:
     """Tokens of the longest scored prompt, and of it with its answer."""
     if spec.gate is None or spec.gate.score is None:
         return None
@@ -156,7 +156,7 @@ class MemoryFit:
     def from_config(
         cls,
         config: Path,
-        spec: QLoRAJobSpec,
+        spec: ResolvedSpec,
         target_modules: Iterable[str],
         *,
         rows_apart: bool = True,
@@ -221,7 +221,7 @@ def _estimate(job: MeasuredJob, gpu_gib: float | None, rows_apart: bool) -> Memo
     return MemoryFit(status, objection, job.parameters, job.measured)
 
 
-def _shared_bytes(config: Path, spec: QLoRAJobSpec, job: MeasuredJob, group_size: int, measure: MeasurePasses) -> int:
+def _shared_bytes(config: Path, spec: ResolvedSpec, job: MeasuredJob, group_size: int, measure: MeasurePasses) -> int:
     """Bytes that this many equal jobs share. Raises as the dry run does."""
     rest = spec.training.micro_batch_size * (group_size - 1)
     others = replace(spec, training=replace(spec.training, micro_batch_size=rest))

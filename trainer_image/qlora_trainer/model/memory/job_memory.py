@@ -15,14 +15,14 @@ from qlora_api.memory.estimate import ActivationBytes, AnswerBytes, CountedRun, 
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
 from qlora_api.schema import Decides, replace
-from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits, measure_within_limits
 
 logger = logging.getLogger(__name__)
-Measure = Callable[[Path, QLoRAJobSpec, Sequence[StepSize], str], MeasuredMemory]
-MeasurePasses = Callable[[Path, Sequence[QLoRAJobSpec], Sequence[tuple[int, ...]]], tuple[ActivationBytes, ...]]
+Measure = Callable[[Path, ResolvedSpec, Sequence[StepSize], str], MeasuredMemory]
+MeasurePasses = Callable[[Path, Sequence[ResolvedSpec], Sequence[tuple[int, ...]]], tuple[ActivationBytes, ...]]
 """Measures passes of some of the jobs, given by their numbers."""
 _PACKAGES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -42,7 +42,7 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
 
 def memory_together(
     config: Path,
-    specs: Sequence[QLoRAJobSpec],
+    specs: Sequence[ResolvedSpec],
     alone: "Sequence[MeasuredJob]",
     measure: MeasurePasses = measure_together_within_limits,
 ) -> MemoryEstimate:
@@ -103,7 +103,7 @@ class MeasuredJob:
     """A job's model with its dry runs so far, and how to do more."""
 
     config: Path
-    spec: QLoRAJobSpec
+    spec: ResolvedSpec
     training: TrainingShape
     measured: MeasuredMemory
     measure: Measure
@@ -112,7 +112,7 @@ class MeasuredJob:
     def from_config(
         cls,
         config: Path,
-        spec: QLoRAJobSpec,
+        spec: ResolvedSpec,
         training: TrainingShape,
         earlier: MeasuredMemory | None = None,
         measure: Measure = measure_within_limits,
@@ -175,7 +175,7 @@ def _size(training: TrainingShape) -> StepSize:
     return StepSize(training.micro_batch_size, training.sequence_length, training.gradient_checkpointing)
 
 
-def _digest(config: Path, spec: QLoRAJobSpec) -> str:
+def _digest(config: Path, spec: ResolvedSpec) -> str:
     """SHA-256 of what a dry run depends on: the model, the settings, and the code."""
     training = spec.training
     depends_on: Mapping[str, object] = {

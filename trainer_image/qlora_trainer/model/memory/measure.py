@@ -14,8 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from qlora_api.memory.estimate import ActivationBytes, AnswerBytes
 from qlora_api.memory.weights import SMALLEST_PAGED_TENSOR
 from qlora_api.schema import replace
-from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.training import LoraSpec
+from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
 from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack, expert_stacks
@@ -30,7 +29,7 @@ from qlora_trainer.model.source.files import CONFIG
 
 
 def measure(
-    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Family | None = None
+    config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str, family: Family | None = None
 ) -> MeasuredMemory:
     """Run a micro batch of each size of the model with this config.json, at full depth. Takes seconds for each.
 
@@ -53,7 +52,7 @@ def measure(
 
 
 def measure_together(
-    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]], family: Family | None = None
+    config: Path, specs: Sequence[ResolvedSpec], passes: Sequence[tuple[int, ...]], family: Family | None = None
 ) -> tuple[ActivationBytes, ...]:
     """Run passes with a micro batch of each of several jobs, given by their numbers, of one model with all adapters.
 
@@ -93,12 +92,12 @@ def _trained_on_fake_cuda(model: AdaptedModel) -> Iterator[None]:
         yield
 
 
-def _inspect(config: Path, lora: LoraSpec) -> Family:
+def _inspect(config: Path, lora: ResolvedLora) -> Family:
     with TemporaryDirectory() as folder:
         return inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, lora)
 
 
-def _inspect_each(config: Path, specs: Sequence[QLoRAJobSpec], first: Family | None) -> list[Family]:
+def _inspect_each(config: Path, specs: Sequence[ResolvedSpec], first: Family | None) -> list[Family]:
     """The inspection for each job, once for equal adapters."""
     found: dict[str, Family] = {} if first is None else {specs[0].lora.model_dump_json(): first}
     for spec in specs:
@@ -117,7 +116,7 @@ def _steps(model: AdaptedModel, sizes: Sequence[StepSize], *, pairs: bool) -> li
         ]
 
 
-def _count(model: AdaptedModel, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
+def _count(model: AdaptedModel, spec: ResolvedSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     packed = {id(layer.weight) for layer in layers}
     stacks = [stack for _, stack in expert_stacks(model)]

@@ -7,14 +7,18 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from qlora_api.automatic import Limits, ModelFacts, assume
+from qlora_api.choice import Choice
 from qlora_api.memory.model_shape import mixes_experts
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
+from qlora_api.memory.weights import adapted_linears
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import open_settings
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.families.admission import inspect_model, require_settings
 from qlora_trainer.model.families.family import Family, Traits
 from qlora_trainer.model.memory.dry_run import measure_within_limits
-from qlora_trainer.model.memory.fit import type_of_model
+from qlora_trainer.model.memory.fit import read_shape, type_of_model
 from qlora_trainer.model.memory.job_memory import Measure
 
 _CONFIG = "config.json"
@@ -34,12 +38,34 @@ def find_traits(config: Path, lora: LoraSpec) -> Traits:
     """
     if importlib.util.find_spec("torch") is None:
         model_type = type_of_model(config)
-        experts = mixes_experts(json.loads(config.read_bytes()))
-        return Traits(model_type=model_type, one_row=model_type in ONE_ROW_MODEL_TYPES, mixture_of_experts=experts)
+        return Traits(
+            model_type=model_type,
+            one_row=model_type in ONE_ROW_MODEL_TYPES,
+            mixture_of_experts=mixes_experts(json.loads(config.read_bytes())),
+            sizes=_sizes(config, lora),
+        )
     if config.name == _CONFIG:
         return inspect_model(config.parent, lora)
     with TemporaryDirectory() as folder:
         return inspect_model(Path(shutil.copyfile(config, Path(folder) / _CONFIG)).parent, lora)
+
+
+def _sizes(config: Path, lora: LoraSpec) -> ModelFacts | None:
+    shape = read_shape(config)
+    if shape is None:
+        return None
+    names = frozenset(name.rpartition(".")[2] for name in lora.target_modules)
+    widths = [sum(shape.projections[name]) for name in adapted_linears(shape, names)]
+    blocks = len(set(lora.layers_to_transform or range(shape.num_hidden_layers)))
+    return ModelFacts(shape.hidden_size, blocks * sum(widths))
+
+
+def assume_settings(spec: QLoRAJobSpec, traits: Traits) -> tuple[Choice, ...]:
+    """Assume what a job leaves open, as long as its rows are not known. Raises StepFailure."""
+    if not open_settings(spec):
+        return ()
+    length = spec.training.max_sequence_length
+    return assume(spec, traits.require_sizes(), traits.longest_row, Limits(one_row=not traits.keeps_rows_apart(length)))
 
 
 def measure_with(traits: Traits) -> Measure:

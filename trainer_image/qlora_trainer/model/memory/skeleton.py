@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_api.spec.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
+from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.adapter.attach import attach_adapter
 from qlora_trainer.model.architecture.text_part import text_part
 from qlora_trainer.model.experts.compute import EXPERTS, register_experts
@@ -27,7 +28,11 @@ _IN_4_BIT = "is_loaded_in_4bit"
 
 
 def adapted_skeleton(
-    config: PretrainedConfig, family: Family, lora: LoraSpec, training: TrainingSpec, quantization: QuantizationSpec
+    config: PretrainedConfig,
+    family: Family,
+    lora: ResolvedLora,
+    training: ResolvedTraining,
+    quantization: QuantizationSpec,
 ) -> AdaptedModel:
     """The model on the meta device with its adapter and 4-bit layers."""
     register_attention()

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from importlib.metadata import version
 from typing import Any
 
+from qlora_api.choice import Choice
 from qlora_api.printable import shortened
 from qlora_api.schema import Decides
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_api.spec.training import PreferenceSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
@@ -37,7 +40,7 @@ _NAMES = {
 }
 
 
-def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
+def run_fingerprint(spec: ResolvedSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
     """Everything that decides the adapter, by name."""
     settings = run_settings(spec, device, ranks)
     initial, content = prepared.initial_adapter, prepared.data_content
@@ -75,13 +78,26 @@ def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
     }
 
 
+def settings_of(fingerprint: Fingerprint, left_open: Collection[str], name: str) -> tuple[Choice, ...]:
+    """Return the values of the run of job `name` for settings that another job leaves open."""
+    known = _flat(fingerprint) | {"training.autoMicroBatch": False}
+    known.setdefault("training.keep", _SAME_AS_NOT_SET["keep"])
+    found = {path: known.get(path.replace("dataset.", "data.dataset.")) for path in sorted(left_open)}
+    return tuple(
+        Choice.of(path, value, f"as in {name}") for path, value in found.items() if isinstance(value, (int, float, str))
+    )
+
+
 def digest(fingerprint: Fingerprint) -> str:
     """SHA-256 of a fingerprint."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
-def settings_differences(found: Fingerprint, settings: Fingerprint) -> str:
-    """The first differences of `run_settings` to a run's fingerprint, or an empty string."""
+def settings_differences(found: Fingerprint, settings: Fingerprint, left_open: Collection[str] = ()) -> str:
+    """The first differences of `run_settings` to a run's fingerprint, or an empty string.
+
+    `left_open`: paths of settings that the job does not decide.
+    """
     lora, data = found.get("lora"), found.get("data")
     if not (isinstance(lora, dict) and isinstance(data, dict)):
         return ""
@@ -89,13 +105,14 @@ def settings_differences(found: Fingerprint, settings: Fingerprint) -> str:
         "lora": {name: value for name, value in lora.items() if name != "from"},
         "data": {"dataset": data["dataset"]} if "dataset" in data else settings["data"],
     }
-    return differences(known, settings)
+    return differences(known, settings, frozenset(name.replace("dataset.", "data.dataset.") for name in left_open))
 
 
-def differences(found: Fingerprint, wanted: Fingerprint) -> str:
+def differences(found: Fingerprint, wanted: Fingerprint, ignored: Collection[str] = ()) -> str:
     """The first differences between two runs for a message, or an empty string."""
     before, now = _flat(found), _flat(wanted)
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    names = before.keys() | now.keys()
+    changed = sorted(name for name in names if name not in ignored and before.get(name) != now.get(name))
     # By the text: the versions of some libraries are there twice.
     texts = dict.fromkeys(_difference(name, before.get(name), now.get(name)) for name in changed)
     return ", ".join(list(texts)[:_SHOWN])

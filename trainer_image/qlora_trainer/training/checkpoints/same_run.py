@@ -1,5 +1,6 @@
 """Rejects a job whose workspace holds the run of other settings, model or data, before anything is trained."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from qlora_trainer.core.failures import bad_configuration
@@ -7,11 +8,11 @@ from qlora_trainer.training.checkpoints.checkpoint import newest_fingerprint
 from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, settings_differences
 
 
-def reject_changed_settings(checkpoints: Path, settings: Fingerprint) -> None:
-    """Raise StepFailure if the newest checkpoint is of other settings. Cheap, so early."""
+def reject_changed_settings(checkpoints: Path, settings: Fingerprint, left_open: Collection[str]) -> None:
+    """Raise StepFailure if the newest checkpoint is of other settings than are set. Cheap, so early."""
     checkpoint = newest_fingerprint(checkpoints)
     if checkpoint is not None:
-        reject_other_run(settings_differences(checkpoint[1], settings), checkpoint[0])
+        reject_other_run(settings_differences(checkpoint[1], settings, left_open), checkpoint[0])
 
 
 def reject_changed_run(checkpoints: Path, wanted: Fingerprint) -> None:

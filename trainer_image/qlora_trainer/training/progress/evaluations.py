@@ -7,7 +7,8 @@ stops early keeps its planned length for the learning rate, so its steps are tho
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qlora_api.spec.training import EarlyStoppingSpec, TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
+from qlora_api.spec.training import EarlyStoppingSpec
 
 EVALUATIONS = "spec.training.evalEverySteps"
 
@@ -51,14 +52,14 @@ class Kept:
     """Its held-out loss, or None without held-out rows."""
 
 
-def adapter_to_keep(training: TrainingSpec, evaluations: Evaluations, step: int, eval_loss: float | None) -> Kept:
+def adapter_to_keep(training: ResolvedTraining, evaluations: Evaluations, step: int, eval_loss: float | None) -> Kept:
     """The adapter to keep of a run that ends after `step` steps, with `eval_loss`."""
     if training.keep == "best" and evaluations.best_step is not None:
         return Kept(evaluations.best_step, evaluations.best_loss)
     return Kept(step, eval_loss)
 
 
-def expected_end(training: TrainingSpec, planned_steps: int, curve: Iterable[tuple[int, float]]) -> tuple[int, int]:
+def expected_end(training: ResolvedTraining, planned_steps: int, curve: Iterable[tuple[int, float]]) -> tuple[int, int]:
     """After how many optimizer steps a run ends, and the step of the adapter that it keeps.
 
     `curve` has the step and the loss of each evaluation. Of a run that has not ended, the end is where it is planned.
@@ -72,7 +73,7 @@ def expected_end(training: TrainingSpec, planned_steps: int, curve: Iterable[tup
     return end, adapter_to_keep(training, evaluations, end, None).step
 
 
-def too_few_evaluations(training: TrainingSpec, total_steps: int) -> str | None:
+def too_few_evaluations(training: ResolvedTraining, total_steps: int) -> str | None:
     """A remark for the user on a run of `total_steps` steps whose settings need more evaluations, or None.
 
     The run is evaluated at its start and its end in any case. The remark begins with the name of the setting.

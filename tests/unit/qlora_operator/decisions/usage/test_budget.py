@@ -6,7 +6,6 @@ import pytest
 
 from qlora_api.forecast import ASSUMED_UTILIZATION, cost_text, hours_text, seconds_of_flops, training_flops
 from qlora_api.profile import Limits, Profile
-from qlora_api.spec.training import TrainingSpec
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import WorkStatus
 from qlora_operator.decisions.events import budget_event
@@ -37,6 +36,7 @@ from tests.support.builders import (
     stored_again,
     time,
 )
+from tests.support.resolved import resolved_training
 
 PRICED = Profile.model_validate(PROFILE.dump() | {"gpuTflops": 1000, "gpuHourPrice": "2.50", "currency": "EUR"})
 WORK = WorkStatus(parameters=10**9, tokens=10**9, flops=6e18)
@@ -60,7 +60,7 @@ def seen_running(**spec: Any) -> QLoRAJobStatus:
 
 
 def test_operations_are_counted_as_a_frozen_base_needs_them() -> None:
-    with_it, without = TrainingSpec(gradient_checkpointing=True), TrainingSpec(gradient_checkpointing=False)
+    with_it, without = resolved_training(gradient_checkpointing=True), resolved_training(gradient_checkpointing=False)
     assert training_flops(7 * 10**9, 10**6, with_it) == 6 * 7e15
     assert training_flops(7 * 10**9, 10**6, without) == 4 * 7e15
     assert seconds_of_flops(1e15, 1000) == pytest.approx(1 / ASSUMED_UTILIZATION)

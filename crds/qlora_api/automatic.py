@@ -1,0 +1,231 @@
+"""Chooses the settings that a job leaves open, from its rows and its model.
+
+A setting of the job is kept, and the others follow it. All functions are pure: the same job, rows and model give the
+same numbers in prepare and in `qlora plan --data`. `benchmarks/defaults` measures the rule.
+
+Where it starts from: epochs by the number of rows as OpenAI's cookbook has them (Chat_finetuning_data_prep), the batch
+of QLoRA (arXiv 2305.14314, section 5) for large data, and a learning rate that falls with the model's width as Tinker's
+published formula does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from qlora_api.choice import Choice
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.steps import FEW_STEPS, optimizer_steps
+
+SHORTEST, LONGEST = 128, 131_072
+"""Tokens of a sequence at least, and at most as the schema allows."""
+_COMMON_LENGTH, _LEFT_OUT = 2048, 0.005
+"""Above so many tokens a sequence need not hold this share of the rows: one of them would make each step expensive."""
+_FEW_ROWS, _LEAST_HELD_OUT, _MOST_HELD_OUT, _HELD_OUT = 100, 10, 500, 0.1
+_EPOCHS = ((8_333, 3), (12_500, 2))
+"""Rows up to which so many epochs are made; one above."""
+_MOST_EPOCHS = 10
+_STEPS = 150
+"""Optimizer steps that a run has at least, if the data allow it."""
+_LARGEST_BATCH = 16
+_MICRO_BATCH_TOKENS = 4096
+_RANK, _HIGHEST_RANK = 16, 256
+_ALPHA, _RSLORA_ALPHA = 32, 8
+"""The adapter's output is multiplied by 2 at rank 16; a learning rate then suits every rank."""
+_RATE, _WIDTH, _EXPONENT = 5e-4, 2000, 0.78
+_PREFERENCE_RATE = 15
+"""By this factor lower is the learning rate of an objective that compares answers."""
+_WARMUP, _MOST_WARMUP = 0.05, 100
+_EVALUATIONS = 3
+_ASSUMED = "assumed; the rows decide"
+_MICRO_BATCH, _ACCUMULATION = "training.microBatchSize", "training.gradientAccumulationSteps"
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """Counts of the rows that a job trains on."""
+
+    rows: int
+    sequences: int
+    """Of one epoch."""
+    loss_tokens: int
+    """Tokens that are trained on in one epoch."""
+    held_out: bool
+    """Whether other rows are held out."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of the model that decide settings."""
+
+    width: int
+    """Of its hidden states."""
+    weights_per_rank: int
+    """Weights that the adapter has for each unit of its rank."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Conditions of a run besides its rows and its model."""
+
+    one_row: bool = False
+    """Whether a micro batch must have one row."""
+    in_group: bool = False
+    """Whether other jobs are trained together with it, in the same passes."""
+    adapter: Mapping[str, int] | None = None
+    """Rank and alpha of the adapter that the run starts from, if it starts from one."""
+
+
+def choose_length(lengths: Sequence[int], context: int | None) -> Choice:
+    """Choose the tokens of a sequence. `lengths`: of all rows, in tokens; `context`: the model's positions."""
+    ordered, most = sorted(lengths), min(context or LONGEST, LONGEST)
+    longest = ordered[-1]
+    most_of_them = ordered[ceil(len(ordered) * (1 - _LEFT_OUT)) - 1]
+    length = min(most, max(SHORTEST, _power_of_two(longest)))
+    common = min(most, max(_COMMON_LENGTH, _power_of_two(most_of_them)))
+    if common >= length:
+        more = f", the model has positions for {most}" if longest > most else ""
+        return Choice.of("training.maxSequenceLength", length, f"the longest row has {longest} tokens{more}")
+    left_out = sum(tokens > common for tokens in ordered)
+    return Choice.of(
+        "training.maxSequenceLength", common, f"leaves out {left_out} of {len(ordered)} rows, up to {longest} tokens"
+    )
+
+
+def choose_held_out(spec: QLoRAJobSpec, rows: int) -> Choice | None:
+    """Choose the share of held-out rows, None for none. `rows`: of all that are usable."""
+    training = spec.training
+    needed = training.keep == "best" or training.early_stopping is not None or training.eval_every_steps is not None
+    if rows < (2 if needed else _FEW_ROWS):
+        return None
+    wanted = min(_MOST_HELD_OUT, max(_LEAST_HELD_OUT, round(rows * _HELD_OUT))) if rows >= _FEW_ROWS else rows // 10
+    share = float(f"{max(1, wanted) / rows:.3g}")
+    return Choice.of("dataset.eval.fraction", share, f"{max(1, wanted)} of {rows} rows")
+
+
+def choose(
+    spec: QLoRAJobSpec, sequence_length: int, rows: RowFacts, model: ModelFacts, limits: Limits = Limits()
+) -> tuple[Choice, ...]:
+    """Choose all other settings that the spec leaves open."""
+    lora = tuple(_lora(spec, rows, model, limits))
+    alpha = spec.lora.alpha or next(int(each.value) for each in lora if each.setting == "lora.alpha")
+    epochs, batch = _length_and_batch(spec, rows)
+    batches = tuple(_batches(spec, sequence_length, batch, limits))
+    of_batch = {each.name: int(each.value) for each in batches if each.name != "autoMicroBatch"}
+    per_step = (spec.training.micro_batch_size or of_batch["microBatchSize"]) * (
+        spec.training.gradient_accumulation_steps or of_batch["gradientAccumulationSteps"]
+    )
+    passes = spec.training.epochs or (None if epochs is None else int(epochs.value))
+    steps = optimizer_steps(rows.sequences, per_step, passes, spec.training.max_steps)
+    rates = _rates(spec, model, _usual_alpha(spec) / alpha, steps)
+    evaluations = _evaluations(spec, rows, steps, passes)
+    return (*lora, *([] if epochs is None else [epochs]), *batches, *rates, *evaluations)
+
+
+def assume(spec: QLoRAJobSpec, model: ModelFacts, context: int | None, limits: Limits) -> tuple[Choice, ...]:
+    """Assume the settings that a job leaves open for rows that are not known yet.
+
+    `context`: the model's positions, None for any number.
+    """
+    length = spec.training.max_sequence_length or min(_COMMON_LENGTH, context or _COMMON_LENGTH)
+    many = RowFacts(_EPOCHS[0][0], _STEPS * _LARGEST_BATCH, loss_tokens=0, held_out=True)
+    given = [Choice.of("training.maxSequenceLength", length, "")] if spec.training.max_sequence_length is None else []
+    chosen = (*given, *choose(spec, length, many, model, limits))
+    return tuple(Choice(setting=each.setting, value=each.value, reason=_ASSUMED) for each in chosen)
+
+
+def smaller_micro_batch(choices: Sequence[Choice], gpu_gib: float) -> tuple[Choice, ...]:
+    """Halve the chosen micro batch for a GPU of that memory, with the same sequences a step where they are chosen."""
+    values = {each.setting: each for each in choices}
+    micro, steps = values[_MICRO_BATCH], values.get(_ACCUMULATION)
+    half = int(micro.value) // 2
+    values[_MICRO_BATCH] = Choice.of(_MICRO_BATCH, half, f"fits a GPU of {round(gpu_gib, 1):g} GiB")
+    if steps is not None:
+        values[_ACCUMULATION] = Choice.of(_ACCUMULATION, int(steps.value) * int(micro.value) // half, steps.reason)
+    return tuple(values.values())
+
+
+def _lora(spec: QLoRAJobSpec, rows: RowFacts, model: ModelFacts, limits: Limits) -> Iterator[Choice]:
+    lora, rank = spec.lora, spec.lora.rank
+    if limits.adapter is not None:
+        for name, value in limits.adapter.items():
+            if getattr(lora, name) is None:
+                yield Choice.of(f"lora.{name}", value, "as the adapter of lora.from")
+        return
+    if rank is None:
+        rank = _RANK
+        while rank * model.weights_per_rank < rows.loss_tokens and rank < _HIGHEST_RANK:
+            rank *= 2
+        yield Choice.of(
+            "lora.rank", rank, f"{rank * model.weights_per_rank:,} weights for {rows.loss_tokens:,} trained tokens"
+        )
+    if lora.alpha is None:
+        yield Choice.of("lora.alpha", _usual_alpha(spec), "the learning rate then suits every rank")
+
+
+def _length_and_batch(spec: QLoRAJobSpec, rows: RowFacts) -> tuple[Choice | None, int]:
+    """Return the epochs, if they are to be chosen, and the sequences of a step."""
+    training, usual = spec.training, next((n for most, n in _EPOCHS if rows.rows <= most), 1)
+    if training.max_steps is not None:
+        return None, max(1, min(_LARGEST_BATCH, usual * rows.sequences // training.max_steps))
+    epochs, chosen = training.epochs, None
+    if epochs is None:
+        epochs = min(_MOST_EPOCHS, max(usual, ceil(FEW_STEPS / rows.sequences)))
+        reason = f"{rows.rows:,} rows" if epochs == usual else f"only {rows.sequences} sequences in each"
+        chosen = Choice.of("training.epochs", epochs, reason)
+    return chosen, max(1, min(_LARGEST_BATCH, epochs * rows.sequences // _STEPS))
+
+
+def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Iterator[Choice]:
+    training, gpus = spec.training, spec.resources.gpu_count
+    micro, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
+    of_gpu = ceil(batch / gpus)
+    if micro is None:
+        full = max(1, _MICRO_BATCH_TOKENS // length)
+        of_pass = of_gpu if accumulation is None else max(1, batch // accumulation)
+        micro = 1 if limits.one_row or spec.training.sharding == "full" else min(full, of_pass)
+        yield Choice.of(_MICRO_BATCH, micro, f"up to {_MICRO_BATCH_TOKENS:,} tokens in a pass")
+    if accumulation is None:
+        accumulation = gpus * max(1, ceil(batch / (gpus * micro)))
+        yield Choice.of(
+            _ACCUMULATION,
+            accumulation,
+            f"{micro * accumulation} sequences a step, for {_STEPS} steps or more",
+        )
+    if training.auto_micro_batch is None:
+        automatic = training.micro_batch_size is None and training.sharding == "none" and not limits.in_group
+        yield Choice.of("training.autoMicroBatch", automatic, "")
+
+
+def _usual_alpha(spec: QLoRAJobSpec) -> int:
+    return _RSLORA_ALPHA if spec.lora.use_rslora else _ALPHA
+
+
+def _rates(spec: QLoRAJobSpec, model: ModelFacts, factor: float, steps: int) -> Iterator[Choice]:
+    """Choose rate, schedule and warm-up. `factor`: how much weaker than usual the adapter's output counts."""
+    training = spec.training
+    if training.learning_rate is None:
+        # AdamW moves a weight by the rate, whatever the gradient's size, and the output by alpha times that.
+        rate = _RATE * (_WIDTH / model.width) ** _EXPONENT * min(4.0, max(0.25, factor))
+        if training.compares_answers:
+            rate /= _PREFERENCE_RATE
+        yield Choice.of("training.learningRate", float(f"{rate:.2g}"), f"for a width of {model.width}")
+    if training.scheduler is None:
+        yield Choice.of("training.scheduler", "linear", "falls to 0 at the end")
+    if training.warmup_steps is None:
+        warmup = max(1, min(_MOST_WARMUP, round(_WARMUP * steps))) if steps > 1 else 0
+        yield Choice.of("training.warmupSteps", warmup, f"{_WARMUP:.0%} of {steps} steps")
+
+
+def _evaluations(spec: QLoRAJobSpec, rows: RowFacts, steps: int, epochs: int | None) -> Iterator[Choice]:
+    training = spec.training
+    every = training.eval_every_steps
+    if every is None and rows.held_out:
+        every = max(1, steps // max(_EVALUATIONS, epochs or 1))
+        yield Choice.of("training.evalEverySteps", every, f"of {steps} steps")
+    if training.keep is None:
+        best = rows.held_out and every is not None and every < steps
+        yield Choice.of("training.keep", "best" if best else "last", "" if rows.held_out else "no rows are held out")
+
+
+def _power_of_two(tokens: int) -> int:
+    return 1 << (tokens - 1).bit_length()
