@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from qlora_api.choice import Choice
 from qlora_api.sweep.spec import QLoRASweepDocument
@@ -54,10 +53,8 @@ def show_settings(settings: Iterable[Choice], console: Console) -> None:
     chosen = tuple(settings)
     if not chosen:
         return
-    table = Table(title="What the job leaves open", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("Setting", "Value", ""):
-        table.add_column(column)
+    name, value = (max(len(getattr(each, field)) for each in chosen) for field in ("setting", "value"))
+    console.print("\n[bold]Automatic settings[/]: set one in the spec, and the others follow it.")
     for each in chosen:
-        table.add_row(f"spec.{each.setting}", each.value, each.reason)
-    console.print()
-    console.print(table)
+        line = f"  {each.setting:{name}}  {each.value:{value}}  {each.reason}".rstrip()
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
