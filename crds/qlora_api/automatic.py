@@ -189,7 +189,7 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
         yield Choice.of(
             _ACCUMULATION,
             accumulation,
-            f"{micro * accumulation} sequences a step, for {_STEPS} steps or more",
+            f"sequences a step: {micro * accumulation}, for {_STEPS} steps or more",
         )
     if training.auto_micro_batch is None:
         automatic = training.micro_batch_size is None and training.sharding == "none" and not limits.in_group

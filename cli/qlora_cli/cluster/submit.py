@@ -2,16 +2,20 @@
 
 import secrets
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 from rich.console import Console
 
+from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.sweep.spec import SWEEP_KIND
 from qlora_cli.cluster.connection import Connection, with_connection
 from qlora_cli.cluster.job_options import OptionError, given, job_of, with_job_options
 from qlora_cli.cluster.watch import watch_job
+from qlora_cli.local import shared_options
 from qlora_cli.manifest import ManifestError, load_object
 from qlora_cli.output import as_json, as_yaml, fail
 from qlora_client.kube.cluster import Cluster, Object
@@ -30,6 +34,7 @@ _STANDARD_INPUT = Path("/dev/stdin")
     help="Manifest to create, as in `kubectl create -f`.",
 )
 @with_job_options
+@shared_options.volume
 @click.option("--watch", is_flag=True, help="Show its progress until it has ended; exits with the code of its step.")
 @click.option("--dry-run", type=click.Choice(["client", "server"]), help="Validate only, on the client or the server.")
 @click.option(
@@ -44,23 +49,28 @@ def submit(
     watch: bool,
     dry_run: Literal["client", "server"] | None,
     output: str | None,
+    claims: dict[str, Path],
     **values: Any,
 ) -> None:
     """Create the QLoRAJob or QLoRASweep in FILE, or without one the job that the options describe.
 
     FILE may be - for standard input. With --dry-run=client nothing is sent, and -o yaml prints the manifest to start a
-    file with.
+    file with. Of a job that leaves settings open, it prints those that prepare will choose, if model and rows can be
+    read here: from the Hub, or from the folders of --volume.
     """
     body = _job(file or filename, name, values)
     if watch and (dry_run is not None or body["kind"] == SWEEP_KIND):
         raise click.UsageError("--watch shows a job that is created: leave it out for a dry run or a sweep")
+    show_prospect = partial(_show_prospect, body, claims, quiet=output is not None)
     if dry_run == "client":
         _show(body, "created (dry run)", output)
+        show_prospect()
         return
     cluster = _cluster(connection, body)
     kind = SWEEPS if body["kind"] == SWEEP_KIND else JOBS
     stored = cluster.create(kind, body, dry_run=dry_run == "server")
     _show(stored, "created" if dry_run is None else "created (server dry run)", output)
+    show_prospect()
     if watch:
         sys.exit(watch_job(cluster, stored["metadata"]["name"], Console(emoji=False, highlight=False)))
 
@@ -84,6 +94,16 @@ def _cluster(connection: Connection, body: Object) -> Cluster:
     if named is not None and named != cluster.namespace:
         fail(f"--namespace is {cluster.namespace}, and the manifest names the namespace {named}: leave one of them out")
     return cluster
+
+
+def _show_prospect(body: Object, claims: Mapping[str, Path], *, quiet: bool) -> None:
+    """Print what prepare will choose for a job, unless the output is for a program."""
+    if quiet or body["kind"] == SWEEP_KIND:
+        return
+    # It takes a second to import.
+    from qlora_cli.local.prospect import show_prospect
+
+    show_prospect(QLoRAJobDocument.model_validate(body), claims, Console(emoji=False))
 
 
 def _show(body: Object, done: str, output: str | None) -> None:

@@ -31,6 +31,7 @@ from qlora_api.spec.resolved import ResolvedSpec, ResolvedTraining
 from qlora_api.steps import FEW_STEPS, few_steps_remark, optimizer_steps
 from qlora_cli.local.plan import MemoryPlan
 from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.model.families.family import Traits
 
 _SECONDS = 3600
 
@@ -102,12 +103,17 @@ def gpu_of_profile(
 
 def show_forecast(plan: MemoryPlan, epoch: Epoch, gpu: GpuOfPlan, console: Console) -> None:
     """Print the run's steps, learning rate and tokens, and its time if the GPU's speed is given."""
-    spec, training = plan.spec, plan.spec.training
-    console.print()
-    for line in _lines_of_steps(training, epoch, spec.resources.gpu_count, packed=plan.traits.packs(training)):
-        console.print(line, highlight=False, soft_wrap=True)
+    show_steps(plan.spec, epoch, plan.traits, console)
     if gpu.tflops is not None:
-        _show_time(plan, spec, epoch, gpu.tflops, gpu, console)
+        _show_time(plan, plan.spec, epoch, gpu.tflops, gpu, console)
+
+
+def show_steps(spec: ResolvedSpec, epoch: Epoch, traits: Traits, console: Console) -> None:
+    """Print the run's steps, learning rate and tokens."""
+    training = spec.training
+    console.print()
+    for line in _lines_of_steps(training, epoch, spec.resources.gpu_count, packed=traits.packs(training)):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _lines_of_steps(training: ResolvedTraining, epoch: Epoch, gpus: int, *, packed: bool) -> Iterator[str]:

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.artifact_status import MergedStatus
+from qlora_api.choice import Choice
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.duration import format_duration as duration
 from qlora_api.forecast import cost_text, hours_text
@@ -188,10 +189,19 @@ def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, object]]:
     initial = job.prepared.initial_adapter
     return {
         "Quantization": job.spec.quantization.dump(),
-        "Adapter": replace(job.spec.lora, initial_adapter=None).dump(),
-        "Training": _flat(job.spec.training.dump()),
+        "Adapter": _marked(replace(job.spec.lora, initial_adapter=None).dump(), "lora", job.prepared.settings),
+        "Training": _marked(_flat(job.spec.training.dump()), "training", job.prepared.settings),
         **({} if initial is None else {"Initialized with the adapter": initial.dump()}),
         **({} if job.continued is None else {"Continues the run of": job.continued}),
+    }
+
+
+def _marked(settings: Mapping[str, object], part: str, chosen: Iterable[Choice]) -> dict[str, object]:
+    """Mark the settings of a part that the job left open, with the reasons of their values."""
+    reasons = {each.setting: f"automatic: {each.reason}" if each.reason else "automatic" for each in chosen}
+    return {
+        name: f"{value} ({reasons[path]})" if (path := f"{part}.{name}") in reasons else value
+        for name, value in settings.items()
     }
 
 

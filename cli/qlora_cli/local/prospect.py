@@ -1,0 +1,63 @@
+"""Shows the settings that prepare will choose for a job, and its steps, when it is submitted."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+
+from qlora_api.printable import first_line
+from qlora_api.spec.job import QLoRAJobDocument
+from qlora_api.spec.resolved import open_settings, resolve
+from qlora_cli.local.given import Given
+from qlora_cli.local.quiet import quiet_libraries
+from qlora_trainer.core.failures import StepFailure
+
+
+def show_prospect(document: QLoRAJobDocument, claims: Mapping[str, Path], console: Console) -> None:
+    """Print what prepare will choose from the rows and the steps that follow, if rows and model can be read here.
+
+    `claims`: folders with the content of claims.
+    """
+    if not (left_open := open_settings(document.spec)):
+        return
+    given = Given(document, claims, {})
+    try:
+        reason = _show_choices(given, console)
+    except StepFailure as failure:
+        reason = failure.message
+    except OSError as error:
+        reason = first_line(error)
+    if reason:
+        names = ", ".join(sorted(path.rpartition(".")[2] for path in left_open))
+        console.print(
+            f"Automatic: {names}. prepare chooses them, and the condition Prepared has them; not shown here: {reason}.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _show_choices(given: Given, console: Console) -> str:
+    """Print the choices and the steps, or return why they are not known here. Raises StepFailure."""
+    # These load libraries that many installations of the client lack.
+    from qlora_cli.local.forecast import show_steps
+    from qlora_cli.local.plan import find_config
+    from qlora_cli.local.rows import RowAccess, counted_rows
+    from qlora_cli.local.run import missing_data
+    from qlora_cli.local.whole_plan import show_settings
+    from qlora_trainer.model.memory.planned import check_config
+
+    if missing := missing_data(given.spec, given.claims, given.config_maps):
+        return missing[0]
+    if find_spec("torch") is None:
+        return "the trainer is not installed"
+    quiet_libraries()
+    traits = check_config(find_config(given.spec.model, given.mounts), given.spec)
+    with counted_rows(given.spec, RowAccess(given.spec, given.mounts), traits.longest_row) as counted:
+        settings = counted.choose(given.spec, traits)
+        resolved = resolve(given.spec, settings)
+        epoch = counted.epoch(resolved.training, packed=traits.packs(resolved.training))
+    show_settings(settings, console)
+    show_steps(resolved, epoch, traits, console)
+    return ""
