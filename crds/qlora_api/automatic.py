@@ -182,8 +182,12 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
     if micro is None:
         full = max(1, _MICRO_BATCH_TOKENS // length)
         of_pass = of_gpu if accumulation is None else max(1, batch // accumulation)
-        micro = 1 if limits.one_row or spec.training.sharding == "full" else min(full, of_pass)
-        yield Choice.of(_MICRO_BATCH, micro, f"up to {_MICRO_BATCH_TOKENS:,} tokens in a pass")
+        micro, reason = min(full, of_pass), f"up to {_MICRO_BATCH_TOKENS:,} tokens in a pass"
+        if limits.one_row:
+            micro, reason = 1, "the model cannot keep rows apart"
+        elif training.sharding == "full":
+            micro, reason = 1, "the base is sharded"
+        yield Choice.of(_MICRO_BATCH, micro, reason)
     if accumulation is None:
         accumulation = gpus * max(1, ceil(batch / (gpus * micro)))
         yield Choice.of(

@@ -250,13 +250,13 @@ def test_jobs_can_be_selected_by_model(plane: ControlPlane) -> None:
 def test_kubectl_explain_reads_like_documentation(plane: ControlPlane) -> None:
     section = plane.kubectl("explain", "qlorajob.spec.training")
     assert "gradientAccumulationSteps\t<integer>" in section
-    assert "Micro batches in one optimizer step. Costs no memory." in section
-    assert "1e-4 is advised above 13B" in plane.kubectl("explain", "qlorajob.spec.training.learningRate")
+    assert "Micro batches in one optimizer step. Costs no memory. Automatic: " in section
+    assert "Automatic: 5e-4 × (2000 / width)^0.78" in plane.kubectl("explain", "qlorajob.spec.training.learningRate")
 
 
 def test_kubectl_explain_has_the_defaults_and_no_line_breaks_of_the_source(plane: ControlPlane) -> None:
-    assert "Default: 0.0002." in plane.kubectl("explain", "qlorajob.spec.training.learningRate")
-    assert "Default" not in plane.kubectl("explain", "qlorajob.spec.training.epochs")
+    assert "Default: 0.3." in plane.kubectl("explain", "qlorajob.spec.training.maxGradNorm")
+    assert "Default" not in plane.kubectl("explain", "qlorajob.spec.training.learningRate")
     described = plane.kubectl("explain", "qlorajob.status.conditions").partition("FIELDS:")[0]
     paragraph = described.partition("Types: ")[2].strip()
     assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp.")

@@ -69,6 +69,10 @@ FAR_TOO_LARGE = {
 }
 REJECTED = {
     "no rows to compare by": (without(SWEEP, f"{TEMPLATE}.dataset.eval"), "compares the losses on held-out rows"),
+    "rows to compare by, but none": (
+        with_value(SWEEP, f"{TEMPLATE}.dataset.eval", {"fraction": 0}),
+        "compares the losses on held-out rows",
+    ),
     "neither grid nor cells": (without(SWEEP, "spec.grid"), "set exactly one of grid and cells"),
     "grid and cells": (with_value(SWEEP, "spec.cells", [{"rank": 8}]), "set exactly one of grid and cells"),
     "an empty grid": (with_value(SWEEP, "spec.grid", {}), "name at least one field with its values"),

@@ -108,7 +108,11 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
                 _OTHER_ADAPTER,
             ),
             rule("has(self.grid) != has(self.cells)", _ONE_SOURCE),
-            rule("self.select == 'all' || has(self.template.spec.dataset.eval)", _NO_EVALUATION),
+            rule(
+                "self.select == 'all' || (has(self.template.spec.dataset.eval) && "
+                "(!has(self.template.spec.dataset.eval.fraction) || self.template.spec.dataset.eval.fraction > 0.0))",
+                _NO_EVALUATION,
+            ),
             rule(
                 "self.select == 'all' || !has(self.cells) || !self.cells.exists(c, has(c.dataset) || has(c.output))",
                 _DIFFERENT_DATA,
@@ -236,7 +240,7 @@ class QLoRASweepSpec(ApiModel):
             if self.halving is not None or self.best == "score" or self.publish == "best":
                 raise ValueError(_NOTHING_COMPARED)
             return self
-        if held_out is None:
+        if held_out is None or not self.template.spec.dataset.holds_out:
             raise ValueError(_NO_EVALUATION)
         gate = self.template.spec.gate
         if self.best == "score" and (gate is None or gate.score is None):
