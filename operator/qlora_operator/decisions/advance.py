@@ -4,9 +4,10 @@ from datetime import datetime
 
 from qlora_api.contract import ResultRecord
 from qlora_api.figures import with_known_facts, with_publication, with_training_facts
+from qlora_api.printable import shortened
 from qlora_api.schema import replace
 from qlora_api.spec.output import OutputSpec
-from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
+from qlora_api.status import MAX_MESSAGE_LENGTH, FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.endings import fail, failure_of, succeed
 from qlora_operator.decisions.observed.facts import Facts, new_step, next_attempt, set_condition
@@ -17,7 +18,7 @@ from qlora_operator.decisions.pods.detached import with_running_pod
 from qlora_operator.decisions.pods.kueue import not_supported
 from qlora_operator.decisions.pods.nodes import ending_pod, is_over, trains_together
 from qlora_operator.decisions.resolution import with_profile_of_today
-from qlora_operator.decisions.usage.budget import forecast_of_work
+from qlora_operator.decisions.usage.budget import forecast_of_work, text_of_work
 
 RESULT_FAILURES = ("AdapterNotSigned", "JobFailed", "ResultUnreadable")
 """Reasons of a Job or a result without a pod's own cause."""
@@ -200,7 +201,9 @@ def _complete(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, record: Resu
     if step == "train" or record.trained:
         status = with_training_facts(status, record)
     if step == "prepare":
-        done = Reason("Done", record.message or "model and data are prepared")
+        expected = "" if record.work is None else text_of_work(status, job, record.work)
+        message = shortened(f"{expected}{record.message or 'model and data are prepared'}", MAX_MESSAGE_LENGTH)
+        done = Reason("Done", message)
         status = set_condition(status, job, now, "Prepared", "True", done)
     # If its status was lost, or it was cleaned up: a GPU has nothing to do for a finished run.
     following: StepName = "publish" if record.trained else _NEXT[step]

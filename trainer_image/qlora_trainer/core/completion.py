@@ -97,6 +97,7 @@ class PrepareRecord(PreparedModel, PreparedBase, PreparedData):
     """The result of prepare. Paths below the workspace are relative to it."""
 
     remarks: tuple[str, ...] = Field((), description="Remarks for the user, such as deviations from the spec.")
+    total_steps: int | None = Field(None, description="Optimizer steps planned; not set by an earlier release.")
     settings: tuple[Choice, ...] = Field((), description="The settings that the job leaves open, as chosen.")
     asked: str = Field("", description="SHA-256 of the parts of the spec that these follow; empty without any.")
     initial_adapter: InitialAdapterStatus | None = Field(

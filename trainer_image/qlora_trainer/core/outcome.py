@@ -199,10 +199,11 @@ def _of_run(record: TrainRecord) -> dict[str, object]:
 def summary(completion: CompletionRecord | None, step: StepName) -> str:
     """One sentence on what a successful step has done."""
     if isinstance(completion, PrepareRecord):
-        rows = completion.dataset
+        rows, steps = completion.dataset, completion.total_steps
         ready = (
             f"{rows.used_rows} rows of format {rows.format} ({rows.eval_rows} held out, {rows.too_long_rows} too long) "
             f"and model revision {completion.model_revision} are ready"
+            f"{f' for {steps:,} optimizer step' + 's' * (steps != 1) if steps else ''}"
         )
         chosen = sentence(completion.settings)
         return "; ".join((ready, *completion.remarks, *(() if chosen is None else (chosen,))))

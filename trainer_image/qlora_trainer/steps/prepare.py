@@ -41,7 +41,7 @@ from qlora_trainer.model.base.cache import ModelCache
 from qlora_trainer.model.base.cached_base import Base, BaseSource, open_base_source
 from qlora_trainer.model.source.models import ModelSource, open_model_source
 from qlora_trainer.publishing.manifest import base_publisher
-from qlora_trainer.steps.prepare_checks import check_steps, refresh_record
+from qlora_trainer.steps.prepare_checks import check_steps, planned_steps, refresh_record
 from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_sequences
 from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, fit_model
 from qlora_trainer.steps.publish import read_published
@@ -196,6 +196,7 @@ def _prepare(
     sequences = write_sequences(dataset, fitted, workspace.data, report)
     training = fitted.spec.training
     of_steps = check_steps(training, spec.resources.gpu_count, sequences.folder)
+    total_steps = planned_steps(training, sequences.folder)
 
     started = now()
     base = bases.base(lambda done, total: report(f"{bases.activity} model {sizes(done, total)}"))
@@ -212,6 +213,7 @@ def _prepare(
         **dict(_base_record(bases, base, source, fetching, workspace.root)),
         **dict(data),
         remarks=remarks,
+        total_steps=total_steps,
         settings=(*continued, *fitted.settings),
         asked=asked_sha256(context.spec),
         initial_adapter=None if initial is None else initial.status,

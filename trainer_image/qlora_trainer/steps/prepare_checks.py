@@ -43,13 +43,19 @@ def planned_work(
     return WorkStatus(parameters=parameters, tokens=tokens, flops=training_flops(parameters, tokens, training))
 
 
+def planned_steps(training: ResolvedTraining, data_folder: Path) -> int:
+    """Count the optimizer steps of the planned run."""
+    data = PreparedDataset.open(data_folder, "train")
+    return Schedule.from_training(len(data), training, data.epoch_offsets).total_steps
+
+
 def check_steps(training: ResolvedTraining, gpus: int, data_folder: Path) -> tuple[str, ...]:
     """Return remarks on few optimizer steps or evaluations, also logged.
 
     Raises StepFailure (BAD_CONFIGURATION) for a warm-up that takes the whole run.
     """
     data = PreparedDataset.open(data_folder, "train")
-    steps = Schedule.from_training(len(data), training, data.epoch_offsets).total_steps
+    steps = planned_steps(training, data_folder)
     if training.warmup_steps >= steps:
         raise bad_configuration(
             f"spec.training.warmupSteps is {training.warmup_steps}, and the run makes {steps} optimizer steps, so that "
@@ -115,7 +121,8 @@ def refresh_record(
     of_score = require_scorable(spec.gate, data, record.dataset, texts, fixed_positions=record.fixed_positions)
     kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS, STEPS)))
     remarks = (*check_steps(spec.training, spec.resources.gpu_count, data), *kept, *of_score)
-    return replace(record, memory=memory.status, measured=memory.measured, remarks=remarks)
+    steps = planned_steps(spec.training, data)
+    return replace(record, memory=memory.status, measured=memory.measured, remarks=remarks, total_steps=steps)
 
 
 def _can_be_opened(data_folder: Path, splits: Sequence[Split]) -> bool:

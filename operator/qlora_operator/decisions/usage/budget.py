@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 
 from qlora_api.contract import ProgressRecord
-from qlora_api.forecast import cost_text, forecast_of_flops, hours_text
+from qlora_api.forecast import cost_text, forecast_of_flops, hours_text, wall_time_text
 from qlora_api.profile import Limits, Profile
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
@@ -92,6 +92,18 @@ def forecast_of_work(status: QLoRAJobStatus, work: WorkStatus) -> QLoRAJobStatus
         return status
     forecast = forecast_of_flops(work.flops, profile.gpu_tflops, profile.gpu_hour_price, profile.currency)
     return replace(status, forecast=forecast)
+
+
+def text_of_work(status: QLoRAJobStatus, job: QLoRAJob, work: WorkStatus) -> str:
+    """Return the expected time and cost of the run as a sentence, empty without the profile's GPU."""
+    forecast, profile = status.forecast, status.resolved.profile if status.resolved is not None else None
+    if forecast is None or profile is None or profile.gpu_tflops is None:
+        return ""
+    gpus = job.spec.resources.gpu_count
+    cost = "" if forecast.cost is None else f", {forecast.cost}"
+    time = wall_time_text(work.flops, profile.gpu_tflops, gpus)
+    on = f"{gpus} GPU{'s' * (gpus != 1)}"
+    return f"training is expected to take {time} on {on} ({forecast.gpu_hours} GPU hours{cost}); "
 
 
 def follow_forecast(

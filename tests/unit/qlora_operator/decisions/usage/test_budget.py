@@ -96,6 +96,9 @@ def test_prepare_is_followed_by_a_forecast_if_the_gpus_speed_is_known() -> None:
     assert (forecast.gpu_hours, forecast.basis, forecast.utilization) == ("5.56", "Flops", ASSUMED_UTILIZATION)
     assert forecast.cost == "13.89 EUR"
     assert prepared(PROFILE).forecast is None
+    [ready] = [condition for condition in prepared().conditions if condition.type == "Prepared"]
+    time = "training is expected to take 3h58m to 8h20m on 1 GPU (5.56 GPU hours, 13.89 EUR); "
+    assert ready.message.startswith(time)
 
 
 def test_after_ten_steps_the_forecast_is_of_the_runs_own_pace() -> None:
