@@ -14,9 +14,9 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qlora_api.printable import printable
+from qlora_api.problems import Location, describe_value, explain, follows_from_another
 from qlora_api.spec.job import KIND, QLoRAJobDocument
 from qlora_api.sweep.spec import SWEEP_KIND, QLoRASweepDocument
-from qlora_cli.manifest_problems import Location, describe_value, explain, follows_from_another
 from qlora_cli.yaml_problems import describe_notation
 
 # The API server's limit for one object.

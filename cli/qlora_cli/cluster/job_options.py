@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import click
 from pydantic import ValidationError
 
+from qlora_api.problems import explain
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument
-from qlora_cli.manifest_problems import explain
 from qlora_client.jobs.names import generated_name
 
 Object = dict[str, Any]

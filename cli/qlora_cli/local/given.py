@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from qlora_api.addresses import advice_on_address
+from qlora_api.problems import explain
 from qlora_api.sources import parse_source
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
-from qlora_cli.addresses import advice_on_address
 from qlora_cli.manifest import Document, ManifestError, load_manifest
-from qlora_cli.manifest_problems import explain
 from qlora_trainer.core.context import Mounts
 
 # Endings of rows, also of those that a job does not read: its message has what to do.

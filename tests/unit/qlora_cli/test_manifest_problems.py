@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from qlora_api.problems import WORDS_OF_PATTERN
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.manifest import ManifestError, load_manifest
-from qlora_cli.manifest_problems import WORDS_OF_PATTERN
 from tests.support.manifests import with_value, without
 from tests.support.rejected.inputs import FIELDS
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from qlora_api.addresses import advice_on_address
 from qlora_api.kubernetes_values import (
     DNS_LABEL,
     DNS_LABEL_WORDS,
@@ -21,7 +22,6 @@ from qlora_api.kubernetes_values import (
     QUANTITY,
 )
 from qlora_api.sweep.grid import Grid, Overrides
-from qlora_cli.addresses import advice_on_address
 
 Location = tuple[int | str, ...]
 
