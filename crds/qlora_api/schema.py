@@ -1,9 +1,9 @@
 """How a model of the API is declared: camelCase names, frozen values, and rules that the API server enforces too."""
 
 from enum import Enum, auto
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
 VALIDATIONS = "x-kubernetes-validations"
@@ -13,6 +13,25 @@ class ApiModel(BaseModel):
     """A part of the resource. Serialized by camelCase alias; immutable in Python."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+
+    # mypy knows the fields of each model.
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                # The sentences need the models, which need this class.
+                from qlora_api.problems import explain_constructor
+
+                raise explain_constructor(error, type(self)) from None
+
+        # Documents are validated without this constructor.
+        __init__.__pydantic_base_init__ = True
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            copy = f"replace(…, {name}=…) of qlora_api.schema makes a copy with another {name}"
+            raise AttributeError(f"a {type(self).__name__} is frozen: {copy}")
 
     def dump(self) -> dict[str, Any]:
         """Return the JSON object as the API server stores it: camelCase, no unset fields."""

@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qlora_api.problems import explain_first
 from qlora_api.schema import ApiModel, replace
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.sweep.spec import BEST_SUFFIX, Cell, QLoRASweepSpec, first_problem
+from qlora_api.sweep.spec import BEST_SUFFIX, Cell, QLoRASweepSpec
 
 CHANGEABLE = ("activeDeadlineSeconds", "progressDeadlineSeconds", "retry", "gate", "budget")
 """What may change in a cell that exists, besides its memory, and counts for the job that publishes its adapter.
@@ -46,7 +47,7 @@ def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, A
     try:
         return Cell(best_job_name(name), best.overrides, QLoRAJobSpec.model_validate(content))
     except ValidationError as error:
-        raise ValueError(f"the spec of QLoRAJob {best.name}: {first_problem(error)}") from error
+        raise ValueError(f"the spec of QLoRAJob {best.name}: {explain_first(error, QLoRAJobSpec)}") from error
 
 
 def _pinned(content: dict[str, Any], run: FoundRun) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from qlora_api.joinable import MAX_TOGETHER, not_together, rules_of_template
 from qlora_api.kubernetes_values import DNS_LABEL, ManagedBy
+from qlora_api.problems import explain_first
 from qlora_api.retention import TtlSeconds
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of
@@ -377,13 +378,7 @@ def _cells(name: str, spec: QLoRASweepSpec, claim: str) -> Iterator[Cell]:
         try:
             yield Cell(cell, overrides, _cell_spec(cell, spec, overrides, claim))
         except ValidationError as error:
-            raise ValueError(f"cell {cell} ({overrides.text()}): {first_problem(error)}") from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first field of a spec that does not fit, and why."""
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+            raise ValueError(f"cell {cell} ({overrides.text()}): {explain_first(error, QLoRAJobSpec)}") from error
 
 
 def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str) -> QLoRAJobSpec:
