@@ -20,7 +20,7 @@ def blocks() -> Iterator[str]:
     for name in qlora_client.__all__:
         kind = getattr(qlora_client, name)
         yield f"## {name}"
-        if not dataclasses.is_dataclass(kind):
+        if kind.__init__.__doc__ and not dataclasses.is_dataclass(kind):
             yield _code(f"from qlora_client import {name}\n\n{name}{_signature(kind)}")
         yield from _described(inspect.getdoc(kind) or "")
         if dataclasses.is_dataclass(kind):
@@ -36,7 +36,9 @@ def _method(name: str, function: Callable[..., Any], kind: type) -> Iterator[str
     if name != "__init__":
         yield f"### {name}"
         yield _code(f"{name}{_signature(function)}")
-    yield from _described(inspect.getdoc(function) or "")
+    # A constructor without a docstring would have that of `object`.
+    if function.__doc__:
+        yield from _described(inspect.cleandoc(function.__doc__))
 
 
 def _signature(of: Callable[..., Any]) -> str:
@@ -45,7 +47,7 @@ def _signature(of: Callable[..., Any]) -> str:
     parameters = [str(each) for each in found.parameters.values() if each.name != "self"]
     keywords = [each for each in found.parameters.values() if each.kind is each.KEYWORD_ONLY]
     if keywords and not any(each.kind is each.VAR_POSITIONAL for each in found.parameters.values()):
-        parameters.insert(len(parameters) - len(keywords), "*")
+        parameters.insert(parameters.index(str(keywords[0])), "*")
     returned = "" if isinstance(of, type) or found.return_annotation is found.empty else f" -> {_plain(found)}"
     lines = "".join(f"    {parameter},\n" for parameter in parameters)
     inner = f"\n{lines}" if len(parameters) > 1 else "".join(parameters)

@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from qlora_client.client_types import Comparison as Comparison
     from qlora_client.client_types import Plan as Plan
     from qlora_client.client_types import QLoRAJob as QLoRAJob
+    from qlora_client.client_types import QLoRASweep as QLoRASweep
     from qlora_client.comparison import Row as Row
     from qlora_client.history import LossHistory as LossHistory
     from qlora_client.jobs.pods import Event as Event
+    from qlora_client.sweep import Sweep as Sweep
 
 _PUBLIC = {
     "QLoRAClient": "client",
     "ClusterBackendConfig": "client",
     "QLoRAJob": "client_types",
+    "Sweep": "sweep",
+    "QLoRASweep": "client_types",
     "Plan": "client_types",
     "Comparison": "client_types",
     "Row": "comparison",

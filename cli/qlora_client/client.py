@@ -1,18 +1,16 @@
 """QLoRAClient: jobs from Python, with the method names of Kubeflow's TrainerClient."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from qlora_api.kubernetes_values import DNS_LABEL_WORDS
-from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import Phase, StepName
 from qlora_client.client_types import Comparison, Plan, QLoRAJob
 from qlora_client.comparison import Compared, differing_settings, draw_histories, results
@@ -23,9 +21,12 @@ from qlora_client.jobs.logs import read_logs
 from qlora_client.jobs.names import generated_name
 from qlora_client.jobs.pods import Event, events_of
 from qlora_client.kube.cluster import Cluster
-from qlora_client.kube.errors import ClusterError, MissingError, UnreachableError
-from qlora_client.kube.resources import JOBS
+from qlora_client.kube.errors import ClusterError
+from qlora_client.kube.resources import JOBS, SWEEPS
+from qlora_client.manifests import job_manifest, sweep_manifest
 from qlora_client.planning import GpuOfPlan, make_plan
+from qlora_client.sweep import Sweep
+from qlora_client.waiting import Clock, Wait
 
 _LOGGER = logging.getLogger("qlora_client")
 _PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -73,7 +74,7 @@ class QLoRAClient:
         Raises:
             RuntimeError: The kubeconfig cannot be used.
         """
-        self._sleep, self._monotonic = sleep, monotonic
+        self._clock = Clock(sleep, monotonic)
         config = backend_config or ClusterBackendConfig()
         self._cluster = Cluster.connect(
             context=config.context,
@@ -103,15 +104,46 @@ class QLoRAClient:
             RuntimeError: The job is not accepted, or its name is taken.
         """
         name = generated_name(spec.model.source, token_hex(3)) if name is None else name
-        fields = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
-        metadata = {"name": name, "labels": dict(labels or {}), "annotations": dict(annotations or {})}
-        body: dict[str, Any] = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": fields}
-        try:
-            QLoRAJobDocument.model_validate(body)
-        except ValidationError as error:
-            raise ValueError(_explain(error)) from None
+        body = job_manifest(name, spec, labels or {}, annotations or {})
         self._cluster.create(JOBS, body)
         return name
+
+    def sweep(
+        self,
+        spec: QLoRAJobSpec,
+        name: str,
+        *,
+        parallelism: int = 1,
+        publish: Literal["all", "best"] = "all",
+        **values: Collection[Any],
+    ) -> Sweep:
+        """Create a sweep, a job for each combination of the values, and return it without waiting.
+
+        Args:
+            spec: The template of its jobs, the cells.
+            name: Its name; that of a cell has `-00`, `-01` and so on after it.
+            parallelism: Cells that run at the same time.
+            publish: Publish the adapters of all cells, or only the best, to spec.output.
+            values: Lists of values by the name of their setting, such as `rank=[16, 64], learning_rate=[1e-4, 2e-4]`.
+
+        Raises:
+            ValueError: There is no such setting, a value is not allowed, two cells are the same, or the template has no
+                held-out rows that compare them.
+            RuntimeError: The sweep is not accepted, or its name is taken.
+        """
+        body = sweep_manifest(name, spec, values, parallelism=parallelism, publish=publish)
+        self._cluster.create(SWEEPS, body)
+        return self._sweep(name)
+
+    def get_sweep(self, name: str) -> Sweep:
+        """A sweep that exists.
+
+        Raises:
+            RuntimeError: There is none of this name, or it cannot be read.
+        """
+        sweep = self._sweep(name)
+        sweep.get()
+        return sweep
 
     def get_job(self, name: str) -> QLoRAJob:
         """One job.
@@ -186,35 +218,13 @@ class QLoRAClient:
         """
         if not set(status) <= set(_PHASES):
             raise ValueError(f"status is {status!r}, must be a set of {', '.join(_PHASES)}")
-        if not status or not 0 < polling_interval <= timeout:
-            raise ValueError(
-                f"found {len(status)} phases, timeout {timeout} and polling_interval {polling_interval}: there must be "
-                "a phase, and polling_interval must be more than 0 and at most timeout"
-            )
-        deadline, seen, uid = self._monotonic() + timeout, "not been reached", ""
-        while True:
-            try:
-                found = self._get(name)
-            except UnreachableError as error:
-                seen = f"not been seen, as {error}"
-            else:
-                if uid not in ("", found.uid):
-                    raise MissingError(f"{name} has been deleted, and another job has its name now")
-                uid, job = found.uid, QLoRAJob.of(found)
-                for callback in callbacks or ():
-                    callback(job)
-                if job.phase in status:
-                    return job
-                if job.ended:
-                    raise ClusterError(f"{name} has ended as {job.phase}{f': {job.message}' if job.message else ''}")
-                seen = f"come to {job.phase}"
-            left = deadline - self._monotonic()
-            if left <= 0:
-                raise TimeoutError(f"{name} has {seen} in {timeout:g} s, and not to {' or '.join(sorted(status))}")
-            self._sleep(min(polling_interval, left))
+        wait = Wait(timeout, polling_interval, status)
+        return wait.follow(name, lambda: self.get_job(name), callbacks, self._clock)
 
     def delete_job(self, name: str) -> None:
         """Delete the job. Its workspace stays unless its claim's retention policy is Delete.
+
+        Another job can have its name: the workspace's folder has the job's UID.
 
         Raises:
             RuntimeError: There is no such job, or you may not delete it.
@@ -299,6 +309,9 @@ class QLoRAClient:
         found = results(compared, datetime.now(UTC))
         return Comparison(tuple(job.name for job in jobs), tuple(differing_settings(jobs)), tuple(found), histories)
 
+    def _sweep(self, name: str) -> Sweep:
+        return Sweep(name, self._cluster, self._clock, self.compare)
+
     def _get(self, name: str) -> Job:
         return Job(self._cluster.get(JOBS, name))
 
@@ -310,13 +323,3 @@ def _new_axes() -> Any:
     except ModuleNotFoundError:
         raise ClusterError("a picture takes the library matplotlib, which is missing: pip install matplotlib") from None
     return pyplot.subplots(layout="constrained")[1]
-
-
-def _explain(error: ValidationError) -> str:
-    """Return the first problem of a job in one sentence."""
-    [first, *_] = error.errors(include_url=False)
-    field, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return message if not field else f"{field}: {message}"
-    words = DNS_LABEL_WORDS if first["type"] == "string_pattern_mismatch" and field == "metadata.name" else message
-    return f"{field}: found {json.dumps(first['input'], default=str)[:80]}, {words.replace('Input should', 'must')}"

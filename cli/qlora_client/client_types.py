@@ -4,17 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
-from typing import Self
+from typing import Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import MemoryStatus, Phase, QLoRAJobStatus
+from qlora_api.sweep.spec import QLoRASweepSpec
+from qlora_api.sweep.status import QLoRASweepStatus, SweepPhase
 from qlora_api.usage import ForecastStatus
 from qlora_client.comparison import Row
 from qlora_client.history import LossHistory
 from qlora_client.jobs.job import Job
 from qlora_client.kube.errors import ClusterError
+
+Spec = TypeVar("Spec", bound=BaseModel)
+Status = TypeVar("Status", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class QLoRAJob:
 
     name: str
     namespace: str
+    uid: str
+    """It differs from that of a deleted job of the same name."""
     created: datetime
     phase: Phase
     """The phase; Pending before the operator has seen the job."""
@@ -39,22 +46,61 @@ class QLoRAJob:
 
         Raises RuntimeError if it has values of a newer version.
         """
-        try:
-            # Fields of a newer version are ignored, as with other clients of the API.
-            spec = QLoRAJobSpec.model_validate(job.spec, extra="ignore")
-            # Set here too: the profile in it forbids unknown fields.
-            status = QLoRAJobStatus.model_validate({"phase": "Pending", **job.status}, extra="ignore")
-        except ValidationError as error:
-            [first, *_] = error.errors(include_url=False)
-            field = ".".join(map(str, first["loc"]))
-            what = f"{job.name} has a {field or 'spec'} that this version of the client cannot read"
-            raise ClusterError(f"{what} ({first['msg']}): upgrade it") from None
-        return cls(job.name, job.namespace, job.created, status.phase or "Pending", job.message, spec, status)
+        spec, status = _read(job, QLoRAJobSpec, QLoRAJobStatus)
+        phase = status.phase or "Pending"
+        return cls(job.name, job.namespace, job.uid, job.created, phase, job.message, spec, status)
 
     @property
     def ended(self) -> bool:
         """Whether it has ended; only a retry starts it again."""
         return self.phase in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class QLoRASweep:
+    """A sweep at one moment."""
+
+    name: str
+    namespace: str
+    uid: str
+    """It differs from that of a deleted sweep of the same name."""
+    created: datetime
+    phase: SweepPhase
+    """The phase; Pending before the operator has seen the sweep."""
+    message: str
+    """The reason why it waits, runs or has failed."""
+    spec: QLoRASweepSpec
+    """The user's spec, with the schema's defaults."""
+    status: QLoRASweepStatus
+    """The operator's report: cells, the best of them, usage and more."""
+
+    @classmethod
+    def of(cls, sweep: Job) -> Self:
+        """Return the sweep, whose object is built like that of a job.
+
+        Raises RuntimeError if it has values of a newer version.
+        """
+        spec, status = _read(sweep, QLoRASweepSpec, QLoRASweepStatus)
+        phase = status.phase or "Pending"
+        return cls(sweep.name, sweep.namespace, sweep.uid, sweep.created, phase, sweep.message, spec, status)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended; only a retry of a cell starts it again."""
+        return self.phase in ("Succeeded", "Failed")
+
+
+def _read(job: Job, of_spec: type[Spec], of_status: type[Status]) -> tuple[Spec, Status]:
+    try:
+        # Fields of a newer version are ignored, as with other clients of the API.
+        spec = of_spec.model_validate(job.spec, extra="ignore")
+        # Set here too: the profile in a job's status forbids unknown fields.
+        return spec, of_status.model_validate({"phase": "Pending", **job.status}, extra="ignore")
+    except ValidationError as error:
+        [first, *_] = error.errors(include_url=False)
+        field = ".".join(map(str, first["loc"]))
+        what = f"{job.name} has a {field or 'spec'} that this version of the client cannot read"
+        raise ClusterError(f"{what} ({first['msg']}): upgrade it") from None
 
 
 @dataclass(frozen=True)

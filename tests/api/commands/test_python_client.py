@@ -12,11 +12,12 @@ import pytest
 
 from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ProgressRecord, decode_any_record
-from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.schema import replace
+from qlora_api.spec.dataset import DatasetSpec, EvalSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.training import LoraSpec
-from qlora_client import ClusterBackendConfig, QLoRAClient, QLoRAJob
+from qlora_client import ClusterBackendConfig, QLoRAClient, QLoRAJob, Row
 from tests.support.cluster.reported import Reported, progress, reported
 
 ROOT = Path(__file__).parents[3]
@@ -107,6 +108,29 @@ def test_waiting_follows_a_job_to_its_end(team: Reported, client: QLoRAClient) -
     team.report("awaited", "Failed", "DoesNotFit: 24 GiB are too few")
     with pytest.raises(RuntimeError, match="awaited has ended as Failed: DoesNotFit: 24 GiB are too few"):
         client.wait_for_job_status("awaited")
+
+
+def test_a_sweep_is_stored_and_its_cells_are_compared(client: QLoRAClient) -> None:
+    template = replace(SPEC, dataset=DatasetSpec(source="hf://org/rows", eval=EvalSpec(fraction=0.1)))
+    client.sweep(template, "rates", learning_rate=[1e-4, 2e-4], rank=[16, 64], parallelism=2)
+    sweep = client.get_sweep("rates")
+    stored = sweep.get()
+    assert stored.spec.template.spec == template
+    assert [each.text() for each in stored.spec.overrides()][:2] == [
+        "rank=16 learningRate=0.0001",
+        "rank=16 learningRate=0.0002",
+    ]
+    assert (stored.phase, stored.spec.parallelism) == ("Pending", 2)
+    with pytest.raises(RuntimeError, match="rates has no cells yet: it is Pending"):
+        sweep.compare()
+    for number, rank in enumerate((16, 64)):
+        cell = replace(SPEC, lora=LoraSpec(rank=rank))
+        client.train(cell, name=f"rates-0{number}", labels={"qlora.dev/sweep": "rates"})
+    assert sweep.compare().settings == (Row("lora.rank", ("16", "64")),)
+    with pytest.raises(RuntimeError, match='"rates" already exists'):
+        client.sweep(template, "rates", rank=[8, 16])
+    with pytest.raises(RuntimeError, match="not found in the namespace programs"):
+        client.get_sweep("gone")
 
 
 _BESIDE_KUBEFLOW = """

@@ -131,7 +131,7 @@ def test_waiting_ends_at_its_timeout_and_reports_the_jobs_phase(scripted: Script
 
 def test_waiting_does_not_follow_a_new_job_of_the_same_name(scripted: Script) -> None:
     client = scripted(job("Training"), job("Succeeded", uid="2"))
-    with pytest.raises(RuntimeError, match="demo has been deleted, and another job has its name now"):
+    with pytest.raises(RuntimeError, match="demo has been deleted, and another object has its name now"):
         client.wait_for_job_status("demo")
 
 
@@ -189,6 +189,8 @@ def test_wrong_arguments_are_value_errors(scripted: Script) -> None:
     copied = replace(SPEC, training=replace(SPEC.training, learning_rate=2.0))
     with pytest.raises(ValueError, match=r"^spec.training.learningRate: found 2.0, must be less than or equal to 1$"):
         client.train(copied)
+    with pytest.raises(ValueError, match=r"^spec.lora.rank: found \"many\", must be a whole number$"):
+        client.train(SPEC.model_copy(update={"lora": LoraSpec().model_copy(update={"rank": "many"})}))
     with pytest.raises(ValueError, match=r"^spec.continues names this job itself: name the job"):
         client.train(replace(SPEC, continues="demo"), name="demo")
     with pytest.raises(ValueError, match="found no name"):
