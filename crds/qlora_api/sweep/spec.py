@@ -19,6 +19,7 @@ from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of
 from qlora_api.spec.job import KEEPS_CLAIM, MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
 from qlora_api.spec.output import OutputSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_api.sweep.grid import MAX_CELLS, Grid, Overrides
 from qlora_api.sweep.halving import HalvingSpec
 from qlora_api.sweep.template import SweepTemplate
@@ -67,6 +68,7 @@ _OTHER_ADAPTER = (
     "lora.from begins each cell with an adapter whose rank, alpha and targetModules it must have: remove these from "
     "grid and cells, or remove lora.from"
 )
+_OF_LORA = frozenset(field.alias for field in LoraSpec.model_fields.values())
 _OF_THE_ADAPTER = ("rank", "alpha", "targetModules")
 REMEDY = "delete the QLoRASweep and create it again, or create one with another name"
 _NO_RUNG = (
@@ -390,7 +392,7 @@ def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str
         }
     replaced = {field: changes.pop(field) for field in ("dataset", "output") if field in changes}
     for key, value in changes.items():
-        content["lora" if key in content["lora"] else "training"][key] = value
+        content["lora" if key in _OF_LORA else "training"][key] = value
     content["workspace"] = {"claimName": claim}
     destination = template.output.destination
     if spec.publish == "best":
