@@ -52,7 +52,7 @@ from qlora_trainer.stores.destinations.destination import reject_occupied
 from qlora_trainer.stores.destinations.volume import VolumeFolder
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.checkpoints.fingerprint import run_settings
-from qlora_trainer.training.checkpoints.same_run import reject_changed_run, reject_changed_settings
+from qlora_trainer.training.checkpoints.same_run import begun_settings, reject_changed_run
 from qlora_trainer.training.continued import continue_run, continued_settings, require_something_to_continue
 from qlora_trainer.training.prepared_job import PreparedJob
 
@@ -77,11 +77,10 @@ def prepare(
         records.note(trained=published)
         return written
     settings, left_open = run_settings(spec, context.device, gpus), open_settings(spec)
-    reject_changed_settings(workspace.checkpoints, settings, left_open)
-    continued: tuple[Choice, ...] = ()
+    begun = begun_settings(workspace.checkpoints, settings, left_open)
     if written is None and spec.continues is not None:
         require_something_to_continue(mounts.continued, spec.continues)
-        continued = continued_settings(mounts.continued, spec.continues, settings, left_open)
+        begun = begun or continued_settings(mounts.continued, spec.continues, settings, left_open)
     secret = context.secret("output") if context.contract_version > 1 else None
     check = partial(check_destination, mounts=mounts, secret=secret, registries=context.registries)
     record = None
@@ -92,7 +91,7 @@ def prepare(
             for field, address in spec.output.destinations.items():
                 check(address, publisher=Publisher(SHARED_BASE if field == "base.destination" else identity.job_uid))
             earlier = None if written is None else written.initial_adapter
-            record = _prepare(context, records, report, now, earlier, continued)
+            record = _prepare(context, records, report, now, earlier, begun)
     if spec.output.base is not None:
         publisher = base_publisher(record.base_sha256, workspace.root / record.model_path)
         check(spec.output.base.destination, publisher=publisher)
@@ -139,13 +138,13 @@ def _prepare(
     report: Callable[[str], None],
     now: Callable[[], datetime],
     earlier_adapter: InitialAdapterStatus | None,
-    continued: tuple[Choice, ...],
+    begun: tuple[Choice, ...],
 ) -> PrepareRecord:
     """Prepare model and data in stages, each of which returns its part of the record.
 
-    `continued`: the values of the run that the job continues, for what it leaves open.
+    `begun`: the values of the run that the job resumes or continues, for what it leaves open.
     """
-    spec = fill(context.spec, continued)
+    spec = fill(context.spec, begun)
     workspace, mounts, identity = context.workspace, context.mounts, context.identity
     reference = spec.model.token_secret_ref
     secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
@@ -214,7 +213,7 @@ def _prepare(
         **dict(data),
         remarks=remarks,
         total_steps=total_steps,
-        settings=(*continued, *fitted.settings),
+        settings=(*begun, *fitted.settings),
         asked=asked_sha256(context.spec),
         initial_adapter=None if initial is None else initial.status,
     )

@@ -45,7 +45,7 @@ def continued_settings(
     if checkpoint is None:
         return ()
     _require_same(settings_differences(checkpoint[1], settings, left_open), name)
-    return settings_of(checkpoint[1], left_open, name)
+    return settings_of(checkpoint[1], left_open, f"as in {name}")
 
 
 def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:

@@ -78,13 +78,13 @@ def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
     }
 
 
-def settings_of(fingerprint: Fingerprint, left_open: Collection[str], name: str) -> tuple[Choice, ...]:
-    """Return the values of the run of job `name` for settings that another job leaves open."""
+def settings_of(fingerprint: Fingerprint, left_open: Collection[str], reason: str) -> tuple[Choice, ...]:
+    """Return the run's values of settings that a job leaves open."""
     known = _flat(fingerprint) | {"training.autoMicroBatch": False}
     known.setdefault("training.keep", _SAME_AS_NOT_SET["keep"])
     found = {path: known.get(path.replace("dataset.", "data.dataset.")) for path in sorted(left_open)}
     return tuple(
-        Choice.of(path, value, f"as in {name}") for path, value in found.items() if isinstance(value, (int, float, str))
+        Choice.of(path, value, reason) for path, value in found.items() if isinstance(value, (int, float, str))
     )
 
 

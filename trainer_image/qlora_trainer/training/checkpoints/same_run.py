@@ -3,16 +3,22 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from qlora_api.choice import Choice
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.training.checkpoints.checkpoint import newest_fingerprint
-from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, settings_differences
+from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, settings_differences, settings_of
 
 
-def reject_changed_settings(checkpoints: Path, settings: Fingerprint, left_open: Collection[str]) -> None:
-    """Raise StepFailure if the newest checkpoint is of other settings than are set. Cheap, so early."""
+def begun_settings(checkpoints: Path, settings: Fingerprint, left_open: Collection[str]) -> tuple[Choice, ...]:
+    """Return the newest checkpoint's values of settings that the job leaves open: a begun run keeps them.
+
+    Raises StepFailure if it is of other settings than are set. Cheap, so early.
+    """
     checkpoint = newest_fingerprint(checkpoints)
-    if checkpoint is not None:
-        reject_other_run(settings_differences(checkpoint[1], settings, left_open), checkpoint[0])
+    if checkpoint is None:
+        return ()
+    reject_other_run(settings_differences(checkpoint[1], settings, left_open), checkpoint[0])
+    return settings_of(checkpoint[1], left_open, "as the run has begun")
 
 
 def reject_changed_run(checkpoints: Path, wanted: Fingerprint) -> None:
