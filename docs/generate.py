@@ -33,10 +33,6 @@ MOST_JOBS = (
     "model.tokenSecretRef",
     "dataset.source",
     "dataset.eval",
-    "lora.rank",
-    "training.epochs",
-    "training.microBatchSize",
-    "training.maxSequenceLength",
     "output.destination",
     "resources.gpuMemory",
 )
@@ -67,7 +63,8 @@ def _resource() -> str:
         f"Once a job exists, only {mutable} and `spec.resources.memory` can be changed.",
         "## Fields of most jobs",
         table(("Field", "Meaning"), map(partial(_field, definition), MOST_JOBS)),
-        "All other fields are advanced: their defaults fit most jobs.",
+        "All other fields are advanced: their defaults fit most jobs, and `prepare` chooses "
+        "[those that are automatic](../how-to/training-settings.md).",
     )
 
 

@@ -12,8 +12,10 @@ import yaml
 
 from docs.generate import pages
 from docs.screenshots import watch_lines
+from qlora_api.automatic import Limits, ModelFacts, assume
 from qlora_api.contract import ExitCode
 from qlora_api.profile import PROFILE_KIND, Profile
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.sweep.spec import SWEEP_KIND, QLoRASweepSpec
 from qlora_cli.manifest import load_manifest
 from tests.support.sweeps import TEMPLATE
@@ -125,6 +127,17 @@ def test_a_decision_record_states_its_context_options_decision_and_consequences(
         "Context", "Considered options", "Decision", "Consequences",
     ]  # fmt: skip
     assert len(re.findall(r"^- .+: .+, but .+$", sections[1], re.MULTILINE)) >= 2
+
+
+def test_the_learning_rates_on_a_page_are_those_that_prepare_chooses() -> None:
+    page = (DOCS / "how-to" / "training-settings.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| [^|]+ \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for width, *rates in rows:
+        for objective, rate in zip(("supervised", "dpo"), rates, strict=True):
+            spec = QLoRAJobSpec.model_validate(SMALLEST_SPEC | {"training": {"objective": objective}})
+            chosen = assume(spec, ModelFacts(int(width.replace(",", "")), weights_per_rank=1), None, Limits())
+            assert [each.parsed for each in chosen if each.name == "learningRate"] == [float(rate)]
 
 
 def paths_in(page: Path) -> Iterator[str]:
