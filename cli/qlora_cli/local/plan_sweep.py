@@ -125,7 +125,7 @@ def _require_rows_apart(document: QLoRASweepDocument, traits: Traits) -> None:
 def _decides_memory(cell: Cell) -> object:
     """The same for two cells of a sweep that need the same memory."""
     spec = cell.spec
-    # What is chosen follows from the length of the run too.
+    # Automatic settings follow from the length of the run too.
     length = (spec.training.epochs, spec.training.max_steps) if open_settings(spec) else ()
     return Decides.DRY_RUN.settings(spec.training), spec.training.gradient_accumulation_steps, spec.lora, length
 
