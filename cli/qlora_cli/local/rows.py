@@ -209,9 +209,13 @@ class CountedRows:
 
         if self.examined.dataset is None or self.examined.rejection:
             raise bad_dataset(self.examined.rejection)
-        length = fill(spec, self.of_length).training.max_sequence_length
-        limits = Limits(one_row=not traits.keeps_rows_apart(length))
-        return choose_settings(spec, self.examined.dataset, traits, self.of_length, limits)
+        in_length, dataset = fill(spec, self.of_length), self.examined.dataset
+        limits = Limits(one_row=not traits.keeps_rows_apart(in_length.training.max_sequence_length))
+        packed = traits.packs(in_length.training)
+        return (
+            *self.of_length,
+            *choose_settings(in_length, dataset, traits.require_sizes(), limits, packed=packed),
+        )
 
     def epoch(self, training: ResolvedTraining, *, packed: bool) -> Epoch:
         """The data of an epoch. `packed`: whether a sequence may have several rows."""

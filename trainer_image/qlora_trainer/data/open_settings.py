@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import numpy
 
-from qlora_api.automatic import Limits, choose, choose_length
+from qlora_api.automatic import Limits, ModelFacts, choose, choose_length
 from qlora_api.choice import Choice
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import fill
 from qlora_trainer.data.dataset import Dataset
-from qlora_trainer.model.families.family import Traits
 
 
 def build_in_length(
@@ -30,14 +29,14 @@ def build_in_length(
 
 
 def choose_settings(
-    spec: QLoRAJobSpec, dataset: Dataset, traits: Traits, of_length: tuple[Choice, ...], limits: Limits
+    spec: QLoRAJobSpec, dataset: Dataset, model: ModelFacts, limits: Limits, *, packed: bool
 ) -> tuple[Choice, ...]:
-    """Choose all settings that the job leaves open. `of_length`: as chosen for `dataset`."""
-    in_length = fill(spec, of_length)
-    length = in_length.training.max_sequence_length
+    """Choose all settings that the job leaves open but the length of a sequence, which `build_in_length` chooses.
+
+    `packed`: whether a sequence may have several rows.
+    """
+    length = spec.training.max_sequence_length
     if length is None:
         raise AssertionError("the length of a sequence is set or chosen")
-    facts = dataset.facts(length, spec.training.seed, packed=traits.packs(in_length.training))
     held_out = () if dataset.chosen_share is None else (dataset.chosen_share,)
-    chosen = choose(in_length, length, facts, traits.require_sizes(), limits)
-    return (*of_length, *held_out, *chosen)
+    return (*held_out, *choose(spec, length, dataset.facts(length, spec.training.seed, packed=packed), model, limits))

@@ -182,15 +182,16 @@ def _prepare(
 
     dataset, of_length = build_in_length(spec, build, family.longest_row)
     records.note(dataset=dataset.status())
-    length = fill(spec, of_length).training.max_sequence_length
+    in_length = fill(spec, of_length)
     limits = Limits(
-        one_row=not family.keeps_rows_apart(length),
+        one_row=not family.keeps_rows_apart(in_length.training.max_sequence_length),
         in_group=context.group_size > 1,
         adapter=None if initial is None else {"rank": initial.lora.rank, "alpha": initial.lora.alpha},
     )
-    chosen = choose_settings(spec, dataset, family, of_length, limits)
+    packed = family.packs(in_length.training)
+    chosen = choose_settings(in_length, dataset, family.require_sizes(), limits, packed=packed)
     report("measuring the memory that training needs")
-    fitted = fit_model(model, spec, chosen, context.group_size)
+    fitted = fit_model(model, spec, (*of_length, *chosen), context.group_size)
     records.note(memory=fitted.memory.status)
     sequences = write_sequences(dataset, fitted, workspace.data, report)
     training = fitted.spec.training
