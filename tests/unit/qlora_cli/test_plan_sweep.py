@@ -82,7 +82,7 @@ def test_each_cell_is_shown_with_what_it_changes_and_the_memory_that_it_needs(tm
     assert small == ["support-rates-00", "rank=16", "learningRate=0.0001", small[3], "fits"]
     assert large == ["support-rates-03", "rank=64", "learningRate=0.0001", large[3], "fits"]
     assert 8 < float(small[3]) < float(large[3]) < 11
-    assert "On 24 GiB" in text
+    assert "On 22 GiB" in text
     assert ["Cells", "6"] in [line.split() for line in text.splitlines()]
     assert ["Pods", "at", "a", "time", "1", "of", "6", "(spec.parallelism)"] in [
         line.split() for line in text.splitlines()
