@@ -17,7 +17,7 @@ from qlora_client.files.folders import INSTALL
 from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.memory.fit import MemoryFit
-from qlora_trainer.model.memory.planned import assume_settings, check_config, measure_with
+from qlora_trainer.steps.planned import assume_settings, check_config, measure_with
 
 _MAX_CONFIG_BYTES = 2**22
 

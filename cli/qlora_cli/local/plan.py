@@ -38,13 +38,12 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
 from qlora_trainer.core.sandbox import DryRunFailed
-from qlora_trainer.model.families.admission import require_settings
 from qlora_trainer.model.families.family import Traits
 from qlora_trainer.model.memory.dry_run import INSTALL
 from qlora_trainer.model.memory.fit import training_shape, weights_of
 from qlora_trainer.model.memory.fitted import settings_that_fit
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
-from qlora_trainer.model.memory.planned import assume_settings, find_traits, measure_with
+from qlora_trainer.steps.planned import assume_settings, find_traits, measure_with, require_settings
 
 FindTraits: TypeAlias = Callable[[LoraSpec], Traits]
 ChooseSettings: TypeAlias = Callable[[QLoRAJobSpec, Traits], tuple[Choice, ...]]

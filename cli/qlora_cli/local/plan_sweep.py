@@ -33,11 +33,10 @@ from qlora_cli.local.plan import (
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed
-from qlora_trainer.model.families.admission import require_settings
 from qlora_trainer.model.families.family import Traits
 from qlora_trainer.model.memory.dry_run import StepSize, measure_together_within_limits
 from qlora_trainer.model.memory.job_memory import Measure, MeasurePasses, memory_together
-from qlora_trainer.model.memory.planned import assume_settings, find_traits, measure_with
+from qlora_trainer.steps.planned import assume_settings, find_traits, measure_with, require_settings
 
 # The operator creates the claim of a sweep that names none; no memory depends on its name.
 _CLAIM = "workspace"

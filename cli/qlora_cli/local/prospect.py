@@ -46,7 +46,7 @@ def _show_choices(given: Given, console: Console) -> str:
     from qlora_cli.local.rows import RowAccess, counted_rows
     from qlora_cli.local.run import missing_data
     from qlora_cli.local.whole_plan import show_settings
-    from qlora_trainer.model.memory.planned import check_config
+    from qlora_trainer.steps.planned import check_config
 
     if missing := missing_data(given.spec, given.claims, given.config_maps):
         return missing[0]

@@ -13,7 +13,7 @@ from qlora_cli.local.plan import make_plan, show_plan
 from qlora_cli.local.plan_sweep import make_sweep_plan, show_sweep_plan
 from qlora_cli.local.rows import CountedRows, RowAccess, counted_rows, show_lengths
 from qlora_cli.manifest import Document
-from qlora_trainer.model.memory.planned import assume_settings, find_traits
+from qlora_trainer.steps.planned import assume_settings, find_traits
 
 
 def show_whole_plan(

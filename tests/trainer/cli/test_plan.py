@@ -213,6 +213,16 @@ def test_a_plan_of_a_model_whose_layers_are_not_listed_is_from_a_dry_run(tmp_pat
     assert "spec.training.microBatchSize: 1 → 8" in done.stdout
 
 
+HELIUM = {"architectures": ["HeliumForCausalLM"], "model_type": "helium", "head_dim": 128}
+
+
+def test_a_plan_rejects_a_model_that_the_converter_to_gguf_does_not_support(tmp_path: Path) -> None:
+    job = MANIFEST + "  output: {gguf: {}}\n"
+    done = planned(tmp_path, manifest=job, config=ONE_BLOCK | HELIUM)
+    assert done.returncode == 10
+    assert "HeliumForCausalLM is not supported; remove output.gguf" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("config", "error"),
     [

@@ -12,8 +12,9 @@ import runpy
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from math import sqrt
 from pathlib import Path
 
@@ -153,7 +154,9 @@ def _run_converter(adapter: Path, arguments: tuple[str, ...]) -> str | NotConver
     said = _Errors()
     logging.getLogger().addHandler(said)
     try:
-        runpy.run_path(str(CONVERTER), run_name="__main__")
+        # Its progress bar is no line of a log.
+        with redirect_stderr(StringIO()):
+            runpy.run_path(str(CONVERTER), run_name="__main__")
     except SystemExit as end:
         return NotConvertible(_shorten(said.text) or f"it has ended with exit code {end.code}")
     except (NotImplementedError, TypeError, AttributeError) as error:

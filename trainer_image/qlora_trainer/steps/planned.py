@@ -1,9 +1,10 @@
 """Checks a model by its config.json alone, as prepare does, to plan a job. Loads no torch itself."""
 
+import importlib
 import importlib.util
 import json
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,16 +13,20 @@ from qlora_api.choice import Choice
 from qlora_api.memory.model_shape import mixes_experts
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.weights import adapted_linears
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.resolved import open_settings
+from qlora_api.spec.output import GgufSpec
+from qlora_api.spec.resolved import ResolvedLora, decided_lora, open_settings
 from qlora_api.spec.training import LoraSpec
-from qlora_trainer.model.families.admission import inspect_model, require_settings
+from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.family import Family, Traits
 from qlora_trainer.model.memory.dry_run import measure_within_limits
 from qlora_trainer.model.memory.fit import read_shape, type_of_model
 from qlora_trainer.model.memory.job_memory import Measure
 
 _CONFIG = "config.json"
+# By its name: importers of this module do not load torch.
+_GGUF = "qlora_trainer.publishing.gguf"
 
 
 def check_config(config: Path, spec: QLoRAJobSpec) -> Traits:
@@ -45,9 +50,31 @@ def find_traits(config: Path, lora: LoraSpec) -> Traits:
             sizes=_sizes(config, lora),
         )
     if config.name == _CONFIG:
-        return inspect_model(config.parent, lora)
+        return admission.inspect_model(config.parent, lora)
     with TemporaryDirectory() as folder:
-        return inspect_model(Path(shutil.copyfile(config, Path(folder) / _CONFIG)).parent, lora)
+        return admission.inspect_model(Path(shutil.copyfile(config, Path(folder) / _CONFIG)).parent, lora)
+
+
+def require_settings(traits: Traits, config: Path, spec: QLoRAJobSpec) -> None:
+    """Raise StepFailure, as prepare does, if the model cannot be trained and published so.
+
+    A trial conversion to GGUF takes seconds, and the trainer: without it there is none.
+    """
+    admission.require_settings(traits, config, spec)
+    if spec.output.gguf is not None and isinstance(traits, Family):
+        # The trial has rank 1 for any rank.
+        lora = replace(decided_lora(spec.lora, 1, 1), rank=1, alpha=1)
+        _require_convertible(config.read_bytes(), traits.target_modules, lora, spec.output.gguf)
+
+
+@cache
+def _require_convertible(config: bytes, target_modules: tuple[str, ...], lora: ResolvedLora, gguf: GgufSpec) -> None:
+    """Try once for the equal adapters of a sweep."""
+    with TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        model.mkdir()
+        (model / _CONFIG).write_bytes(config)
+        importlib.import_module(_GGUF).require_convertible(model, target_modules, lora, gguf, Path(folder) / "trial")
 
 
 def _sizes(config: Path, lora: LoraSpec) -> ModelFacts | None:
