@@ -245,7 +245,7 @@ class QLoRAClient:
 
         Args:
             spec: The job. With spec.resources.gpuMemory the plan has a verdict.
-            config: The model's config.json; fetched for a model of the hub.
+            config: The model's config.json; for a model of the hub, found as `qlora plan` does.
             gpu: GPU to plan for, such as `l40s`: its memory and speed, instead of spec.resources.gpuMemory.
             gpu_tflops: Speed of the GPU in dense bfloat16, in 10^12 operations per second, for the forecast.
             tokens: Tokens of one epoch, for the forecast; not needed with spec.training.maxSteps.

@@ -1,8 +1,7 @@
 """Plans a job before it is created: GPU memory, as prepare checks it, and GPU hours."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Self
 
 from qlora_api.contract import ExitCode
@@ -13,13 +12,11 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, resolve
 from qlora_api.usage import ForecastStatus
 from qlora_client.client_types import Plan
-from qlora_client.files.folders import INSTALL
 from qlora_client.kube.errors import ClusterError
-from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.source.hub_config import FoundConfig, find_hub_config
 from qlora_trainer.steps.planned import assume_settings, check_config, measure_with
-
-_MAX_CONFIG_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -51,27 +48,26 @@ def make_plan(spec: QLoRAJobSpec, config: Path | None, gpu: GpuOfPlan, tokens: i
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens is {tokens}, must be 1 or more")
-    with TemporaryDirectory() as folder:
-        found = config or _fetched(spec, Path(folder))
-        try:
-            traits = check_config(found, spec)
-            resolved = resolve(spec, assume_settings(spec, traits))
-            fit = MemoryFit.from_config(
-                found,
-                resolved,
-                spec.lora.target_modules,
-                rows_apart=traits.keeps_rows_apart(resolved.training.max_sequence_length),
-                mixture_of_experts=traits.mixture_of_experts,
-                gpu_gib=gpu.gib,
-                measure=measure_with(traits),
-            )
-        except StepFailure as failure:
-            kind = ValueError if failure.exit_code == ExitCode.BAD_CONFIGURATION else ClusterError
-            raise kind(failure.message) from None
-        except OSError as error:
-            raise ValueError(f"{found} cannot be read: {error.strerror}") from None
+    try:
+        found = _found(spec, config)
+        traits = check_config(found.path, spec)
+        resolved = resolve(spec, assume_settings(spec, traits))
+        fit = MemoryFit.from_config(
+            found.path,
+            resolved,
+            spec.lora.target_modules,
+            rows_apart=traits.keeps_rows_apart(resolved.training.max_sequence_length),
+            mixture_of_experts=traits.mixture_of_experts,
+            gpu_gib=gpu.gib,
+            measure=measure_with(traits),
+        )
+    except StepFailure as failure:
+        kind = ValueError if failure.exit_code == ExitCode.BAD_CONFIGURATION else ClusterError
+        raise kind(failure.message) from None
+    except OSError as error:
+        raise ValueError(f"{error.filename or config} cannot be read: {error.strerror}") from None
     forecast, wall, remark = _forecast(resolved, traits.parameters_of_token(fit.parameters), gpu, tokens)
-    return Plan(fit.status, fit.objection, forecast, wall, remark)
+    return Plan(fit.status, fit.objection, forecast, wall, "; ".join(filter(None, (remark, found.remark))))
 
 
 def _forecast(
@@ -96,18 +92,10 @@ def _forecast(
     return None, None, f"no forecast: {why}"
 
 
-def _fetched(spec: QLoRAJobSpec, folder: Path) -> Path:
+def _found(spec: QLoRAJobSpec, config: Path | None) -> FoundConfig:
+    if config is not None:
+        return FoundConfig(config)
     source = parse_source(spec.model.source)
     if not isinstance(source, HubSource):
-        found = f"spec.model.source is {spec.model.source}"
-        raise ValueError(f"{found}: give the model's config.json with config")  # noqa: TRY004 - found in a value
-    try:
-        # It takes most of a second to import.
-        from qlora_client.files.stores import open_store
-    except ModuleNotFoundError as error:
-        what = f"reading {spec.model.source} takes the library {error.name}, which is missing"
-        raise ClusterError(f"{what}: {INSTALL}, or give the model's config.json with config") from None
-    config = folder / "config.json"
-    with open_store(replace(source, commit=spec.model.revision), {}) as repository:
-        config.write_bytes(repository.read(config.name, _MAX_CONFIG_BYTES))
-    return config
+        raise bad_configuration(f"spec.model.source is {spec.model.source}: give the model's config.json with config")
+    return find_hub_config(source, spec.model, "or give the model's config.json with config")

@@ -20,7 +20,7 @@ from qlora_cli.local import shared_options
 from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
 from qlora_cli.local.forecast import gpu_of_plan, gpu_of_profile, parse_gpu_memory, parse_price
 from qlora_cli.local.given import Given
-from qlora_cli.local.plan import find_config
+from qlora_cli.local.plan import find_config, show_remark
 from qlora_cli.local.quiet import quiet_libraries
 from qlora_cli.local.restart import discard_runs
 from qlora_cli.local.results import show_end, show_ends
@@ -31,7 +31,7 @@ from qlora_cli.local.whole_plan import show_whole_plan
 from qlora_cli.manifest import Document, ManifestError, load_manifest
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.memory.dry_run import INSTALL
+from qlora_trainer.model.source.hub_config import INSTALL, FoundConfig
 
 
 def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
@@ -126,8 +126,9 @@ def plan(
     access = _row_access(given, tokenizer) if data else None
     try:
         gpu = gpu_of_plan(gpu_name, gpu_memory, gpu_tflops or profile[0], gpu_hour_price or profile[1])
-        config = config or find_config(given.spec.model, given.mounts)
-        exit_code = show_whole_plan(given.document, config, gpu, access, tokens, console)
+        found = FoundConfig(config) if config is not None else find_config(given.spec.model, given.mounts)
+        show_remark(found.remark, console)
+        exit_code = show_whole_plan(given.document, found.path, gpu, access, tokens, console)
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
     sys.exit(exit_code)

@@ -1,8 +1,6 @@
 """Shows the GPU memory that a job needs: by component, compared with the GPU, and what to change if it does not fit."""
 
-import importlib.util
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -36,18 +34,17 @@ from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.resolved import ResolvedSpec, resolve
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.context import Mounts
-from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
+from qlora_trainer.core.failures import bad_configuration, model_unavailable
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.families.family import Traits
-from qlora_trainer.model.memory.dry_run import INSTALL
 from qlora_trainer.model.memory.fit import training_shape, weights_of
 from qlora_trainer.model.memory.fitted import settings_that_fit
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
+from qlora_trainer.model.source.hub_config import FoundConfig, find_hub_config
 from qlora_trainer.steps.planned import assume_settings, find_traits, measure_with, require_settings
 
 FindTraits: TypeAlias = Callable[[LoraSpec], Traits]
 ChooseSettings: TypeAlias = Callable[[QLoRAJobSpec, Traits], tuple[Choice, ...]]
-_HUB_SECONDS = 5.0
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
 MEANING = {
     "fits": "the run fits",
@@ -164,8 +161,8 @@ def _shape(spec: ResolvedSpec, traits: Traits) -> TrainingShape:
     return training_shape(spec, spec.lora.target_modules, mixture_of_experts=traits.mixture_of_experts)
 
 
-def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
-    """Return the model's config.json, local or fetched. Raises StepFailure."""
+def find_config(model: BaseModelSpec, mounts: Mounts) -> FoundConfig:
+    """Return the model's config.json: local, fetched or packaged. Raises StepFailure."""
     source = parse_source(model.source)
     if isinstance(source, VolumeSource):
         if source.claim not in mounts.claims:
@@ -176,68 +173,13 @@ def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
         config = mounts.volume(source) / "config.json"
         if not config.is_file():
             raise model_unavailable(f"{config} does not exist: {model.source} holds no transformers model")
-        return config
+        return FoundConfig(config)
     if not isinstance(source, HubSource):
         raise bad_configuration(
             f"spec.model.source is {model.source}, which this command does not download: "
             "give the model's config.json with --config FILE"
         )
-    return _fetch_config(source, model)
-
-
-def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
-    offline = "or give the model's config.json with --config FILE"
-    require_hub_client(offline)
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    with fetching(model, offline):
-        cached = try_to_load_from_cache(source.repository, "config.json", revision=model.revision)
-        if isinstance(cached, str):
-            return Path(cached)
-        has_hub = hub_answers(source, model)
-        config = hf_hub_download(
-            source.repository, "config.json", revision=model.revision, local_files_only=not has_hub
-        )
-        return Path(config)
-
-
-def hub_answers(source: HubSource, model: BaseModelSpec) -> bool:
-    """Whether the hub answers, asked once: its client tries again for a minute. Raises its rejection of the model."""
-    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    address = hf_hub_url(source.repository, "config.json", revision=model.revision)
-    try:
-        get_hf_file_metadata(address, token=get_token(), timeout=_HUB_SECONDS)
-    except HfHubHTTPError:
-        raise
-    except (HTTPError, OSError):
-        return False
-    return True
-
-
-def require_hub_client(offline: str) -> None:
-    """Raise StepFailure, naming `offline`, unless the hub's client is installed."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise bad_configuration(f"the Hugging Face client is not installed: {INSTALL}, {offline}")
-
-
-@contextmanager
-def fetching(model: BaseModelSpec, offline: str) -> Iterator[None]:
-    """Raise StepFailure, naming `offline`, if the body cannot fetch files."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
-
-    try:
-        yield
-    except HFValidationError as error:
-        raise bad_configuration(f"spec.model.source is {model.source}: {error}") from error
-    except HfHubHTTPError as error:
-        raise model_unavailable(
-            f"{model.source} cannot be read: {str(error).splitlines()[0]} Check the name, log in with `hf auth login`, "
-            f"{offline}"
-        ) from error
-    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise unreachable(f"the hub cannot be reached for {model.source}: try again, {offline}") from error
+    return find_hub_config(source, model, "or give the model's config.json with --config FILE")
 
 
 def show_plan(plan: MemoryPlan, console: Console) -> None:
@@ -277,6 +219,12 @@ def _show_without_activations(plan: MemoryPlan, console: Console) -> None:
 
 def _show_remarks(plan: MemoryPlan, console: Console) -> None:
     for remark in plan.remarks:
+        show_remark(remark, console)
+
+
+def show_remark(remark: str, console: Console) -> None:
+    """Print what a user must know about the plan, if there is anything."""
+    if remark:
         console.print(f"[yellow]Remark[/]: {escape(remark)}.")
 
 

@@ -42,7 +42,7 @@ def _show_choices(given: Given, console: Console) -> str:
     """Print the choices and the steps, or return why they are not known here. Raises StepFailure."""
     # These load libraries that many installations of the client lack.
     from qlora_cli.local.forecast import show_steps
-    from qlora_cli.local.plan import find_config
+    from qlora_cli.local.plan import find_config, show_remark
     from qlora_cli.local.rows import RowAccess, counted_rows
     from qlora_cli.local.run import missing_data
     from qlora_cli.local.whole_plan import show_settings
@@ -53,7 +53,9 @@ def _show_choices(given: Given, console: Console) -> str:
     if find_spec("torch") is None:
         return "the trainer is not installed"
     quiet_libraries()
-    traits = check_config(find_config(given.spec.model, given.mounts), given.spec)
+    found = find_config(given.spec.model, given.mounts)
+    show_remark(found.remark, console)
+    traits = check_config(found.path, given.spec)
     with counted_rows(given.spec, RowAccess(given.spec, given.mounts), traits.longest_row) as counted:
         settings = counted.choose(given.spec, traits)
         resolved = resolve(given.spec, settings)

@@ -21,12 +21,12 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.resolved import ResolvedTraining, fill
 from qlora_cli.local.forecast import Epoch
-from qlora_cli.local.plan import fetching, hub_answers, require_hub_client
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, bad_dataset, model_unavailable
 from qlora_trainer.core.process import hide_gpus
 from qlora_trainer.model.families.family import Traits
+from qlora_trainer.model.source.hub_config import fetching, hub_answers, require_hub_client
 
 if TYPE_CHECKING:
     from qlora_trainer.data.build import ExaminedData

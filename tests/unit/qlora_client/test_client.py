@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from qlora_api.schema import replace
 from qlora_api.spec.dataset import DatasetSpec
@@ -19,6 +20,7 @@ from qlora_client import ClusterBackendConfig, Comparison, QLoRAClient, QLoRAJob
 from qlora_client.jobs.job import Job
 from qlora_client.kube.errors import UnreachableError
 from qlora_client.kube.resources import Resource
+from qlora_trainer.model.source import hub_config
 from tests.support.dry_runs import stand_in
 from tests.support.models.model_configs import LLAMA_3_8B
 
@@ -276,6 +278,20 @@ def test_a_plan_names_the_missing_inputs_of_a_forecast(
         client.plan(SPEC, config=config, gpu_hour_price="2.50")
     with pytest.raises(ValueError, match="tokens is -5, must be 1 or more"):
         client.plan(SPEC, config=config, gpu_tflops=312, tokens=-5)
+
+
+def test_a_plan_without_a_network_names_the_packaged_config(
+    scripted: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_config, "hub_answers", lambda *_: False)
+    client, model = scripted(), BaseModelSpec(source="hf://Qwen/Qwen3-8B")
+    plan = client.plan(changed(model=model), gpu="l4", tokens=1_000_000)
+    assert plan.memory.verdict == "fits"
+    assert plan.remark.endswith("config of Qwen/Qwen3-8B as packaged with this release; the Hub cannot be reached")
+    with pytest.raises(RuntimeError, match=r"spec\.model\.revision is v1"):
+        client.plan(changed(model=replace(model, revision="v1")))
 
 
 def test_a_plan_needs_a_config_that_can_be_read(

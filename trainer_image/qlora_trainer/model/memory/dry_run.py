@@ -11,9 +11,8 @@ from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.compile_later import load_bitsandbytes
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.sandbox import DryRunFailed, within_limits
+from qlora_trainer.model.source.hub_config import INSTALL
 
-INSTALL = "run `pip install '.[cli,trainer]'` in a checkout of the repository"
-"""What to do where the trainer, or its client of the Hub, is not installed."""
 # By its name: importers of this module do not load torch.
 _MEASURE = "qlora_trainer.model.memory.measure"
 
