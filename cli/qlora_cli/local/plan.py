@@ -225,7 +225,7 @@ def _show_remarks(plan: MemoryPlan, console: Console) -> None:
 def show_remark(remark: str, console: Console) -> None:
     """Print what a user must know about the plan, if there is anything."""
     if remark:
-        console.print(f"[yellow]Remark[/]: {escape(remark)}.")
+        console.print(f"[yellow]Remark[/]: {escape(remark)}.", soft_wrap=True)
 
 
 def show_components(title: str, memory: MemoryEstimate, console: Console) -> None:

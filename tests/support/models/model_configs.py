@@ -45,16 +45,6 @@ def dense(
     }
 
 
-TO_CHOOSE: dict[str, tuple[dict[str, Any], int]] = {
-    "Llama 3.2 1B": (dense("llama", 16, 2048, 8192, (32, 8, 64), 128256, tied=True), 1_235_814_400),
-    "Llama 3.2 3B": (dense("llama", 28, 3072, 8192, (24, 8, 128), 128256, tied=True), 3_212_749_824),
-    "Qwen 2.5 7B": (dense("qwen2", 28, 3584, 18944, (28, 4, 128), 152064), 7_615_616_512),
-    "Llama 3.1 8B": (dense("llama", 32, 4096, 14336, (32, 8, 128), 128256), 8_030_261_248),
-    "Mistral Small 24B": (dense("mistral", 40, 5120, 32768, (32, 8, 128), 131072), 23_572_403_200),
-    "Seed-OSS 36B": (dense("seed_oss", 64, 5120, 27648, (80, 8, 128), 155136), 36_151_104_512),
-    "Llama 3.1 70B": (dense("llama", 80, 8192, 28672, (64, 8, 128), 128256), 70_553_706_496),
-}
-"""What stands in the config.json of the models of docs/how-to/choose-a-model.md, and their published parameters."""
 PUBLISHED_PARAMETERS: dict[str, int] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "google/gemma-3-1b-it": 999_885_952,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
+from qlora_trainer.model.source import hub_config
 from tests.support.commands.command import MANIFEST, invoked, qlora
 from tests.support.models.model_configs import LLAMA_3_8B
 
@@ -191,6 +193,27 @@ def test_a_plan_reads_a_configuration_that_the_hubs_client_has_kept(tmp_path: Pa
     done = qlora("plan", str(tmp_path / "job.yaml"), "--gpu", "l4", **hub)
     assert done.returncode == 0, done.stderr
     assert "fits: the run fits on a GPU of 22.5 GiB" in done.stdout
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "choose-a-model.md"
+
+
+def test_a_plan_without_a_network_has_the_figure_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rows are those of a dry run; see tests/trainer/model/memory/test_measure.py."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub_config, "hub_answers", lambda *_: False)
+    page, model = PAGE.read_text(), "meta-llama/Llama-3.2-1B-Instruct"
+    [manifest] = re.findall(r"```yaml\n(apiVersion: .*?)```", page, re.DOTALL)
+    (tmp_path / "job.yaml").write_text(re.sub(r"hf://[^\s}]+", f"hf://{model}", manifest))
+    done = invoked("plan", str(tmp_path / "job.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert f"config of {model} as packaged with this release; the Hub cannot be reached" in done.stdout
+    peak = re.search(r"Expected peak +[│|] +([\d.]+)", done.stdout)
+    assert peak
+    [tokens] = re.findall(r"maxSequenceLength: (\d+)", manifest)
+    header, row = re.findall(rf"^\| (Model|`{model}`) \| (.+) \|$", page, re.MULTILINE)
+    column = header[1].split(" | ").index(f"{int(tokens):,} tokens")
+    assert row[1].split(" | ")[column].startswith(f"{float(peak[1]):.1f}, ")
 
 
 STARCODER_3B = {

@@ -287,7 +287,8 @@ def test_a_plan_without_a_network_names_the_packaged_config(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub_config, "hub_answers", lambda *_: False)
     client, model = scripted(), BaseModelSpec(source="hf://Qwen/Qwen3-8B")
-    plan = client.plan(changed(model=model), gpu="l4", tokens=1_000_000)
+    spec = changed(model=model, lora=LoraSpec(rank=16), training=TrainingSpec(learning_rate=1e-4))
+    plan = client.plan(spec, gpu="l4", tokens=1_000_000)
     assert plan.memory.verdict == "fits"
     assert plan.remark.endswith("config of Qwen/Qwen3-8B as packaged with this release; the Hub cannot be reached")
     with pytest.raises(RuntimeError, match=r"spec\.model\.revision is v1"):

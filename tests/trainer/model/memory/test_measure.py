@@ -1,6 +1,5 @@
 """A job's memory measured on its model's real layers: every share, for every kind of adapter."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from qlora_api.gpus import GPUS
 from qlora_api.memory.advice import verdict
 from qlora_api.memory.estimate import GIB
 from qlora_api.memory.families import FAMILIES
@@ -21,7 +21,8 @@ from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate, memory_together
 from qlora_trainer.model.memory.measure import measure, measure_together
-from tests.support.models.model_configs import TO_CHOOSE
+from qlora_trainer.model.source.hub_config import packaged_config
+from tests.support.models.model_configs import PUBLISHED_PARAMETERS
 
 ROOT = Path(__file__).parents[4]
 WIDE: dict[str, Any] = {
@@ -161,19 +162,21 @@ def test_heads_too_large_for_flash_attention_take_memory_linear_in_tokens(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TO_CHOOSE)
-def test_the_page_on_choosing_a_model_has_the_memory_of_a_dry_run(name: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TO_CHOOSE[name][0]))
-    lengths = (512, 2048, 8192)
-    found = measure_within_limits(
-        tmp_path / "config.json", job(), [StepSize(1, tokens, True) for tokens in lengths], ""
-    )
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_the_page_on_choosing_a_model_has_the_memory_of_a_dry_run(name: str) -> None:
+    config, lengths = packaged_config(name), (512, 2048, 8192)
+    assert config is not None
+    found = measure_within_limits(config, job(), [StepSize(1, tokens, True) for tokens in lengths], "")
     cells = []
     for tokens in lengths:
         memory = measured_estimate(found, replace(training_shape(job(), ()), sequence_length=tokens))
-        gpu = next(size for size in (16, 24, 32, 40, 48, 80) if verdict(memory, size) == "fits")
-        cells.append(f"{memory.expected / GIB:.1f}, on {gpu}")
-    assert f"| {' | '.join([name, *cells])} |" in (ROOT / "docs" / "how-to" / "choose-a-model.md").read_text()
+        able = (gpu for gpu in GPUS.values() if gpu.has_bfloat16 and verdict(memory, gpu.gib) == "fits")
+        cells.append(f"{memory.expected / GIB:.1f}, {next(able).label}")
+    base = memory.base_weights + memory.unquantized_weights
+    # Published in 16 bit, but for experts in MXFP4: 4 bits each, and a byte for 32.
+    download = 2 * PUBLISHED_PARAMETERS[name] - found.mxfp4_parameters * (2 - 17 / 32)
+    cells += [f"{size / 1e9:.1f}" for size in (download, base, found.adapter_parameters * (2 * 12 + 2 * 4))]
+    assert f"| {' | '.join([f'`{name}`', *cells])} |" in (ROOT / "docs" / "how-to" / "choose-a-model.md").read_text()
 
 
 LARGE = job({"rank": 64}, {"microBatchSize": 2})
