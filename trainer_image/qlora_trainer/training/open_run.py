@@ -135,7 +135,7 @@ def open_on_model(
     """The run of the model's active adapter, initialized without a checkpoint."""
     spec, records, ranks = job.spec, job.workspace.records, process.ranks
     data = open_prepared(job.data_folder, "train")
-    eval_data = open_prepared(job.data_folder, "eval") if spec.dataset.eval else None
+    eval_data = open_prepared(job.data_folder, "eval") if spec.dataset.holds_out else None
     run = Run(
         job=job,
         runtime=process.runtime,
