@@ -46,6 +46,11 @@ def is_signed(version: int) -> bool:
     return version == with_signing(version)
 
 
+def without_signing(version: int) -> int:
+    """Return a contract version that every trainer of this one supports, and that needs no key."""
+    return version - 1 if is_signed(version) else version
+
+
 TRAINER_CONTAINER = "trainer"
 
 JOB_FILE = PurePosixPath("/etc/qlora/job.json")

@@ -15,6 +15,12 @@ TRAINING: dict[str, Any] = {
     "autoMicroBatch": False,
     "maxSequenceLength": 512,
 }
+DECIDED: dict[str, Any] = {
+    "dataset": {"source": "hf://org/rows", "eval": {"fraction": 0.1}},
+    "lora": LORA,
+    "training": TRAINING | {"epochs": 1, "evalEverySteps": 10, "keep": "last"},
+}
+"""Parts of a job that leaves nothing to prepare."""
 
 
 def resolved_lora(**settings: Any) -> ResolvedLora:

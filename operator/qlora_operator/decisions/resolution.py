@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from qlora_api.contract import needed_contract, with_signing
+from qlora_api.contract import needed_contract, with_signing, without_signing
 from qlora_api.kubernetes_values import amount
 from qlora_api.naming import workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile
@@ -75,7 +75,7 @@ def _with_trainer_of_its_cell(resolved: Resolved, job: QLoRAJob, cell: QLoRAJob 
     if job.spec.continues is None or job.shares is None or fixed is None:
         return resolved
     profile = replace(resolved.profile, image=fixed.profile.image)
-    contract = min(resolved.contract_version, fixed.contract_version)
+    contract = min(resolved.contract_version, without_signing(fixed.contract_version))
     return replace(resolved, profile=profile, canary=fixed.canary, contract_version=_signed(contract, profile))
 
 
@@ -254,7 +254,8 @@ def with_profile_of_today(
         copied, canary = replace(copied, image=resolved.profile.image), resolved.canary
     # The trainer that began the run may implement no newer version, unless that was one for a key that is gone.
     needed = _contract_of_training(job, is_shared=is_shared)
-    contract = _signed(min(resolved.contract_version, needed) if same_trainer else needed, profile)
+    supported = without_signing(resolved.contract_version) if same_trainer else needed
+    contract = _signed(min(supported, needed), profile)
     today = replace(
         resolved, profile=copied, canary=canary, contract_version=contract, gpu_hours=limit_of_hours(profile)
     )

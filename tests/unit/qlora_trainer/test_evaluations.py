@@ -5,13 +5,14 @@ import pytest
 from qlora_api.spec.resolved import ResolvedTraining
 from qlora_api.spec.training import EarlyStoppingSpec
 from qlora_trainer.training.progress.evaluations import expected_end, too_few_evaluations
+from tests.support.resolved import resolved_training
 
 Curve = list[tuple[int, float]]
 
 
-def training(keep: str | None = "best", patience: int | None = None, min_delta: float = 0.0) -> ResolvedTraining:
+def training(keep: str = "best", patience: int | None = None, min_delta: float = 0.0) -> ResolvedTraining:
     stopping = None if patience is None else EarlyStoppingSpec(patience=patience, min_delta=min_delta)
-    return TrainingSpec.model_validate({"keep": keep, "earlyStopping": stopping, "evalEverySteps": 10})
+    return resolved_training(keep=keep, early_stopping=stopping, eval_every_steps=10)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,6 @@ def test_the_best_adapter_is_the_first_trained_one_with_the_lowest_loss(losses: 
     curve = [(10 * number, loss) for number, loss in enumerate(losses)]
     assert expected_end(training("best"), 30, curve) == (30, step)
     assert expected_end(training("last"), 30, curve) == (30, 30)
-    assert expected_end(training(None), 30, curve) == (30, 30)
 
 
 @pytest.mark.parametrize(

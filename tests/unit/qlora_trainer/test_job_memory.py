@@ -10,11 +10,13 @@ import pytest
 from qlora_api.memory.advice import advice, larger_micro_batch, larger_micro_batches
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further, measured_estimate
+from tests.support.resolved import resolved_spec
 
 MIB = 2**20
 
@@ -40,7 +42,7 @@ class Measuring:
     def __init__(self) -> None:
         self.sizes: list[StepSize] = []
 
-    def __call__(self, config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    def __call__(self, config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
         self.sizes += sizes
         each = [
             (size, size.sequences * size.sequence_tokens * (5120 if size.gradient_checkpointing else 10240))
@@ -49,12 +51,12 @@ class Measuring:
         return measured(*each, digest=digest, rank=spec.lora.rank)
 
 
-def job(**settings: object) -> QLoRAJobSpec:
+def job(**settings: object) -> ResolvedSpec:
     sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
-    return QLoRAJobSpec.model_validate(sources | settings)
+    return resolved_spec(QLoRAJobSpec.model_validate(sources | settings))
 
 
-def plan(config: Path, spec: QLoRAJobSpec, measure: Measure, earlier: MeasuredJob | None = None) -> MeasuredJob:
+def plan(config: Path, spec: ResolvedSpec, measure: Measure, earlier: MeasuredJob | None = None) -> MeasuredJob:
     measured_earlier = None if earlier is None else earlier.measured
     return MeasuredJob.from_config(config, spec, training_shape(spec, ()), measured_earlier, measure)
 

@@ -15,39 +15,42 @@ from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.spec.gate import GateSpec, ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.fit import MemoryFit, training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob
 from tests.support.dry_runs import estimate, estimate_together, measure, measure_passes
 from tests.support.models.model_configs import LLAMA_3_8B
+from tests.support.resolved import resolved_spec
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
 
 
+def job(**settings: Any) -> ResolvedSpec:
+    return resolved_spec(QLoRAJobSpec.model_validate(SOURCES | settings))
+
+
 def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
-    spec = QLoRAJobSpec.model_validate(
-        SOURCES
-        | {
-            "quantization": {"doubleQuant": False},
-            "lora": {
-                "rank": 8,
-                "dtype": "bfloat16",
-                "dropout": 0.1,
-                "useDora": True,
-                "layersToTransform": [1, 3, 3],
-                "modulesToSave": ["lm_head"],
-            },
-            "training": {
-                "microBatchSize": 2,
-                "maxSequenceLength": 256,
-                "gradientAccumulationSteps": 4,
-                "optimizer": "adamw",
-                "gradientCheckpointing": False,
-                "sharding": "full",
-            },
-            "resources": {"gpus": 2},
-        }
+    spec = job(
+        quantization={"doubleQuant": False},
+        lora={
+            "rank": 8,
+            "dtype": "bfloat16",
+            "dropout": 0.1,
+            "useDora": True,
+            "layersToTransform": [1, 3, 3],
+            "modulesToSave": ["lm_head"],
+        },
+        training={
+            "microBatchSize": 2,
+            "maxSequenceLength": 256,
+            "gradientAccumulationSteps": 4,
+            "optimizer": "adamw",
+            "gradientCheckpointing": False,
+            "sharding": "full",
+        },
+        resources={"gpus": 2},
     )
     scored = spec.model_copy(update={"gate": GateSpec(score=ScoreSpec(check="exactMatch", max_new_tokens=64))})
     shape = training_shape(scored, ["model.layers.0.self_attn.q_proj", "v_proj"])
@@ -85,7 +88,7 @@ def fit(
 ) -> MemoryFit:
     """The verdict on a job."""
     (folder / "config.json").write_text(json.dumps(config))
-    spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": f"{gpu_gib}Gi"}} | (settings or {}))
+    spec = job(**{"resources": {"gpuMemory": f"{gpu_gib}Gi"}} | (settings or {}))
     return MemoryFit.from_config(
         folder / "config.json", spec, targets, **{"measure": measure, "measure_passes": measure_passes} | more
     )
@@ -134,9 +137,11 @@ def test_a_job_with_an_initial_adapter_is_not_advised_to_change_it(tmp_path: Pat
     assert with_new is not None
     assert with_earlier is not None
     assert "set spec.training.optimizer: paged_adamw_8bit" in with_earlier
-    spec = QLoRAJobSpec.model_validate(SOURCES | EARLIER)
-    job = MeasuredJob.from_config(tmp_path / "config.json", spec, training_shape(spec, ["all-linear"]), measure=measure)
-    changed = {change.setting for step in advice(job.estimate, job.training, 8) for change in step.changes}
+    spec = job(**EARLIER)
+    found = MeasuredJob.from_config(
+        tmp_path / "config.json", spec, training_shape(spec, ["all-linear"]), measure=measure
+    )
+    changed = {change.setting for step in advice(found.estimate, found.training, 8) for change in step.changes}
     assert "training.optimizer" in changed
     assert not any(setting.startswith("lora.") for setting in changed)
 
@@ -155,7 +160,7 @@ def test_the_shared_memory_of_a_group_is_measured_too(tmp_path: Path) -> None:
     share = ShareOfMemory.from_status(found.status)
     assert share is not None
     shape = ModelShape.from_config(LLAMA_3_8B)
-    training = training_shape(QLoRAJobSpec.model_validate(SOURCES), ["all-linear"])
+    training = training_shape(job(), ["all-linear"])
     together, alone = estimate_together(shape, [training] * 4), estimate(shape, training)
     assert add_up([share] * 4).expected == pytest.approx(together.expected, abs=4)
     assert alone.base_weights + alone.unquantized_weights < share.shared < alone.expected

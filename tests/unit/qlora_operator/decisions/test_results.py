@@ -44,7 +44,7 @@ SIGNING = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signi
 def test_a_profile_with_a_key_needs_a_trainer_that_signs() -> None:
     """An older one ends with UnsupportedContract before it publishes anything."""
     status = follow(make_job(), profiles={"default": SIGNING})
-    assert present(status.resolved).contract_version == needed_contract(1, signed=True) == 5
+    assert present(status.resolved).contract_version == needed_contract(1, signed=True, chosen=True) == 7
 
 
 TRACKING = Profile.model_validate(PROFILE.dump() | {"tracking": {"mlflow": {"url": "https://m.example.org"}}})

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.contract import needed_contract
+from qlora_api.contract import is_signed, needed_contract
 from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, StepName
@@ -125,15 +125,16 @@ def test_a_trainer_that_does_not_sign_does_not_publish_after_a_key_was_added() -
     assert (status.step.name, present(status.resolved).contract_version) == ("publish", needed_contract(1, signed=True))
 
 
-def begun_with_a_key() -> dict[str, Any]:
-    begun = resolved(SIGNING).model_copy(update={"contract_version": needed_contract(1, signed=True)})
-    return {"resolved": begun.dump()}
+def begun_with_a_key(*, chosen: bool = True) -> dict[str, Any]:
+    version = needed_contract(1, signed=True, chosen=chosen)
+    return {"resolved": resolved(SIGNING).model_copy(update={"contract_version": version}).dump()}
 
 
-def test_a_trainer_that_does_not_sign_publishes_after_the_key_was_removed() -> None:
-    stored = follow(make_job(status_in("publish", **begun_with_a_key())), *FORBIDDEN)
+@pytest.mark.parametrize("chosen", [True, False], ids=["this release", "the one before"])
+def test_a_trainer_that_does_not_sign_publishes_after_the_key_was_removed(chosen: bool) -> None:
+    stored = follow(make_job(status_in("publish", **begun_with_a_key(chosen=chosen))), *FORBIDDEN)
     status = take_up(stored)
-    assert present(status.resolved).contract_version == needed_contract(1)
+    assert not is_signed(present(status.resolved).contract_version)
 
 
 def test_a_job_that_waits_for_a_signing_trainer_continues_without_a_key() -> None:
@@ -148,7 +149,7 @@ def test_a_job_that_waits_for_a_signing_trainer_continues_without_a_key() -> Non
 
     assert present(status.step).job_name == f"{NAME}-prepare-2"
     assert status.resolved is not None
-    assert (status.resolved.profile, status.resolved.contract_version) == (PROFILE, needed_contract(1))
+    assert (status.resolved.profile, status.resolved.contract_version) == (PROFILE, needed_contract(1, chosen=True))
 
 
 def test_a_job_that_has_prepared_nothing_uses_the_current_image_too() -> None:
@@ -157,7 +158,7 @@ def test_a_job_that_has_prepared_nothing_uses_the_current_image_too() -> None:
     stored = follow(make_job(status_in("prepare")), *broken)
     status = take_up(stored, "a", *broken, profiles={"default": newer})
     assert status.resolved is not None
-    assert (status.resolved.profile, status.resolved.contract_version) == (newer, needed_contract(1))
+    assert (status.resolved.profile, status.resolved.contract_version) == (newer, needed_contract(1, chosen=True))
 
 
 def test_no_number_of_a_job_is_used_twice() -> None:

@@ -145,7 +145,7 @@ def of_an_earlier_release(cluster: MemoryCluster) -> None:
     """It lacked a field that has a default."""
     fixed = cluster.revisions[REVISION]["data"]
     content = json.loads(fixed["document"])
-    del content["spec"]["training"]["learningRate"], content["spec"]["quantization"]
+    del content["spec"]["training"]["weightDecay"], content["spec"]["quantization"]
     fixed["document"] = json.dumps(content)
 
 

@@ -10,6 +10,7 @@ from qlora_operator.decisions.manifests.objects import build_job, build_peer_pol
 from tests.support.builders import NAME, PROFILE, UID, follow, make_job, message_of, present, reason_of, resolved
 from tests.support.cluster.nodes import INTERRUPTED
 from tests.support.job_manifests import environment_of
+from tests.support.resolved import DECIDED
 
 SHARED = {"topology": "shared", "accessMode": "ReadWriteMany"}
 
@@ -53,7 +54,7 @@ def test_the_limit_of_gpus_is_that_of_all_nodes() -> None:
 @pytest.mark.parametrize(("nodes", "version"), [(None, 2), (1, 2), (2, 3)])
 def test_only_a_job_of_several_nodes_needs_a_release_that_supports_them(nodes: int | None, version: int) -> None:
     profile = Profile.model_validate(PROFILE.dump() | {"workspace": SHARED})
-    job = make_job(resources={} if nodes is None else {"nodes": nodes})
+    job = make_job(resources={} if nodes is None else {"nodes": nodes}, **DECIDED)
 
     status = follow(job, profiles={"default": profile})
 
