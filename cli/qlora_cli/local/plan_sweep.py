@@ -126,7 +126,8 @@ def _decides_memory(cell: Cell) -> object:
     spec = cell.spec
     # Automatic settings follow from the length of the run too.
     length = (spec.training.epochs, spec.training.max_steps) if open_settings(spec) else ()
-    return Decides.DRY_RUN.settings(spec.training), spec.training.gradient_accumulation_steps, spec.lora, length
+    of_step = tuple(Decides.DRY_RUN.settings(spec.training).items())
+    return of_step, spec.training.gradient_accumulation_steps, spec.lora, length
 
 
 def _plan_cells(
