@@ -37,7 +37,10 @@ _PREFERENCE_RATE = 15
 _WARMUP, _MOST_WARMUP = 0.05, 100
 _EVALUATIONS = 3
 _ASSUMED = "assumed; the rows decide"
+SIZED = frozenset({"lora.rank", "training.learningRate"})
+"""Settings that follow from the sizes of the model."""
 _MICRO_BATCH, _ACCUMULATION = "training.microBatchSize", "training.gradientAccumulationSteps"
+_HALVING = "training.autoMicroBatch"
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def smaller_micro_batch(choices: Sequence[Choice], gpu_gib: float) -> tuple[Choi
     values[_MICRO_BATCH] = Choice.of(_MICRO_BATCH, half, f"fits a GPU of {round(gpu_gib, 1):g} GiB")
     if steps is not None:
         values[_ACCUMULATION] = Choice.of(_ACCUMULATION, int(steps.value) * int(micro.value) // half, steps.reason)
+    if half == 1 and _HALVING in values:
+        values[_HALVING] = Choice.of(_HALVING, False, "")
     return tuple(values.values())
 
 
@@ -196,8 +201,8 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
             f"sequences a step: {micro * accumulation}, for {_STEPS} steps or more",
         )
     if training.auto_micro_batch is None:
-        automatic = training.micro_batch_size is None and training.sharding == "none" and not limits.in_group
-        yield Choice.of("training.autoMicroBatch", automatic, "")
+        can_halve = training.micro_batch_size is None and micro > 1 and not limits.in_group
+        yield Choice.of(_HALVING, can_halve, "")
 
 
 def _usual_alpha(spec: QLoRAJobSpec) -> int:

@@ -127,7 +127,7 @@ def _decides_memory(cell: Cell) -> object:
     # Automatic settings follow from the length of the run too.
     length = (spec.training.epochs, spec.training.max_steps) if open_settings(spec) else ()
     of_step = tuple(Decides.DRY_RUN.settings(spec.training).items())
-    return of_step, spec.training.gradient_accumulation_steps, spec.lora, length
+    return of_step, spec.training.gradient_accumulation_steps, spec.lora.model_copy(update={"alpha": None}), length
 
 
 def _plan_cells(

@@ -203,7 +203,7 @@ class TrainingSpec(ApiModel):
         default=None,
         description="When the GPU runs out of memory, repeat the step with half the microBatchSize and twice the "
         "gradientAccumulationSteps, keep these for the rest of the run, and report the change. Automatic: true where "
-        "microBatchSize is automatic too, unless the base is sharded or jobs are trained together.",
+        "microBatchSize is automatic too and above 1, unless jobs are trained together.",
     )
     divergence_patience: Annotated[int, Decides.NOT_THE_ADAPTER] = Field(
         default=20,
