@@ -14,14 +14,15 @@ from qlora_api.memory.model_shape import ModelShape, mixes_experts
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import count_weights
-from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.resolved import ResolvedLora
+from qlora_api.spec.resolved import ResolvedSpec
+from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.memory import dry_run
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.fit import read_shape, training_shape, type_of_model
+from qlora_trainer.steps.planned import listed_sizes
 
 
 def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
@@ -61,7 +62,7 @@ def _answers(model: ModelShape) -> AnswerBytes:
     return AnswerBytes.from_sizes(layers, heads, keys_and_values=2 * model.widths.key)
 
 
-def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+def measure(config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
     """A dry run of a model whose layers are listed."""
     model, training = _shape(config), training_shape(spec, spec.lora.target_modules)
     weights, answers = count_weights(model, training), _answers(model)
@@ -81,7 +82,7 @@ def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest:
 
 
 def measure_passes(
-    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
+    config: Path, specs: Sequence[ResolvedSpec], passes: Sequence[tuple[int, ...]]
 ) -> tuple[ActivationBytes, ...]:
     """Joint dry runs of some of the jobs each."""
     model, trainings = _shape(config), [training_shape(spec, spec.lora.target_modules) for spec in specs]
@@ -94,7 +95,7 @@ def _shape(config: Path) -> ModelShape:
     return model
 
 
-def inspect(folder: Path, _lora: ResolvedLora) -> Family:
+def inspect(folder: Path, lora: LoraSpec) -> Family:
     """The traits of the listed family in the folder."""
     model_type = type_of_model(folder / "config.json")
     config = json.loads((folder / "config.json").read_bytes())
@@ -107,6 +108,7 @@ def inspect(folder: Path, _lora: ResolvedLora) -> Family:
         quantized_fraction=1.0,
         attention="",
         auto_class="",
+        sizes=listed_sizes(folder / "config.json", lora),
     )
 
 

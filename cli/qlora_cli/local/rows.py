@@ -19,7 +19,7 @@ from qlora_api.printable import printable
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
-from qlora_api.spec.resolved import ResolvedTraining, fill
+from qlora_api.spec.resolved import ResolvedTraining, fill, open_settings
 from qlora_cli.local.forecast import Epoch
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
@@ -214,7 +214,7 @@ class CountedRows:
         packed = traits.packs(in_length.training)
         return (
             *self.of_length,
-            *choose_settings(in_length, dataset, traits.require_sizes(), limits, packed=packed),
+            *choose_settings(in_length, dataset, traits.require_sizes(open_settings(in_length)), limits, packed=packed),
         )
 
     def epoch(self, training: ResolvedTraining, *, packed: bool) -> Epoch:

@@ -12,7 +12,7 @@ from qlora_api.automatic import Limits, ModelFacts, assume
 from qlora_api.choice import Choice
 from qlora_api.memory.model_shape import mixes_experts
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
-from qlora_api.memory.weights import adapted_linears
+from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import GgufSpec
@@ -21,7 +21,7 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.family import Family, Traits
 from qlora_trainer.model.memory.dry_run import measure_within_limits
-from qlora_trainer.model.memory.fit import read_shape, type_of_model
+from qlora_trainer.model.memory.fit import read_shape, type_of_model, weights_of
 from qlora_trainer.model.memory.job_memory import Measure
 
 _CONFIG = "config.json"
@@ -47,7 +47,7 @@ def find_traits(config: Path, lora: LoraSpec) -> Traits:
             model_type=model_type,
             one_row=model_type in ONE_ROW_MODEL_TYPES,
             mixture_of_experts=mixes_experts(json.loads(config.read_bytes())),
-            sizes=_sizes(config, lora),
+            sizes=listed_sizes(config, lora),
         )
     if config.name == _CONFIG:
         return admission.inspect_model(config.parent, lora)
@@ -77,22 +77,22 @@ def _require_convertible(config: bytes, target_modules: tuple[str, ...], lora: R
         importlib.import_module(_GGUF).require_convertible(model, target_modules, lora, gguf, Path(folder) / "trial")
 
 
-def _sizes(config: Path, lora: LoraSpec) -> ModelFacts | None:
-    shape = read_shape(config)
-    if shape is None:
-        return None
+def listed_sizes(config: Path, lora: LoraSpec) -> ModelFacts | None:
+    """Return the sizes of a model that decide settings, None if its family is not listed. Raises StepFailure."""
     names = frozenset(name.rpartition(".")[2] for name in lora.target_modules)
-    widths = [sum(shape.projections[name]) for name in adapted_linears(shape, names)]
-    blocks = len(set(lora.layers_to_transform or range(shape.num_hidden_layers)))
-    return ModelFacts(shape.hidden_size, blocks * sum(widths))
+    blocks = len(set(lora.layers_to_transform or ())) or None
+    weights = weights_of(config, TrainingShape(rank=1, target_modules=names, adapted_layers=blocks))
+    shape = read_shape(config)
+    return None if shape is None or weights is None else ModelFacts(shape.hidden_size, weights.adapter_parameters)
 
 
 def assume_settings(spec: QLoRAJobSpec, traits: Traits) -> tuple[Choice, ...]:
     """Assume what a job leaves open, as long as its rows are not known. Raises StepFailure."""
-    if not open_settings(spec):
+    left_open = open_settings(spec)
+    if not left_open:
         return ()
-    length = spec.training.max_sequence_length
-    return assume(spec, traits.require_sizes(), traits.longest_row, Limits(one_row=not traits.keeps_rows_apart(length)))
+    limits = Limits(one_row=not traits.keeps_rows_apart(spec.training.max_sequence_length))
+    return assume(spec, traits.require_sizes(left_open), traits.longest_row, limits)
 
 
 def measure_with(traits: Traits) -> Measure:

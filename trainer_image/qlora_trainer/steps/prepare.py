@@ -189,7 +189,7 @@ def _prepare(
         adapter=None if initial is None else {"rank": initial.lora.rank, "alpha": initial.lora.alpha},
     )
     packed = family.packs(in_length.training)
-    chosen = choose_settings(in_length, dataset, family.require_sizes(), limits, packed=packed)
+    chosen = choose_settings(in_length, dataset, family.require_sizes(open_settings(in_length)), limits, packed=packed)
     report("measuring the memory that training needs")
     fitted = fit_model(model, spec, (*of_length, *chosen), context.group_size)
     records.note(memory=fitted.memory.status)

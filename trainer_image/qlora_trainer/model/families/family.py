@@ -1,10 +1,10 @@
 """The findings about a base model, and the settings that they exclude. Loads no torch."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from qlora_api.automatic import ModelFacts
+from qlora_api.automatic import SIZED, ModelFacts
 from qlora_api.spec.output import OutputSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
@@ -41,14 +41,17 @@ class Traits:
         """Whether the job packs rows, and they have no effect on each other."""
         return training.packing and self.keeps_rows_apart(training.max_sequence_length)
 
-    def require_sizes(self) -> ModelFacts:
-        """Return the sizes that decide settings. Raises StepFailure if they are not known."""
-        if self.sizes is None:
+    def require_sizes(self, left_open: Collection[str]) -> ModelFacts:
+        """Return the sizes that decide these settings. Raises StepFailure if they are not known."""
+        if self.sizes is not None:
+            return self.sizes
+        if not SIZED.isdisjoint(left_open):
             raise bad_configuration(
                 f"the sizes of model_type {self.model_type!r} are not known without the trainer, and "
                 "spec.training.learningRate follows from them: set it and spec.lora.rank, or install the trainer"
             )
-        return self.sizes
+        # No other setting follows them.
+        return ModelFacts(width=1, weights_per_rank=1)
 
     def parameters_of_token(self, parameters: int | None) -> int | None:
         """Weights that each token is multiplied by, out of all; None if unknown."""
