@@ -11,6 +11,9 @@ import yaml
 from qlora_api.crd import custom_resource_definition, definitions, structural_schema
 from qlora_api.profile import PROFILE_KIND
 from qlora_api.schema import ApiModel
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import HELD_OUT, open_settings
+from tests.support.manifests import MINIMAL
 
 ROOT = Path(__file__).parents[3]
 DEFINITION = custom_resource_definition()
@@ -81,8 +84,15 @@ def test_kubectl_explain_has_a_description_of_every_field(path: str, node: dict[
 def test_optional_objects_default_to_empty_so_that_their_fields_get_theirs() -> None:
     training = SCHEMA["properties"]["spec"]["properties"]["training"]
     assert training["default"] == {}
-    assert training["properties"]["learningRate"]["default"] == 2e-4
-    assert "default" not in training["properties"]["epochs"], "no default on a member of an either/or"
+    assert training["properties"]["maxGradNorm"]["default"] == 0.3
+
+
+@pytest.mark.parametrize("path", sorted(open_settings(QLoRAJobSpec.model_validate(MINIMAL["spec"])) - {HELD_OUT}))
+def test_an_automatic_setting_has_no_default_and_its_description_has_the_rule(path: str) -> None:
+    part, _, name = path.partition(".")
+    schema = SCHEMA["properties"]["spec"]["properties"][part]["properties"][name]
+    assert "default" not in schema
+    assert "Automatic: " in schema["description"]
 
 
 def test_a_job_without_a_status_reads_as_in_progress() -> None:

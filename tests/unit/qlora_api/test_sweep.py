@@ -146,7 +146,8 @@ def test_a_grid_far_too_large_is_rejected_without_a_look_at_its_cells() -> None:
 def test_cells_that_would_train_the_same_adapter_are_both_named(
     spec: dict[str, Any], message: str, more: dict[str, Any]
 ) -> None:
-    found = sweep({"output": {"destination": "s3://bucket/adapters"}}, **spec, **more)
+    lora = {"rank": 64, "alpha": 16}
+    found = sweep({"lora": lora, "output": {"destination": "s3://bucket/adapters"}}, **spec, **more)
     why = repeated_cell(found, cells("rates", found, CLAIM))
     assert why is not None
     assert re.search(message, why)

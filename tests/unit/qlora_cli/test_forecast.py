@@ -13,6 +13,7 @@ from qlora_api.duration import format_duration
 from qlora_cli.__main__ import main
 from tests.support.manifests import MINIMAL, Manifest, with_value
 from tests.support.models.model_configs import SMALL_LLAMA
+from tests.support.resolved import LORA, TRAINING
 
 PARAMETERS = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 2 * 4096 * 1024
 FAST = "--gpu-tflops=0.01"
@@ -46,7 +47,8 @@ def test_hours_and_time_follow_from_weights_tokens_and_speed(tmp_path: Path) -> 
 
 
 def test_a_named_gpu_gives_memory_and_speed(tmp_path: Path) -> None:
-    done = planned(tmp_path, MINIMAL, "--gpu=l4", "--tokens=10000000")
+    once = with_value(MINIMAL, "spec.training", {"epochs": 1})
+    done = planned(tmp_path, once, "--gpu=l4", "--tokens=10000000")
     assert "on 1 L4, about 1.2 GPU minutes" in done.output
     assert "of 121 TFLOPS" in done.output
     assert "on a GPU of 22.5 GiB with any activations" in planned(tmp_path, MINIMAL, "--gpu=l4", config=LARGE).output
@@ -57,9 +59,9 @@ def test_a_named_gpu_gives_memory_and_speed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("training", "options", "lines"),
     [
-        ({}, [], ["unknown; 100 take some 811,520 tokens or more (1,585 full sequences of an epoch)"]),
+        ({"epochs": 1}, [], ["unknown; 100 take some 811,520 tokens or more (1,585 full sequences of an epoch)"]),
         ({"epochs": 4}, [], ["unknown; 100 take some 197,120 tokens or more (385 full sequences of an epoch)"]),
-        ({"packing": False}, [], ["unknown; 100 take 1,585 rows or more"]),
+        ({"epochs": 1, "packing": False}, [], ["unknown; 100 take 1,585 rows or more"]),
         (
             {"epochs": 2},
             ["--tokens=51200"],
@@ -76,7 +78,8 @@ def test_a_named_gpu_gives_memory_and_speed(tmp_path: Path) -> None:
 def test_a_plan_names_the_steps_and_their_origin(
     tmp_path: Path, training: dict[str, object], options: list[str], lines: list[str]
 ) -> None:
-    output = planned(tmp_path, with_value(MINIMAL, "spec.training", training), *options).output
+    manifest = with_value(MINIMAL, "spec.training", TRAINING | training)
+    output = planned(tmp_path, manifest, *options).output
     for line in lines:
         assert line in output
 
@@ -110,7 +113,8 @@ def test_unknown_figures_are_left_out(tmp_path: Path) -> None:
 
 def test_without_an_inspection_the_active_weights_of_experts_are_unknown(tmp_path: Path) -> None:
     mixture = SMALL_LLAMA | {"num_local_experts": 8}
-    done = planned(tmp_path, MINIMAL, FAST, "--tokens=9", config=mixture)
+    decided = with_value(with_value(MINIMAL, "spec.lora", LORA), "spec.training", TRAINING)
+    done = planned(tmp_path, decided, FAST, "--tokens=9", config=mixture)
     assert "Forecast: unknown: how many weights" in done.output
 
 

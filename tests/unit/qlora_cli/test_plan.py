@@ -18,6 +18,7 @@ from qlora_trainer.model.memory.dry_run import measure_within_limits
 from qlora_trainer.model.memory.job_memory import Measure
 from tests.support.dry_runs import measure, stand_in
 from tests.support.models.model_configs import SMALL_LLAMA
+from tests.support.resolved import LORA, TRAINING
 
 SPEC = QLoRAJobSpec.model_validate(
     {
@@ -26,6 +27,8 @@ SPEC = QLoRAJobSpec.model_validate(
         "resources": {"gpuMemory": "24Gi"},
     }
 )
+
+DECIDED_SPEC = QLoRAJobSpec.model_validate(SPEC.dump() | {"lora": LORA, "training": TRAINING})
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def written(folder: Path, **config: object) -> Path:
 
 @pytest.mark.usefixtures("_no_trainer")
 def test_without_the_trainer_the_memory_of_unlisted_layers_is_unknown(tmp_path: Path) -> None:
-    plan = make_plan("tiny", SPEC, written(tmp_path, model_type="starcoder2", hidden_size=3072), None)
+    plan = make_plan("tiny", DECIDED_SPEC, written(tmp_path, model_type="starcoder2", hidden_size=3072), None)
     assert plan.exit_code is ExitCode.DONE
     output = io.StringIO()
     show_plan(plan, Console(file=output, width=400))
@@ -122,7 +125,7 @@ MIXTURE = {"model_type": "qwen3_moe", "num_experts": 128}
 @pytest.mark.usefixtures("_no_trainer")
 def test_a_plan_reports_that_rows_are_not_packed(tmp_path: Path) -> None:
     assert "Remark: no packing: rows in one sequence would affect each other in this bamba model" in shown(
-        SPEC, written(tmp_path, **BAMBA)
+        DECIDED_SPEC, written(tmp_path, **BAMBA)
     )
     assert "Remark" not in shown(SPEC, written(tmp_path, **SMALL_LLAMA))
 
