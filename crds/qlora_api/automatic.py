@@ -101,7 +101,8 @@ def choose_held_out(spec: QLoRAJobSpec, rows: int) -> Choice | None:
     if rows < (2 if needed else _FEW_ROWS):
         return None
     wanted = min(_MOST_HELD_OUT, max(_LEAST_HELD_OUT, round(rows * _HELD_OUT))) if rows >= _FEW_ROWS else rows // 10
-    share = float(f"{max(1, wanted) / rows:.3g}")
+    # As few digits as still hold out exactly so many.
+    share = float(f"{max(1, wanted) / rows:.4g}")
     return Choice.of("dataset.eval.fraction", share, f"{max(1, wanted)} of {rows} rows")
 
 
@@ -130,21 +131,23 @@ def assume(spec: QLoRAJobSpec, model: ModelFacts, context: int | None, limits: L
     `context`: the model's positions, None for any number.
     """
     length = spec.training.max_sequence_length or min(_COMMON_LENGTH, context or _COMMON_LENGTH)
-    many = RowFacts(_EPOCHS[0][0], _STEPS * _LARGEST_BATCH, loss_tokens=0, held_out=True)
+    held_out = spec.dataset.eval is None or spec.dataset.holds_out
+    many = RowFacts(_EPOCHS[0][0], _STEPS * _LARGEST_BATCH, loss_tokens=0, held_out=held_out)
     given = [Choice.of("training.maxSequenceLength", length, "")] if spec.training.max_sequence_length is None else []
     chosen = (*given, *choose(spec, length, many, model, limits))
     return tuple(Choice(setting=each.setting, value=each.value, reason=_ASSUMED) for each in chosen)
 
 
 def smaller_micro_batch(choices: Sequence[Choice], gpu_gib: float) -> tuple[Choice, ...]:
-    """Halve the chosen micro batch for a GPU of that memory, with the same sequences a step where they are chosen."""
+    """Divide the chosen micro batch for a GPU of that memory, with the same sequences a step where they are chosen."""
     values = {each.setting: each for each in choices}
-    micro, steps = values[_MICRO_BATCH], values.get(_ACCUMULATION)
-    half = int(micro.value) // 2
-    values[_MICRO_BATCH] = Choice.of(_MICRO_BATCH, half, f"fits a GPU of {round(gpu_gib, 1):g} GiB")
+    micro, steps = int(values[_MICRO_BATCH].value), values.get(_ACCUMULATION)
+    smaller = next(size for size in range(micro // 2, 0, -1) if micro % size == 0)
+    values[_MICRO_BATCH] = Choice.of(_MICRO_BATCH, smaller, f"fits a GPU of {round(gpu_gib, 1):g} GiB")
     if steps is not None:
-        values[_ACCUMULATION] = Choice.of(_ACCUMULATION, int(steps.value) * int(micro.value) // half, steps.reason)
-    if half == 1 and _HALVING in values:
+        # Still a multiple of the GPUs.
+        values[_ACCUMULATION] = Choice.of(_ACCUMULATION, int(steps.value) * (micro // smaller), steps.reason)
+    if smaller == 1 and _HALVING in values:
         values[_HALVING] = Choice.of(_HALVING, False, "")
     return tuple(values.values())
 

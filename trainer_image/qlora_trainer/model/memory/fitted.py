@@ -16,7 +16,7 @@ def settings_that_fit(
     gpu_gib: float | None,
     estimate: Callable[[ResolvedSpec], MemoryEstimate],
 ) -> tuple[Choice, ...]:
-    """Halve the chosen micro batch until the run fits the GPU, or is 1.
+    """Divide the chosen micro batch until the run fits the GPU, or it is 1.
 
     `gpu_gib`: memory of the GPU, None if it is not known.
     """
