@@ -6,6 +6,7 @@ import pytest
 
 from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import (
+    CONTRACT_VERSION,
     MAX_PROGRESS_BYTES,
     MAX_RESULT_BYTES,
     PERMANENT_EXIT_CODES,
@@ -14,6 +15,10 @@ from qlora_api.contract import (
     ResultRecord,
     decode_record,
     encode_record,
+    is_signed,
+    needed_contract,
+    with_signing,
+    without_signing,
 )
 from qlora_api.spec.dataset import MAX_MIX_SOURCES
 
@@ -148,3 +153,24 @@ def test_a_result_has_room_for_the_largest_mix() -> None:
 def test_exit_codes_keep_their_meaning(code: int, reason: str, permanent: bool) -> None:
     assert (ExitCode(code).reason, ExitCode(code).permanent) == (reason, permanent)
     assert (code in PERMANENT_EXIT_CODES) == permanent
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize(("nodes", "grouped"), [(1, False), (2, False), (1, True)])
+def test_a_job_needs_a_release_that_has_all_it_uses(nodes: int, grouped: bool, chosen: bool) -> None:
+    """A release has all of the versions up to its own."""
+    plain = needed_contract(nodes, grouped=grouped, chosen=chosen)
+    signed = needed_contract(nodes, grouped=grouped, chosen=chosen, signed=True)
+    assert plain < signed <= CONTRACT_VERSION
+    assert (plain >= 3, plain >= 6) == (nodes > 1 or grouped or chosen, chosen)
+    assert (is_signed(plain), is_signed(signed)) == (False, True)
+    assert (with_signing(plain), with_signing(signed)) == (signed, signed)
+    assert plain <= without_signing(signed) < signed
+    assert not is_signed(without_signing(signed))
+    assert without_signing(plain) == plain
+
+
+@pytest.mark.parametrize("version", range(1, CONTRACT_VERSION + 1))
+def test_a_key_that_comes_or_goes_changes_nothing_else_of_a_contract(version: int) -> None:
+    chosen = needed_contract(1, chosen=True)
+    assert (with_signing(version) >= chosen, without_signing(version) >= chosen) == (version >= chosen,) * 2
