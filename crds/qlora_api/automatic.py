@@ -20,7 +20,7 @@ SHORTEST, LONGEST = 128, 131_072
 """Tokens of a sequence at least, and at most as the schema allows."""
 _COMMON_LENGTH, _LEFT_OUT = 2048, 0.005
 """Above so many tokens a sequence need not hold this share of the rows: one of them would make each step expensive."""
-_FEW_ROWS, _LEAST_HELD_OUT, _MOST_HELD_OUT, _HELD_OUT = 100, 10, 500, 0.1
+_FEW_ROWS, _MOST_HELD_OUT, _HELD_OUT = 100, 500, 0.1
 _EPOCHS = ((8_333, 3), (12_500, 2))
 """Rows up to which so many epochs are made; one above."""
 _MOST_EPOCHS = 10
@@ -100,10 +100,9 @@ def choose_held_out(spec: QLoRAJobSpec, rows: int) -> Choice | None:
     needed = training.keep == "best" or training.early_stopping is not None or training.eval_every_steps is not None
     if rows < (2 if needed else _FEW_ROWS):
         return None
-    wanted = min(_MOST_HELD_OUT, max(_LEAST_HELD_OUT, round(rows * _HELD_OUT))) if rows >= _FEW_ROWS else rows // 10
+    wanted = max(1, min(_MOST_HELD_OUT, round(rows * _HELD_OUT)))
     # As few digits as still hold out exactly so many.
-    share = float(f"{max(1, wanted) / rows:.4g}")
-    return Choice.of("dataset.eval.fraction", share, f"{max(1, wanted)} of {rows} rows")
+    return Choice.of("dataset.eval.fraction", float(f"{wanted / rows:.4g}"), f"{wanted} of {rows} rows")
 
 
 def choose(
