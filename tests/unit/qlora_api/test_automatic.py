@@ -87,6 +87,17 @@ def test_a_hundred_and_sixty_short_rows_make_more_than_a_hundred_steps() -> None
     assert 1 <= (decided.training.eval_every_steps or 0) <= steps // 3
 
 
+@pytest.mark.parametrize(
+    ("rows", "epochs", "sequences_per_step", "steps"),
+    [(160, 3, 3, 150), (400, 3, 7, 162), (1000, 3, 16, 177), (9000, 2, 16, 1056), (20_000, 1, 16, 1172)],
+)
+def test_more_rows_make_larger_steps_then_more_and_then_fewer_epochs(
+    rows: int, epochs: int, sequences_per_step: int, steps: int
+) -> None:
+    decided, found = run(job(dataset={"eval": {"fraction": 0}}), [120] * rows)
+    assert (decided.training.epochs, batch(decided), found) == (epochs, sequences_per_step, steps)
+
+
 def test_many_rows_are_trained_once_in_full_batches() -> None:
     decided, steps = run(job(), [120] * 52_000, OF_8B)
     assert (decided.training.epochs, batch(decided), decided.lora.rank, decided.lora.alpha) == (1, 16, 16, 32)
@@ -111,6 +122,7 @@ def test_a_weaker_adapter_gets_a_higher_rate() -> None:
     ("settings", "follows"),
     [
         ({"training": {"epochs": 1}}, {"batch": 1, "warmupSteps": 2}),
+        ({"training": {"maxSteps": 1}}, {"warmupSteps": 0, "keep": "last"}),
         ({"training": {"maxSteps": 5}}, {"batch": 16, "warmupSteps": 1, "evalEverySteps": 1}),
         ({"training": {"microBatchSize": 4}}, {"batch": 4, "autoMicroBatch": False}),
         ({"training": {"gradientAccumulationSteps": 16}}, {"batch": 16}),

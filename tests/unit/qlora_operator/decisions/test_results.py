@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.artifact_status import BaseStatus, MergedStatus
+from qlora_api.choice import Choice
 from qlora_api.contract import needed_contract
 from qlora_api.profile import Profile
 from qlora_api.spec.output import GgufStatus, TrackedRun, TrackingStatus
@@ -37,8 +38,16 @@ from tests.support.builders import (
     succeeded,
     time,
 )
+from tests.support.resolved import DECIDED
 
 SIGNING = Profile.model_validate(PROFILE.dump() | {"signingKey": {"name": "signing"}})
+
+
+@pytest.mark.parametrize(("spec", "version"), [({}, 6), (DECIDED, 2)], ids=["open", "all set"])
+def test_only_a_job_with_open_settings_needs_a_trainer_that_chooses(spec: dict[str, Any], version: int) -> None:
+    """An older one ends with UnsupportedContract, and would not know what is not set."""
+    status = follow(make_job(**spec))
+    assert present(status.resolved).contract_version == version
 
 
 def test_a_profile_with_a_key_needs_a_trainer_that_signs() -> None:
@@ -123,6 +132,28 @@ def test_the_results_of_prepare_are_shown_and_train_is_next() -> None:
     assert conditions_of(status)["Prepared"] == "True"
     assert status.step == step_status("train", jobUid="")
     assert status.phase == "Preparing"
+
+
+SETTINGS = (Choice.of("lora.rank", 16, "few tokens"), Choice.of("training.learningRate", 0.0013, ""))
+
+
+def test_chosen_settings_are_shown_from_the_record_of_prepare_on() -> None:
+    body = pod("prepare")
+    prepared = ended(body, 0, result(body, "prepare", **FACTS["prepare"], settings=SETTINGS))
+    status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), prepared)
+    assert status.settings == SETTINGS
+    assert status.dump()["settings"][0] == {"setting": "lora.rank", "value": "16", "reason": "few tokens"}
+    trained = follow(make_job(status_in("train", settings=SETTINGS)), child("train", Complete=""), succeeded("train"))
+    assert trained.settings == SETTINGS
+    published = make_job(status_in("publish", settings=SETTINGS))
+    assert follow(published, child("publish", Complete=""), succeeded("publish")).settings == SETTINGS
+
+
+def test_a_job_that_sets_everything_shows_no_chosen_settings() -> None:
+    body = pod("prepare")
+    prepared = ended(body, 0, result(body, "prepare", **FACTS["prepare"], settings=()))
+    status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), prepared)
+    assert "settings" not in status.dump()
 
 
 def test_deviations_of_a_step_from_the_spec_are_in_its_condition() -> None:
