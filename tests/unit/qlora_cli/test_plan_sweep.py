@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qlora_api.contract import TIGHT_EXIT_CODE, ExitCode
 from qlora_api.memory.estimate import ActivationBytes
-from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.__main__ import main
 from qlora_cli.local.plan_sweep import SweepPlan, make_sweep_plan, show_sweep_plan
@@ -190,12 +190,12 @@ def test_cells_that_need_the_same_memory_are_measured_once(tmp_path: Path, cells
     ranks: list[int] = []
     passes_of: list[int] = []
 
-    def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    def measure(config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
         ranks.append(spec.lora.rank)
         return measured(digest, spec.lora.rank)
 
     def measure_passes(
-        config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
+        config: Path, specs: Sequence[ResolvedSpec], passes: Sequence[tuple[int, ...]]
     ) -> tuple[ActivationBytes, ...]:
         passes_of.append(len(specs))
         return tuple(ActivationBytes(checkpoints=2**20, kept=0, layers=2**20, logits=0) for _ in passes)

@@ -18,6 +18,7 @@ from qlora_trainer.core import sandbox as limited
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.sandbox import DryRunFailed, LimitReached, iterate_within_limits, within_limits
 from qlora_trainer.model.memory.dry_run import measure_within_limits
+from tests.support.resolved import resolved_spec
 
 
 def _filled(size: int) -> int:
@@ -135,4 +136,4 @@ def test_without_the_trainer_the_message_names_the_extra(monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
     with pytest.raises(DryRunFailed, match=r"run `pip install '\.\[cli,trainer\]'` in a checkout"):
-        measure_within_limits(Path("config.json"), QLoRAJobSpec.model_validate(sources), [], "")
+        measure_within_limits(Path("config.json"), resolved_spec(QLoRAJobSpec.model_validate(sources)), [], "")
