@@ -9,14 +9,13 @@ from qlora_api.forecast import forecast_of_flops, parse_price, tokens_of_run, tr
 from qlora_api.gpus import find_gpu
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.resolved import ResolvedSpec, resolve
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_api.usage import ForecastStatus
 from qlora_client.client_types import Plan
 from qlora_client.kube.errors import ClusterError
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.model.memory.fit import MemoryFit
 from qlora_trainer.model.source.hub_config import FoundConfig, find_hub_config
-from qlora_trainer.steps.planned import assume_settings, check_config, measure_with
+from qlora_trainer.steps.planned import plan_memory
 
 
 @dataclass(frozen=True)
@@ -50,24 +49,16 @@ def make_plan(spec: QLoRAJobSpec, config: Path | None, gpu: GpuOfPlan, tokens: i
         raise ValueError(f"tokens is {tokens}, must be 1 or more")
     try:
         found = _found(spec, config)
-        traits = check_config(found.path, spec)
-        resolved = resolve(spec, assume_settings(spec, traits))
-        fit = MemoryFit.from_config(
-            found.path,
-            resolved,
-            spec.lora.target_modules,
-            rows_apart=traits.keeps_rows_apart(resolved.training.max_sequence_length),
-            mixture_of_experts=traits.mixture_of_experts,
-            gpu_gib=gpu.gib,
-            measure=measure_with(traits),
-        )
+        traits, fitted = plan_memory(found.path, spec, gpu.gib)
     except StepFailure as failure:
         kind = ValueError if failure.exit_code == ExitCode.BAD_CONFIGURATION else ClusterError
         raise kind(failure.message) from None
     except OSError as error:
         raise ValueError(f"{error.filename or config} cannot be read: {error.strerror}") from None
-    forecast, wall, remark = _forecast(resolved, traits.parameters_of_token(fit.parameters), gpu, tokens)
-    return Plan(fit.status, fit.objection, forecast, wall, "; ".join(filter(None, (remark, found.remark))))
+    parameters = traits.parameters_of_token(fitted.memory.parameters)
+    forecast, wall, remark = _forecast(fitted.spec, parameters, gpu, tokens)
+    remark = "; ".join(filter(None, (remark, found.remark)))
+    return Plan(fitted.memory.status, fitted.memory.objection, forecast, wall, remark)
 
 
 def _forecast(

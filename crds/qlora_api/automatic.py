@@ -36,7 +36,7 @@ _PREFERENCE_RATE = 15
 """By this factor lower is the learning rate of an objective that compares answers."""
 _WARMUP, _MOST_WARMUP = 0.05, 100
 _EVALUATIONS = 3
-_ASSUMED = "assumed; the rows decide"
+ASSUMED = "assumed; the rows decide"
 SIZED = frozenset({"lora.rank", "training.learningRate"})
 """Settings that follow from the sizes of the model."""
 _MICRO_BATCH, _ACCUMULATION = "training.microBatchSize", "training.gradientAccumulationSteps"
@@ -134,7 +134,7 @@ def assume(spec: QLoRAJobSpec, model: ModelFacts, context: int | None, limits: L
     many = RowFacts(_EPOCHS[0][0], _STEPS * _LARGEST_BATCH, loss_tokens=0, held_out=held_out)
     given = [Choice.of("training.maxSequenceLength", length, "")] if spec.training.max_sequence_length is None else []
     chosen = (*given, *choose(spec, length, many, model, limits))
-    return tuple(Choice(setting=each.setting, value=each.value, reason=_ASSUMED) for each in chosen)
+    return tuple(Choice(setting=each.setting, value=each.value, reason=ASSUMED) for each in chosen)
 
 
 def smaller_micro_batch(choices: Sequence[Choice], gpu_gib: float) -> tuple[Choice, ...]:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from qlora_api.automatic import ASSUMED
 from qlora_api.forecast import (
     UTILIZATIONS,
     cost_text,
@@ -34,6 +35,8 @@ from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.families.family import Traits
 
 _SECONDS = 3600
+_DECIDE_LENGTH = frozenset({"epochs"})
+_DECIDE_STEPS = _DECIDE_LENGTH | {"microBatchSize", "gradientAccumulationSteps", "maxSequenceLength"}
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,14 @@ def gpu_of_profile(
 
 def show_forecast(plan: MemoryPlan, epoch: Epoch, gpu: GpuOfPlan, console: Console) -> None:
     """Print the run's steps, learning rate and tokens, and its time if the GPU's speed is given."""
-    show_steps(plan.spec, epoch, plan.traits, console)
-    if gpu.tflops is not None:
+    assumed = {each.name for each in plan.settings if each.reason == ASSUMED}
+    if assumed & _DECIDE_STEPS:
+        console.print("\n[bold]Steps[/]: the rows decide on the automatic settings: --data shows these and the steps.")
+    else:
+        show_steps(plan.spec, epoch, plan.traits, console)
+    if gpu.tflops is not None and assumed & _DECIDE_LENGTH:
+        _say(console, "unknown: the rows decide on the epochs; count them with --data, or set spec.training.epochs.")
+    elif gpu.tflops is not None:
         _show_time(plan, plan.spec, epoch, gpu.tflops, gpu, console)
 
 

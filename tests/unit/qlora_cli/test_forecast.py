@@ -13,8 +13,9 @@ from qlora_api.duration import format_duration
 from qlora_cli.__main__ import main
 from tests.support.manifests import MINIMAL, Manifest, with_value
 from tests.support.models.model_configs import SMALL_LLAMA
-from tests.support.resolved import LORA, TRAINING
+from tests.support.resolved import DECIDED, TRAINING
 
+JOB = with_value(with_value(MINIMAL, "spec.lora", DECIDED["lora"]), "spec.training", DECIDED["training"])
 PARAMETERS = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096) + 2 * 4096 * 1024
 FAST = "--gpu-tflops=0.01"
 LARGE = SMALL_LLAMA | {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
@@ -47,12 +48,12 @@ def test_hours_and_time_follow_from_weights_tokens_and_speed(tmp_path: Path) -> 
 
 
 def test_a_named_gpu_gives_memory_and_speed(tmp_path: Path) -> None:
-    once = with_value(MINIMAL, "spec.training", {"epochs": 1})
+    once = with_value(JOB, "spec.training", {"epochs": 1})
     done = planned(tmp_path, once, "--gpu=l4", "--tokens=10000000")
     assert "on 1 L4, about 1.2 GPU minutes" in done.output
     assert "of 121 TFLOPS" in done.output
-    assert "on a GPU of 22.5 GiB with any activations" in planned(tmp_path, MINIMAL, "--gpu=l4", config=LARGE).output
-    old = planned(tmp_path, MINIMAL, "--gpu=t4")
+    assert "on a GPU of 22.5 GiB with any activations" in planned(tmp_path, JOB, "--gpu=l4", config=LARGE).output
+    old = planned(tmp_path, JOB, "--gpu=t4")
     assert (old.exit_code, "--gpu is 't4', which has no bfloat16" in old.output) == (10, True)
 
 
@@ -78,7 +79,8 @@ def test_a_named_gpu_gives_memory_and_speed(tmp_path: Path) -> None:
 def test_a_plan_names_the_steps_and_their_origin(
     tmp_path: Path, training: dict[str, object], options: list[str], lines: list[str]
 ) -> None:
-    manifest = with_value(MINIMAL, "spec.training", TRAINING | training)
+    of_length = {} if "maxSteps" in training else {"epochs": 1}
+    manifest = with_value(JOB, "spec.training", TRAINING | of_length | training)
     output = planned(tmp_path, manifest, *options).output
     for line in lines:
         assert line in output
@@ -88,18 +90,18 @@ def test_speed_and_price_may_come_from_a_profile_of_any_release(tmp_path: Path) 
     spec = {"image": "trainer", "gpuTflops": 0.01, "gpuHourPrice": "2.50", "currency": "EUR", "newer": True}
     profile = tmp_path / "profile.yaml"
     profile.write_text(yaml.safe_dump({"kind": "QLoRAProfile", "spec": spec}))
-    given = planned(tmp_path, MINIMAL, FAST, "--gpu-hour-price=2.50 EUR", "--tokens=100000")
+    given = planned(tmp_path, JOB, FAST, "--gpu-hour-price=2.50 EUR", "--tokens=100000")
     assert "Forecast: " in given.output
-    assert planned(tmp_path, MINIMAL, f"--profile={profile}", "--tokens=100000").output == given.output
+    assert planned(tmp_path, JOB, f"--profile={profile}", "--tokens=100000").output == given.output
     for text in ("spec: {}", "- a", "{"):
         profile.write_text(text)
-        done = planned(tmp_path, MINIMAL, f"--profile={profile}")
+        done = planned(tmp_path, JOB, f"--profile={profile}")
         assert (done.exit_code, f"{profile} is no QLoRAProfile" in done.output) == (2, True)
 
 
 def test_a_number_of_steps_bounds_the_tokens_and_a_budget_is_compared(tmp_path: Path) -> None:
     training = {"maxSteps": 10, "microBatchSize": 1, "gradientAccumulationSteps": 8, "maxSequenceLength": 512}
-    manifest = with_value(with_value(MINIMAL, "spec.training", training), "spec.budget", {"gpuHours": 0.001})
+    manifest = with_value(with_value(JOB, "spec.training", training), "spec.budget", {"gpuHours": 0.001})
     done = planned(tmp_path, manifest, FAST)
     assert "Forecast: at most " in done.output
     assert "40,960 tokens" in done.output
@@ -107,19 +109,21 @@ def test_a_number_of_steps_bounds_the_tokens_and_a_budget_is_compared(tmp_path: 
 
 
 def test_unknown_figures_are_left_out(tmp_path: Path) -> None:
-    assert "Forecast: unknown: count the tokens of an epoch with --data" in planned(tmp_path, MINIMAL, FAST).output
-    assert "Forecast" not in planned(tmp_path, MINIMAL, "--tokens=100").output
+    assert "Forecast: unknown: count the tokens of an epoch with --data" in planned(tmp_path, JOB, FAST).output
+    left_open = planned(tmp_path, MINIMAL, FAST, "--tokens=100000").output
+    assert "Steps: the rows decide on the automatic settings" in left_open
+    assert "Forecast: unknown: the rows decide on the epochs" in left_open
+    assert "Forecast" not in planned(tmp_path, JOB, "--tokens=100").output
 
 
 def test_without_an_inspection_the_active_weights_of_experts_are_unknown(tmp_path: Path) -> None:
     mixture = SMALL_LLAMA | {"num_local_experts": 8}
-    decided = with_value(with_value(MINIMAL, "spec.lora", LORA), "spec.training", TRAINING)
-    done = planned(tmp_path, decided, FAST, "--tokens=9", config=mixture)
+    done = planned(tmp_path, JOB, FAST, "--tokens=9", config=mixture)
     assert "Forecast: unknown: how many weights" in done.output
 
 
 @pytest.mark.parametrize("price", ["2.50", "EUR 2.50", "-1 EUR", "1e3 EUR"])
 def test_a_price_needs_its_currency(tmp_path: Path, price: str) -> None:
-    done = planned(tmp_path, MINIMAL, f"--gpu-hour-price={price}")
+    done = planned(tmp_path, JOB, f"--gpu-hour-price={price}")
     assert done.exit_code == 2
     assert "must be a price and its currency" in done.output

@@ -10,6 +10,8 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
+import numpy
+
 from qlora_api.automatic import LONGEST, choose_held_out
 from qlora_api.choice import Choice
 from qlora_api.schema import replace
@@ -28,6 +30,7 @@ from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.data.read.reading import MAX_FILES, read_rows, read_used_rows
 from qlora_trainer.data.read.rows import Row
 from qlora_trainer.data.render.chat_template import Tokenizer
+from qlora_trainer.data.sampling import RowIndices
 from qlora_trainer.data.selection import first_equal, select_rows
 from qlora_trainer.data.tokenize.chunk_maker import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, Recipe, tokenize
 from qlora_trainer.data.tokenize.chunks import TokenizedRows
@@ -110,13 +113,14 @@ class DatasetBuilder:
         """The rows of each split and, with a mix, how many of each source an epoch has."""
         rows = TokenizedRows.from_parts([source.rows for source in (*training, *([own] if own else []))])
         self.say("looking for rows that are equal")
-        held_out = None if self.spec.eval is not None else self._choose_held_out(training)
+        first = first_equal(rows.digests())
+        held_out = None if self.spec.eval is not None else self._choose_held_out(training, first)
         selection = select_rows(
             self.spec if held_out is None else replace(self.spec, eval=EvalSpec(fraction=float(held_out.value))),
             self.training.seed,
             {name: len(source.rows) for name, source in zip(self._names(), training, strict=True)},
             0 if own is None else len(own.rows),
-            first_equal(rows.digests()),
+            first,
         )
         dataset = Dataset(training, own, rows, selection, chosen_share=held_out)
         if self.spec.mix is None:
@@ -126,9 +130,14 @@ class DatasetBuilder:
             dataset, mix=Mix.from_sizes([len(part) for part in selection.training], weights), weights=weights
         )
 
-    def _choose_held_out(self, training: tuple[TokenizedSource, ...]) -> Choice | None:
-        """Choose the share of held-out rows: none of a source with a single row."""
-        counts = [len(source.rows) for source in training]
+    def _choose_held_out(self, training: tuple[TokenizedSource, ...], first: RowIndices) -> Choice | None:
+        """Choose the share of held-out rows: none of a source with a single row.
+
+        `first`: the first equal row of each row of all sources.
+        """
+        ends = numpy.cumsum([len(source.rows) for source in training])
+        used = first == numpy.arange(len(first)) if self.spec.deduplicate else numpy.ones(len(first), dtype=bool)
+        counts = [int(part.sum()) for part in numpy.split(used[: ends[-1]], ends[:-1])]
         return choose_held_out(self.job, sum(counts)) if min(counts) > 1 else None
 
     def _require_trainable(self, dataset: Dataset) -> None:

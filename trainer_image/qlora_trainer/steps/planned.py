@@ -16,12 +16,13 @@ from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import GgufSpec
-from qlora_api.spec.resolved import ResolvedLora, decided_lora, open_settings
+from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec, decided_lora, open_settings
 from qlora_api.spec.training import LoraSpec
 from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.family import Family, Traits
 from qlora_trainer.model.memory.dry_run import measure_within_limits
-from qlora_trainer.model.memory.fit import read_shape, type_of_model, weights_of
+from qlora_trainer.model.memory.fit import MemoryFit, read_shape, training_shape, type_of_model, weights_of
+from qlora_trainer.model.memory.fitted import FittedSettings, fit_settings
 from qlora_trainer.model.memory.job_memory import Measure
 
 _CONFIG = "config.json"
@@ -98,3 +99,27 @@ def assume_settings(spec: QLoRAJobSpec, traits: Traits) -> tuple[Choice, ...]:
 def measure_with(traits: Traits) -> Measure:
     """Return the dry run of a model that was inspected."""
     return partial(measure_within_limits, family=traits if isinstance(traits, Family) else None)
+
+
+def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tuple[Traits, FittedSettings]:
+    """Return the model's traits, and the settings and memory of a job whose rows are not known.
+
+    `gpu_gib`: memory of another GPU than the job's. Raises StepFailure as prepare does, unless the job does not fit.
+    """
+    traits = check_config(config, spec)
+    targets, experts = spec.lora.target_modules, traits.mixture_of_experts
+
+    def measure(resolved: ResolvedSpec) -> MemoryFit:
+        return MemoryFit.from_config(
+            config,
+            resolved,
+            targets,
+            rows_apart=traits.keeps_rows_apart(resolved.training.max_sequence_length),
+            mixture_of_experts=experts,
+            gpu_gib=gpu_gib,
+            measure=measure_with(traits),
+        )
+
+    shape = partial(training_shape, target_modules=targets, mixture_of_experts=experts)
+    gpu_gib = gpu_gib or spec.resources.gpu_gib
+    return traits, fit_settings(spec, assume_settings(spec, traits), gpu_gib, shape, measure)

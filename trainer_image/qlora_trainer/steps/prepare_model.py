@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Self
 
 from qlora_api.choice import Choice
-from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, decided_lora, resolve
 from qlora_trainer.core.completion import PreparedModel
-from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
 from qlora_trainer.history.trackers import require_installed
@@ -21,8 +19,7 @@ from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.memory.fit import MemoryFit, training_shape
-from qlora_trainer.model.memory.fitted import settings_that_fit
-from qlora_trainer.model.memory.job_memory import measured_estimate
+from qlora_trainer.model.memory.fitted import fit_settings
 from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.report.serving import warn_if_not_served
@@ -113,27 +110,20 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, settings: Sequence[Choic
 
     Raises StepFailure if the job does not fit the GPU, or the model cannot be trained so.
     """
-    family, chosen = model.family, tuple(settings)
-    resolved = resolve(spec, chosen)
-    require_settings(family, model.folder / CONFIG, resolved)
-    memory = measure_memory(model.folder, resolved, family, group_size)
-    if (measured := memory.measured) is not None:
-        # From one dry run: each takes seconds.
-        chosen = settings_that_fit(
-            spec, chosen, resolved.resources.gpu_gib, lambda other: _estimate(other, family, measured)
-        )
-        if (fitting := resolve(spec, chosen)) != resolved:
-            resolved, memory = fitting, measure_memory(model.folder, fitting, family, group_size)
-    memory.require()
+    family = model.family
+    require_settings(family, model.folder / CONFIG, resolve(spec, settings))
+    fitted = fit_settings(
+        spec,
+        settings,
+        spec.resources.gpu_gib,
+        partial(training_shape, target_modules=family.target_modules, mixture_of_experts=family.mixture_of_experts),
+        lambda resolved: measure_memory(model.folder, resolved, family, group_size),
+    )
+    fitted.memory.require()
     if spec.training.learning_rate is not None:
-        advise_learning_rate(memory.parameters or 0, spec.training.learning_rate)
-    warn_if_not_served(resolved)
-    return FittedModel(model, resolved, chosen, memory)
-
-
-def _estimate(spec: ResolvedSpec, family: Family, measured: MeasuredMemory) -> MemoryEstimate:
-    shape = training_shape(spec, family.target_modules, mixture_of_experts=family.mixture_of_experts)
-    return measured_estimate(measured, shape)
+        advise_learning_rate(fitted.memory.parameters or 0, spec.training.learning_rate)
+    warn_if_not_served(fitted.spec)
+    return FittedModel(model, fitted.spec, fitted.settings, fitted.memory)
 
 
 def measure_memory(folder: Path, spec: ResolvedSpec, family: Family, group_size: int) -> MemoryFit:

@@ -1,13 +1,17 @@
 """Fits chosen settings to the memory of a GPU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from qlora_api.automatic import smaller_micro_batch
 from qlora_api.choice import Choice
 from qlora_api.memory.advice import verdict
 from qlora_api.memory.estimate import MemoryEstimate
+from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, resolve
+from qlora_trainer.model.memory.fit import MemoryFit
+from qlora_trainer.model.memory.job_memory import measured_estimate
 
 
 def settings_that_fit(
@@ -28,3 +32,34 @@ def settings_that_fit(
             break
         chosen = smaller_micro_batch(chosen, gpu_gib)
     return chosen
+
+
+@dataclass(frozen=True)
+class FittedSettings:
+    """A job whose settings are decided, and its memory with them."""
+
+    spec: ResolvedSpec
+    settings: tuple[Choice, ...]
+    """What the job left open."""
+    memory: MemoryFit
+
+
+def fit_settings(
+    spec: QLoRAJobSpec,
+    settings: Sequence[Choice],
+    gpu_gib: float | None,
+    shape: Callable[[ResolvedSpec], TrainingShape],
+    measure: Callable[[ResolvedSpec], MemoryFit],
+) -> FittedSettings:
+    """Return the job with the chosen settings, its chosen micro batch as large as the GPU has room for.
+
+    `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one.
+    """
+    chosen = tuple(settings)
+    resolved = resolve(spec, chosen)
+    memory = measure(resolved)
+    if (measured := memory.measured) is not None:
+        chosen = settings_that_fit(spec, chosen, gpu_gib, lambda other: measured_estimate(measured, shape(other)))
+        if (fitting := resolve(spec, chosen)) != resolved:
+            resolved, memory = fitting, measure(fitting)
+    return FittedSettings(resolved, chosen, memory)
