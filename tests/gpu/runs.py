@@ -39,7 +39,7 @@ def new_billion(root: Path, models: Path) -> Files:
         "training": {
             "maxSteps": 4,
             "maxSequenceLength": 2048,
-            "evalEverySteps": None,
+            "evalEverySteps": 1000,
             "samples": 0,
             "microBatchSize": 2,
             "gradientAccumulationSteps": 2,

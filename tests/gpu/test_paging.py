@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
+from tests.support.resolved import resolved_training
 
 PAGED = ["paged_adamw_32bit", "paged_adamw_8bit"]
 # bitsandbytes pages tensors of at least 100,000 entries.
@@ -33,7 +33,7 @@ def is_paged(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[
 
 @pytest.mark.parametrize("name", PAGED)
 def test_it_is_paged_before_and_after_an_exact_resume(name: str) -> None:
-    training = TrainingSpec.model_validate({"optimizer": name, "learningRate": 0.01})
+    training = resolved_training(optimizer=name, learning_rate=0.01)
     whole = parameters()
     undisturbed = make_optimizer(whole.values(), training)
     steps(whole, undisturbed, 0, 4)
@@ -58,7 +58,7 @@ def test_it_is_paged_before_and_after_an_exact_resume(name: str) -> None:
 
 def test_paged_state_can_leave_the_gpu() -> None:
     """With the GPU nearly full, a step still runs: the driver moves state out."""
-    training = TrainingSpec.model_validate({"optimizer": "paged_adamw_32bit"})
+    training = resolved_training(optimizer="paged_adamw_32bit")
     side = 16_384
     weight = nn.Parameter(torch.zeros(side, side, device="cuda"))  # 1 GiB, and as much gradient; 2 GiB of state
     weight.grad = torch.ones_like(weight)

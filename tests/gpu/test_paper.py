@@ -20,7 +20,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from qlora_api.memory.advice import budget
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_api.spec.resolved import ResolvedLora
+from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter
@@ -37,7 +37,7 @@ from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures
-from tests.support.resolved import resolved_lora, resolved_training
+from tests.support.resolved import resolved_lora, resolved_spec, resolved_training
 
 CARD_BYTES = budget(48)
 """What a GPU of 48 GB offers a process."""
@@ -158,7 +158,9 @@ def estimated(config: LlamaConfig, lora: ResolvedLora, folder: Path) -> MemoryEs
     """The estimate of a dry run, in a process that sees no GPU."""
     config.save_pretrained(folder)
     sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
-    spec = QLoRAJobSpec.model_validate(sources | {"lora": lora.dump(), "training": {"maxSequenceLength": TOKENS}})
+    spec = resolved_spec(
+        QLoRAJobSpec.model_validate(sources | {"lora": lora.dump(), "training": {"maxSequenceLength": TOKENS}})
+    )
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_hide_gpus) as pool:
         return pool.submit(_dry_run, folder / "config.json", spec).result()
 
@@ -167,7 +169,7 @@ def _hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _dry_run(config: Path, spec: QLoRAJobSpec) -> MemoryEstimate:
+def _dry_run(config: Path, spec: ResolvedSpec) -> MemoryEstimate:
     training = training_shape(spec, spec.lora.target_modules)
     return MeasuredJob.from_config(config, spec, training).estimate(training)
 

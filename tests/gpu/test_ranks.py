@@ -42,7 +42,7 @@ def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(
 @pytest.mark.gpu(cards=2)
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_killed_process_ends_the_other_for_another_attempt(sharding: str, tmp_path: Path, tiny: Files) -> None:
-    spec = merged(TWO, {"training": {"sharding": sharding, "maxSteps": 2000, "evalEverySteps": None}})
+    spec = merged(TWO, {"training": {"sharding": sharding, "maxSteps": 2000, "evalEverySteps": 5000}})
     files = tiny.copied(tmp_path / "job").with_spec(spec)
     # The default limit is half an hour.
     hurried = "from datetime import timedelta\nfrom qlora_trainer.training.distributed import ranks\n"

@@ -13,6 +13,7 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
+from tests.support.resolved import TRAINING
 from tests.support.training import run
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,7 +38,8 @@ class Place:
             "model": {"source": "pvc://models/model"},
             "dataset": {"source": "pvc://data/train.jsonl", "eval": {"fraction": 0.2}},
             "lora": {"rank": 4, "alpha": 8},
-            "training": {
+            "training": TRAINING
+            | {
                 "maxSteps": 4,
                 "gradientAccumulationSteps": 2,
                 "maxSequenceLength": 64,

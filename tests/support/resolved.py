@@ -14,6 +14,7 @@ TRAINING: dict[str, Any] = {
     "warmupSteps": 0,
     "autoMicroBatch": False,
     "maxSequenceLength": 512,
+    "keep": "last",
 }
 DECIDED: dict[str, Any] = {
     "dataset": {"source": "hf://org/rows", "eval": {"fraction": 0.1}},

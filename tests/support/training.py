@@ -29,6 +29,7 @@ from qlora_trainer.steps.train import train
 from tests.support.manifests import merged
 from tests.support.models.four_bit import convert
 from tests.support.models.tiny import JOB_UID, POD_UID, Recorded
+from tests.support.resolved import TRAINING
 
 ROW_LENGTHS = (9, 14, 5, 21, 12, 30, 7, 16, 25, 11, 18, 6, 13, 28, 10, 22)
 RARE_TOKEN = 500
@@ -41,7 +42,8 @@ def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
         "model": {"source": "pvc://models/tiny"},
         "dataset": {"source": "pvc://data/rows.jsonl", "eval": {"fraction": 0.2}},
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
-        "training": {
+        "training": TRAINING
+        | {
             "maxSteps": 6,
             "gradientAccumulationSteps": 2,
             "learningRate": 0.01,

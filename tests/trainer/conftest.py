@@ -7,8 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qlora_api.spec.resolved import ResolvedLora
-
 # As steps do (process.py), which these tests also call in this process. Before anything loads bitsandbytes.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -21,7 +19,8 @@ from transformers import LlamaConfig, Qwen2Config
 from urllib3.util import Retry
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
+from qlora_api.spec.job import QLoRAJobDocument
+from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.families import admission
@@ -33,6 +32,7 @@ from qlora_trainer.stores import registry_auth as oci_auth
 from tests.support.commands.command import Files
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.resolved import TRAINING
 from tests.support.runs.kept import kept
 from tests.support.runs.shared import TOGETHER, finish, finished_files, make_fluent, train_together
 from tests.support.servers import HTPASSWD, give_login, registry
@@ -61,7 +61,7 @@ def _a_model_is_inspected_and_measured_once() -> Iterator[None]:
     inspect_within_limits = admission.inspect_model
 
     def measure(
-        config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
+        config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
     ) -> MeasuredMemory:
         settings = (part.model_dump_json() for part in (spec.lora, spec.training, spec.quantization))
         key = (config.read_bytes(), *settings, *sizes, digest, family)
@@ -146,7 +146,8 @@ def make_context(tmp_path: Path, tiny_llama: Path) -> MakeContext:
             "model": {"source": f"pvc://models/{model.name}"},
             "dataset": {"source": "pvc://data/train.jsonl"},
             "lora": {"rank": 4, "alpha": 8},
-            "training": {
+            "training": TRAINING
+            | {
                 "maxSteps": 4,
                 "gradientAccumulationSteps": 2,
                 "maxSequenceLength": 64,

@@ -30,6 +30,7 @@ from qlora_api.contract import (
 from qlora_cli.__main__ import main
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID, chat_row, write_rows
+from tests.support.resolved import TRAINING
 
 TIMEOUT_S = 500
 _READ_LATE = (
@@ -42,7 +43,8 @@ SPEC: dict[str, Any] = {
     "model": {"source": "pvc://models/model"},
     "dataset": {"source": "pvc://data/train.jsonl", "eval": {"fraction": 0.25}},
     "lora": {"rank": 4, "alpha": 8},
-    "training": {
+    "training": TRAINING
+    | {
         "maxSteps": 30,
         "gradientAccumulationSteps": 1,
         "maxSequenceLength": 64,

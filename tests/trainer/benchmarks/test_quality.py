@@ -9,6 +9,7 @@ from benchmarks.quality.arms import load_subject
 from benchmarks.quality.training import train
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_tensors
+from tests.support.resolved import resolved_spec
 from tests.support.training import prepared, run
 
 
@@ -17,7 +18,7 @@ def test_the_study_and_the_train_step_make_the_same_adapter(tmp_path: Path, tiny
         tmp_path / "work", tiny_llama, {"training": {"optimizer": "adamw", "gradientCheckpointing": False}}
     )
     run(context)
-    job = context.spec
+    job = resolved_spec(context.spec)
 
     subject = load_subject("nf4-dq", tiny_llama, tmp_path / "bases", job.lora, job.training.seed)
     train(subject, PreparedDataset.open(context.workspace.data / "rows", "train"), job.training)

@@ -10,6 +10,7 @@ from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, differences, run_fingerprint
 from tests.support.manifests import merged
+from tests.support.resolved import resolved_spec
 
 INPUTS = ResolvedInputs("commit", {"tokenizer.json": "a" * 64}, ("b" * 64,), None)
 STORED: dict[str, Any] = {"source": "s3://bucket/rows.jsonl", "secretRef": {"name": "reader"}}
@@ -19,7 +20,7 @@ REPOSITORY: dict[str, Any] = {"source": "hf://org/rows"}
 def fingerprint(changes: dict[str, Any] | None = None, inputs: ResolvedInputs = INPUTS) -> Fingerprint:
     """Of a job that prepare has found these inputs for."""
     default = {"model": {"source": "hf://org/model"}, "dataset": {"source": "pvc://data/rows.jsonl"}}
-    spec = QLoRAJobSpec.model_validate(merged(default, changes or {}))
+    spec = resolved_spec(QLoRAJobSpec.model_validate(merged(default, changes or {})))
     record = PrepareRecord(
         fingerprint=inputs.fingerprint(spec),
         model_path="model",

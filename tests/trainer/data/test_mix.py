@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from qlora_api.contract import ExitCode
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.resolved import ResolvedTraining
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -26,7 +26,7 @@ from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training.schedule import Schedule
 from tests.support.models.tiny import Recorded, chat_row, write_rows
-from tests.support.resolved import resolved_training
+from tests.support.resolved import TRAINING, resolved_training
 from tests.support.training import adapter_bytes, history, interrupted_at, run
 from tests.trainer.conftest import MakeContext
 
@@ -123,7 +123,7 @@ def test_every_epoch_has_the_shares_of_all_sources_in_a_new_draw(
     context = make_mixed({"training": {"maxSteps": None, "epochs": 4, "packing": packing}})
     record = prepare(context, records)
     data = opened(context, record)
-    schedule = Schedule.from_training(len(data), context.spec.training, data.epoch_offsets)
+    schedule = Schedule.from_training(len(data), record.resolve(context.spec).training, data.epoch_offsets)
     assert data.rows == 36, "each row is stored once, however many epochs draw it"
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     epochs = epochs_of(data, tokenizer, range(schedule.total_steps), schedule)
@@ -172,7 +172,7 @@ def test_without_weights_each_row_is_in_each_epoch_once(
     context = make_mixed({"training": {"maxSteps": None, "epochs": 2}}, mix)
     record = prepare(context, records)
     data = opened(context, record)
-    schedule = Schedule.from_training(len(data), context.spec.training, data.epoch_offsets)
+    schedule = Schedule.from_training(len(data), record.resolve(context.spec).training, data.epoch_offsets)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     epochs = epochs_of(data, tokenizer, range(schedule.total_steps), schedule)
     assert [set(Counter(rows).values()) for rows in epochs.values()] == [{1}, {1}]
@@ -184,7 +184,7 @@ def test_as_many_epochs_are_drawn_as_the_steps_need(make_mixed: MakeContext, rec
     record = prepare(make_mixed({"training": {"maxSteps": 31}}), records)
     data = opened(make_mixed(), record)
     spec = make_mixed({"training": {"maxSteps": 31}}).spec
-    schedule = Schedule.from_training(len(data), spec.training, data.epoch_offsets)
+    schedule = Schedule.from_training(len(data), record.resolve(spec).training, data.epoch_offsets)
     assert schedule.total_steps == 31
     drawn = len(data.epoch_offsets) - 1
     assert schedule.first_step(drawn - 1) < 31 <= schedule.first_step(drawn)
@@ -249,7 +249,7 @@ def drawn(sizes: tuple[int, ...], folder: Path, **training: Any) -> int:
         return EpochArrangements.from_epochs(
             Mix.from_sizes(sizes, [None] * len(sizes)).epochs(seed=0),
             one_row_each,
-            TrainingSpec.model_validate({"gradientAccumulationSteps": 12, **training}),
+            ResolvedTraining.model_validate({**TRAINING, "gradientAccumulationSteps": 12, **training}),
             folder,
             epochs.append,
         )

@@ -40,7 +40,7 @@ def measured(seed: int, root: Path) -> dict[str, Any]:
     capabilities = torch.cpu.get_capabilities()
     return {
         "computedWith": {
-            "libraries": run_fingerprint(context.spec, record, "cpu", 1)["libraries"],
+            "libraries": run_fingerprint(record.resolve(context.spec), record, "cpu", 1)["libraries"],
             "processor": [
                 *(line for line in _first_processor() if line.partition(":")[0] in _PROCESSOR),
                 *(name for name in _INSTRUCTIONS if capabilities.get(name)),

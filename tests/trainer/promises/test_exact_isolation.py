@@ -17,6 +17,7 @@ from qlora_trainer.training.optimizer import make_optimizer
 from tests.support.models.adapted import adapted
 from tests.support.models.sequences import random_sequence
 from tests.support.models.tiny import SHAPE, save_model
+from tests.support.resolved import resolved_spec
 from tests.support.training import job
 
 LENGTHS = (20, 12, 9)
@@ -39,7 +40,7 @@ def loss_of(model: Any, sequence: PackedSequence) -> Tensor:
 def evaluated_and_trained(folder: Path) -> Any:
     """A model that has been evaluated, trained for two steps, and evaluated again."""
     model = adapted(folder, seed=0)
-    optimizer = make_optimizer(adapter_parameters(model).values(), job().spec.training)
+    optimizer = make_optimizer(adapter_parameters(model).values(), resolved_spec(job().spec).training)
     for seed in (1, 2):
         evaluate(model)
         loss_of(model, random_sequence(LENGTHS, seed)).backward()

@@ -28,6 +28,7 @@ from qlora_trainer.stores.contents import PublishedFile
 from tests.support import training
 from tests.support.commands.command import Files
 from tests.support.models.tiny import JOB_UID
+from tests.support.resolved import resolved_spec
 from tests.support.runs.published import MANIFEST, published
 from tests.support.servers import registry
 from tests.support.services.fault_proxy import Fault, FaultProxy, Request, serve_proxy
@@ -89,7 +90,7 @@ def test_every_field_of_the_statement_is_the_runs(monkeypatch: pytest.MonkeyPatc
         eval_loss=1.25,
     )
     held_out = {"source": "hf://a/held-out", "fraction": None}
-    spec = training.job({"continues": "earlier", "dataset": {"eval": held_out}}).spec
+    spec = resolved_spec(training.job({"continues": "earlier", "dataset": {"eval": held_out}}).spec)
     made = TrainedJob("tiny", JOB_UID, spec, "", prepared, trained, GateStatus.model_validate(gate))
     files = {"adapter.bin": PublishedFile(sha256="e" * 64, size=4)}
     manifest = replace(MANIFEST, files=files, libraries={"torch": "2.9"})

@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_api.spec.training import TrainingSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.status import MemoryStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.trained_job import TrainedJob
@@ -26,6 +26,7 @@ from qlora_trainer.report.page import estimated_peaks
 from qlora_trainer.steps.publish import publish
 from tests.support.commands.command import Files
 from tests.support.models.tiny import JOB_UID, Recorded
+from tests.support.resolved import resolved_spec
 from tests.support.runs.published import context, published
 from tests.support.runs.report_page import Page
 
@@ -255,8 +256,8 @@ def test_the_card_states_the_objective_and_its_result(
     record = read_completion(job.workspace.completion("train"), TrainRecord)
     assert prepared is not None
     assert record is not None
-    settings = TrainingSpec.model_validate(job.spec.training.dump() | training)
-    spec = job.spec.model_copy(update={"training": settings})
+    content = job.spec.dump()
+    spec = resolved_spec(QLoRAJobSpec.model_validate(content | {"training": content["training"] | training}))
     last = record.kept_step
     pairs = history_of(reward_margin=Curve((1, last), (0.1, 1.5)), eval_accuracy=Curve((0, last), (0.5, 0.9)))
     trained = TrainedJob("tiny", JOB_UID, spec, "tiny", prepared, record)

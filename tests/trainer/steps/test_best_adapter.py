@@ -25,6 +25,7 @@ from qlora_trainer.training.run import Run
 from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.models.tiny import SHAPE, Recorded, save_model
+from tests.support.resolved import resolved_spec
 from tests.support.runs.report_page import Page
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
@@ -251,10 +252,10 @@ def test_publish_checks_the_step_of_the_early_stop(change: dict[str, Any], said:
     trained = read_completion(workspace.completion("train"), TrainRecord)
     assert data is not None
     assert trained is not None
-    require_own_training(data, trained, stopped.spec, workspace)
+    require_own_training(data, trained, resolved_spec(stopped.spec), workspace)
 
     with failing(ExitCode.UNSAFE_ARTIFACT, match=said):
-        require_own_training(data, trained.model_copy(update=change), stopped.spec, workspace)
+        require_own_training(data, trained.model_copy(update=change), resolved_spec(stopped.spec), workspace)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training.checkpoints.attempts import MAX_ATTEMPTS_WITHOUT_PROGRESS, read_attempts, write_attempts
 from qlora_trainer.training.checkpoints.fingerprint import Fingerprint, run_settings
-from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
+from qlora_trainer.training.continued import continue_run, continued_settings, require_something_to_continue
 from qlora_trainer.training.prepared_job import PreparedJob
 from tests.support.failures import failing
 from tests.support.manifests import merged
@@ -154,14 +154,14 @@ def settings(spec: dict[str, Any] | None = None) -> Fingerprint:
 
 def test_other_settings_are_rejected_before_anything_is_prepared(make: Make) -> None:
     other = make("other", "stopped").workspace.root
-    reject_other_settings(other, "other", settings({"training": {"samples": 1}}))
-    reject_other_settings(other, "other", settings({"lora": {"from": {"source": "pvc://models/adapter"}}}))
+    continued_settings(other, "other", settings({"training": {"samples": 1}}), ())
+    continued_settings(other, "other", settings({"lora": {"from": {"source": "pvc://models/adapter"}}}), ())
     with failing(ExitCode.BAD_CONFIGURATION, match=r"training\.maxSteps was 6, is 12; set the same values"):
-        reject_other_settings(other, "other", settings({"training": {"maxSteps": 12}}))
+        continued_settings(other, "other", settings({"training": {"maxSteps": 12}}), ())
     # A state that was changed decides nothing.
     state = other / "checkpoints" / "step-4" / "state.json"
     state.write_text(state.read_text().replace('"maxSteps": 6', '"maxSteps": 12'))
-    reject_other_settings(other, "other", settings())
+    continued_settings(other, "other", settings(), ())
 
 
 def test_prepare_fetches_nothing_for_another_run(make: Make, make_context: MakeContext) -> None:
@@ -292,7 +292,7 @@ def test_a_checkpoint_with_impossible_values_is_damaged(
     """Its sums are right: only training would find the values, and only on a GPU."""
     other = make("other", "stopped")
     change(other.workspace.checkpoints / "step-4", edit)
-    reject_other_settings(other.workspace.root, "other", settings())
+    continued_settings(other.workspace.root, "other", settings(), ())
     assert continued(make("new"), other) == 2
     assert "step-4 is broken and is passed over" in caplog.text
     assert place in caplog.text

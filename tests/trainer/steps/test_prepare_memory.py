@@ -78,7 +78,7 @@ def test_prepare_reports_the_shared_memory_of_a_group_from_a_joint_dry_run(
     share = ShareOfMemory.from_status(record.memory)
     assert share is not None
     assert record.measured is not None
-    config, spec = model / "config.json", context.spec
+    config, spec = model / "config.json", record.resolve(context.spec)
     job = MeasuredJob.from_config(config, spec, training_shape(spec, record.target_modules), record.measured)
     together = memory_together(config, [spec] * 2, [job] * 2)
     assert add_up([share] * 2).expected == pytest.approx(together.expected, rel=0.01)

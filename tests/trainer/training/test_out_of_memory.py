@@ -27,6 +27,7 @@ from tests.support.dry_runs import measure
 from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.models.tiny import Recorded
+from tests.support.resolved import resolved_spec
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
 Prepare = Callable[..., StepContext]
@@ -106,7 +107,8 @@ def test_the_shares_that_are_named_add_up_to_the_estimate(
     vocabulary = {"vocab_size": 128256, "num_key_value_heads": 64}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **vocabulary, **shape}))
     sources = {"model": {"source": "pvc://a/b"}, "dataset": {"source": "pvc://c/d"}}
-    settings = QLoRAJobSpec.model_validate(merged(sources | {"training": {"maxSequenceLength": 4096}}, spec))
+    document = merged(sources | {"training": {"maxSequenceLength": 4096}}, spec)
+    settings = resolved_spec(QLoRAJobSpec.model_validate(document))
     size = StepSize(1, settings.training.max_sequence_length, True)
     found = measure(tmp_path / "config.json", settings, [size], "")
 

@@ -28,7 +28,7 @@ from qlora_trainer.report.serving import rejected_by_vllm, served_rank
 from qlora_trainer.stores.access import StoreAccess
 from qlora_trainer.stores.hub import Hub
 from tests.support.models.sequences import CPU
-from tests.support.resolved import resolved_lora
+from tests.support.resolved import resolved_lora, resolved_spec
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ def trained(
 
 def check(context: StepContext, record: TrainRecord, model: Path) -> None:
     """The checks of the publish step."""
-    lora = context.spec.lora
+    lora = resolved_spec(context.spec).lora
     verify_adapter(
         context.workspace.trained,
         record.adapter_sha256,

@@ -249,7 +249,7 @@ def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
     record = read_completion(context.workspace.completion("prepare"), PrepareRecord)
     assert record is not None
     base = load_base(context.workspace.base, NF4, "cpu", attention=record.attention or ATTENTION)
-    lora = context.spec.lora
+    lora = record.resolve(context.spec).lora
     adapter = attach_adapter(
         base, lora, record.target_modules, seed=3, gradient_checkpointing=False, base_name="tiny", base_revision="1"
     )
@@ -265,7 +265,7 @@ def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
         compared=Comparison(sequences=4, targets=26, loss=1.0),
     )
     packed = record.model_copy(update={"packed": True})
-    return TrainedJob("tiny", JOB_UID, context.spec, "tiny", packed, trained), context.workspace
+    return TrainedJob("tiny", JOB_UID, record.resolve(context.spec), "tiny", packed, trained), context.workspace
 
 
 LARGE_LAYER, SHARD = 1024 * 4096, 16 * 2**20

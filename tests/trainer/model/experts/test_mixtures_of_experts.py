@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from qlora_api.contract import ExitCode
-from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import MergedSpec, OutputSpec, PublishedBaseSpec
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
@@ -39,12 +38,13 @@ from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.steps.prepare import prepare
 from tests.support.families import CASES, EXPERTS, ROUTED
+from tests.support.manifests import job_spec
 from tests.support.models.adapted import adapted
 from tests.support.models.four_bit import convert, expert_weights
 from tests.support.models.mxfp4 import GPT_OSS
 from tests.support.models.sequences import CPU
 from tests.support.models.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
-from tests.support.resolved import resolved_lora, resolved_training
+from tests.support.resolved import resolved_lora, resolved_spec, resolved_training
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 
@@ -312,7 +312,7 @@ def test_a_leak_between_rows_is_noticed_although_experts_round(
 def test_the_dry_run_counts_4_bit_and_dequantized_experts(tmp_path: Path) -> None:
     wide = Qwen3MoeConfig(**SHAPE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=1024, head_dim=16)
     model = save_model(tmp_path / "model", wide)
-    spec = QLoRAJobSpec.model_validate({"model": {"source": "hf://a/b"}, "dataset": {"source": "hf://a/c"}})
+    spec = resolved_spec(job_spec())
     found = measure(model / "config.json", spec, [StepSize(1, 8, True)], "digest")
     stored = storage_of(load_base(model, spec.quantization, "cpu"))
 

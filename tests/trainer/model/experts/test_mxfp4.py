@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qlora_api.contract import ExitCode
-from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
@@ -33,11 +32,12 @@ from qlora_trainer.model.memory.job_memory import measured_estimate
 from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
+from tests.support.manifests import job_spec
 from tests.support.models.four_bit import convert
 from tests.support.models.mxfp4 import CONFIG, WEIGHTS, save_gpt_oss
 from tests.support.models.plain_loss import mean_loss
 from tests.support.models.tiny import SHAPE, Recorded, chat_row, write_rows
-from tests.support.resolved import resolved_lora
+from tests.support.resolved import resolved_lora, resolved_spec
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 
@@ -162,7 +162,7 @@ def replace_attention(plain: Any, base: Any) -> None:
 
 
 def test_the_estimate_counts_four_and_a_quarter_bits_for_each_weight_of_an_expert(gpt_oss: Path) -> None:
-    spec = QLoRAJobSpec.model_validate({"model": {"source": "hf://a/b"}, "dataset": {"source": "hf://a/c"}})
+    spec = resolved_spec(job_spec())
     found = measure(gpt_oss / CONFIG, spec, [StepSize(1, 8, True)], "digest")
     attention, experts = 2 * 64 * (64 + 32 + 32 + 64), 2 * 4 * 64 * 384
     assert (found.quantized_parameters, found.mxfp4_parameters) == (attention, experts)

@@ -41,7 +41,7 @@ from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.models.four_bit import require_quantized_experts, settings
 from tests.support.models.plain_loss import mean_loss
 from tests.support.models.sequences import CPU, random_sequence
-from tests.support.resolved import resolved_lora, resolved_training
+from tests.support.resolved import resolved_lora, resolved_spec, resolved_training
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 SPEC: dict[str, Any] = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
@@ -269,7 +269,9 @@ def test_recomputed_blocks_with_experts_give_the_same_gradients(trained: Trained
 
 @of_each(guards=OF_EACH_KIND)
 def test_the_dry_run_counts_the_memory_of_a_step(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = measure_within_limits(trained.model / CONFIG, trained.context.spec, [StepSize(1, 64, True)], "")
+    measured = measure_within_limits(
+        trained.model / CONFIG, resolved_spec(trained.context.spec), [StepSize(1, 64, True)], ""
+    )
     if trained.case.name != "gemma3":  # Its part for images is quantized too, and not in the dry run.
         assert measured.quantized_parameters == trained.record.quantized_parameters
     adapter = load_file(trained.adapter / ADAPTER_FILE)

@@ -40,7 +40,7 @@ from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.models.four_bit import convert, expert_weights, require_quantized_experts, settings
 from tests.support.models.plain_loss import mean_loss
 from tests.support.models.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
-from tests.support.resolved import resolved_lora
+from tests.support.resolved import resolved_lora, resolved_spec
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 # One with the decoder of a text model, and one with a special decoder, with positions on three axes.
@@ -211,7 +211,10 @@ def test_towers_take_no_memory_in_training_and_are_not_in_the_estimate(trained: 
 
     assert [name for name in loaded if name.startswith(trained.beside)] == []
     measured = measure(
-        trained.model / "config.json", trained.context.spec, [StepSize(1, 16, gradient_checkpointing=True)], ""
+        trained.model / "config.json",
+        resolved_spec(trained.context.spec),
+        [StepSize(1, 16, gradient_checkpointing=True)],
+        "",
     )
     layers = [module for module in base.modules() if isinstance(module, Linear4bit)]
     packed = {id(layer.weight) for layer in layers}
@@ -224,7 +227,9 @@ def test_towers_take_no_memory_in_training_and_are_not_in_the_estimate(trained: 
 def test_a_merged_model_is_the_whole_one_with_its_towers_as_they_were(trained: Trained, tmp_path: Path) -> None:
     whole = merged_model(trained.model)
     base = BaseWeights(trained.context.workspace.base, whole)
-    write_merged(whole, MergeSource(base, trained.adapter / ADAPTER_FILE, trained.context.spec.lora), tmp_path)
+    write_merged(
+        whole, MergeSource(base, trained.adapter / ADAPTER_FILE, resolved_spec(trained.context.spec).lora), tmp_path
+    )
 
     model, report = trained.loader.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
     assert all(not names for names in report.values())

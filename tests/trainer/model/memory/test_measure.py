@@ -15,6 +15,7 @@ from qlora_api.memory.families import FAMILIES
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.weights import count_weights
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
@@ -23,6 +24,7 @@ from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate
 from qlora_trainer.model.memory.measure import measure, measure_together
 from qlora_trainer.model.source.hub_config import packaged_config
 from tests.support.models.model_configs import PUBLISHED_PARAMETERS
+from tests.support.resolved import resolved_spec
 
 ROOT = Path(__file__).parents[4]
 WIDE: dict[str, Any] = {
@@ -42,13 +44,13 @@ def _as_many_threads_as_before() -> Any:
     torch.set_num_threads(before)
 
 
-def job(lora: dict[str, Any] | None = None, training: dict[str, Any] | None = None) -> QLoRAJobSpec:
+def job(lora: dict[str, Any] | None = None, training: dict[str, Any] | None = None) -> ResolvedSpec:
     sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
     changed = {"lora": {"rank": 16} | (lora or {}), "training": {"maxSequenceLength": 1024} | (training or {})}
-    return QLoRAJobSpec.model_validate(sources | changed)
+    return resolved_spec(QLoRAJobSpec.model_validate(sources | changed))
 
 
-def own_step(folder: Path, spec: QLoRAJobSpec, **changes: Any) -> MeasuredMemory:
+def own_step(folder: Path, spec: ResolvedSpec, **changes: Any) -> MeasuredMemory:
     """A dry run of the job's own micro batch."""
     LlamaConfig(**WIDE | changes).save_pretrained(folder)
     training = spec.training
