@@ -193,6 +193,7 @@ def _prepare(
     report("measuring the memory that training needs")
     fitted = fit_model(model, spec, (*of_length, *chosen), context.group_size)
     records.note(memory=fitted.memory.status)
+    fitted.memory.require()
     sequences = write_sequences(dataset, fitted, workspace.data, report)
     training = fitted.spec.training
     of_steps = check_steps(training, spec.resources.gpu_count, sequences.folder)

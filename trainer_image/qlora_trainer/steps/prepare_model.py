@@ -108,7 +108,7 @@ def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> Family:
 def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, settings: Sequence[Choice], group_size: int) -> FittedModel:
     """Return the model with the chosen settings, of which the micro batch is the largest up to it that fits the GPU.
 
-    Raises StepFailure if the job does not fit the GPU, or the model cannot be trained so.
+    Raises StepFailure if the model cannot be trained so.
     """
     family = model.family
     require_settings(family, model.folder / CONFIG, resolve(spec, settings))
@@ -119,7 +119,6 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, settings: Sequence[Choic
         partial(training_shape, target_modules=family.target_modules, mixture_of_experts=family.mixture_of_experts),
         lambda resolved: measure_memory(model.folder, resolved, family, group_size),
     )
-    fitted.memory.require()
     if spec.training.learning_rate is not None:
         advise_learning_rate(fitted.memory.parameters or 0, spec.training.learning_rate)
     warn_if_not_served(fitted.spec)
