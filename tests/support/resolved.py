@@ -19,9 +19,11 @@ TRAINING: dict[str, Any] = {
 DECIDED: dict[str, Any] = {
     "dataset": {"source": "hf://org/rows", "eval": {"fraction": 0.1}},
     "lora": LORA,
-    "training": TRAINING | {"epochs": 1, "evalEverySteps": 10, "keep": "last"},
+    "training": TRAINING | {"epochs": 1, "evalEverySteps": 10},
 }
 """Parts of a job that leaves nothing to prepare."""
+OPEN: dict[str, Any] = {"lora": dict.fromkeys(LORA), "training": dict.fromkeys(["maxSteps", *TRAINING])}
+"""Changes of a job that leave all of these to prepare."""
 
 
 def resolved_lora(**settings: Any) -> ResolvedLora:

@@ -21,7 +21,7 @@ from qlora_api.status import StepName
 from qlora_cli.__main__ import main
 from qlora_cli.local import run as local
 from qlora_cli.local.run import Ended
-from qlora_trainer.core.completion import PublishRecord, read_completion
+from qlora_trainer.core.completion import PrepareRecord, PublishRecord, read_completion
 from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.commands.command import MANIFEST, SPEC, Files, invoked, new_files, qlora
 from tests.support.manifests import merged
@@ -270,6 +270,27 @@ def test_a_changed_run_is_rejected_until_it_is_restarted(tmp_path: Path, tiny_ll
     assert (layout.adapter / "adapter_model.safetensors").read_bytes() != first
     [attempt] = (layout.records / "attempts.jsonl").read_text().splitlines()
     assert json.loads(attempt)["fromStep"] == 0
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_job_with_only_a_model_and_data_runs_with_the_settings_that_are_chosen(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    files = new_files(tmp_path / "job", tiny_llama.parent)
+    spec = {"model": {"source": "pvc://models/model"}, "dataset": {"source": "pvc://data/train.jsonl", "maxRows": 4}}
+    done = invoked(*arguments(files, manifest(files, spec)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    layout = WorkspaceLayout(files.workspace)
+    prepared = read_completion(layout.completion("prepare"), PrepareRecord)
+    published = read_completion(layout.completion("publish"), PublishRecord)
+    assert prepared is not None
+    assert published is not None
+    chosen = {each.name: each.parsed for each in prepared.settings}
+    assert published.adapter.rank == chosen["rank"]
+    assert "automatic: maxSequenceLength 128 (" in done.stdout
+    changed = {"lora": {"rank": 8}, **spec}
+    other = invoked(*arguments(files, manifest(files, changed)))
+    assert f"belongs to another run: lora.rank was {chosen['rank']}, is 8; " in other.stdout
 
 
 @pytest.mark.slow

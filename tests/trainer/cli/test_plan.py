@@ -148,7 +148,7 @@ def test_a_plan_without_a_gpus_size_compares_sizes(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_several_nodes_counts_all_gpus_and_names_uneven_batches(tmp_path: Path) -> None:
-    job = MANIFEST + "  resources: {gpus: 2, nodes: 3}\n"
+    job = MANIFEST + "    gradientAccumulationSteps: 16\n  resources: {gpus: 2, nodes: 3}\n"
     done = planned(tmp_path, manifest=job, config=LLAMA_65B | {"num_hidden_layers": 2})
     said = " ".join(done.stdout.split())
     assert "Each of the 6 GPUs on 3 nodes holds the whole base" in said
@@ -230,7 +230,8 @@ STARCODER_3B = {
 
 
 def test_a_plan_of_a_model_whose_layers_are_not_listed_is_from_a_dry_run(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "24Gi", config=STARCODER_3B)
+    job = MANIFEST + "    microBatchSize: 1\n    maxSequenceLength: 512\n"
+    done = planned(tmp_path, "--gpu-memory", "24Gi", manifest=job, config=STARCODER_3B)
     assert done.returncode == 0, done.stderr
     assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
     assert "spec.training.microBatchSize: 1 → 8" in done.stdout
@@ -256,6 +257,6 @@ def test_a_plan_rejects_a_model_that_the_converter_to_gguf_does_not_support(tmp_
     ],
 )
 def test_a_plan_rejects_a_model_as_prepare_does(tmp_path: Path, config: dict[str, Any], error: str) -> None:
-    done = planned(tmp_path, config=config)
+    done = planned(tmp_path, manifest=MANIFEST + "    maxSequenceLength: 512\n", config=config)
     assert done.returncode == 10
     assert error in done.stderr

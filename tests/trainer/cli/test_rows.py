@@ -18,6 +18,7 @@ from qlora_cli.local.rows import RowAccess, show_rows
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.data.examples.wrong_rows import WrongRows
 from tests.support.models.tiny import chat_row, write_rows
+from tests.support.resolved import TRAINING
 
 ROWS = [chat_row("Which pods?", "kubectl get pods"), chat_row("Which nodes?", "kubectl get nodes " * 20)]
 
@@ -27,7 +28,7 @@ def spec_of(**dataset: Any) -> dict[str, Any]:
     return {
         "model": {"source": "pvc://models/model"},
         "dataset": {"source": "pvc://data/train.jsonl", **dataset},
-        "training": {"maxSequenceLength": 64},
+        "training": TRAINING | {"epochs": 1, "maxSequenceLength": 64},
     }
 
 

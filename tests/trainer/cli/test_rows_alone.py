@@ -9,7 +9,10 @@ from click.testing import CliRunner, Result
 
 from qlora_api.contract import ExitCode
 from qlora_cli.__main__ import main
-from tests.support.models.tiny import chat_row, write_rows
+from qlora_trainer.steps.prepare import prepare
+from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.resolved import OPEN
+from tests.trainer.conftest import MakeContext
 
 ROW = chat_row("Which pods?", "kubectl get pods")
 PAIR = {"prompt": "Which pods?", "chosen": "get pods", "rejected": "get nodes"}
@@ -69,6 +72,20 @@ def test_a_plan_of_rows_needs_a_model_and_shows_lengths(tmp_path: Path, tiny_lla
     without = qlora("plan", "--data", file)
     assert without.exit_code == ExitCode.BAD_CONFIGURATION
     assert f"{file} has rows, and a plan needs a model: give its address or folder with --model" in without.output
+
+
+def test_a_plan_of_rows_has_the_settings_that_prepare_chooses(
+    make_context: MakeContext, tmp_path: Path, tiny_llama: Path
+) -> None:
+    rows = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(120)]
+    file = write_rows(tmp_path / "data" / "train.jsonl", rows)
+    done = qlora("plan", "--data", file, "--model", tiny_llama)
+    assert done.exit_code == 0, done.output
+    _, *shown = done.output.partition("Automatic settings")[2].partition("\n\n")[0].splitlines()
+    chosen = prepare(make_context(OPEN), Recorded()).settings
+    assert [" ".join(line.split()) for line in shown] == [
+        f"{each.setting} {each.value} {each.reason}".rstrip() for each in chosen
+    ]
 
 
 @pytest.mark.parametrize(

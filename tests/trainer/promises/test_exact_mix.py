@@ -78,7 +78,7 @@ def test_a_mix_of_pairs_of_answers_ends_in_the_same_bytes_too(make_context: Make
     for name, size in (("pods", 24), ("nodes", 6)):
         rows = [{"prompt": f"{name} {n}?", "chosen": name * (n % 3 + 1), "rejected": "no " * 3} for n in range(size)]
         write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
-    spec = merged(SPEC, {"training": {"objective": "dpo", "evalEverySteps": None}})
+    spec = merged(SPEC, {"training": {"objective": "dpo", "evalEverySteps": 100}})
     undisturbed = workspace(make_context, tmp_path / "undisturbed", spec)
     run(undisturbed)
     data = PreparedDataset(next(undisturbed.workspace.data.glob("*/train.safetensors")))

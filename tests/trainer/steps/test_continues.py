@@ -24,6 +24,7 @@ from qlora_trainer.training.prepared_job import PreparedJob
 from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.models.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.support.resolved import OPEN, resolved_spec
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, job, prepared, run
 from tests.trainer.conftest import MakeContext
 
@@ -359,6 +360,27 @@ def test_prepare_copies_the_checkpoint_and_reports_its_step(make_context: MakeCo
     clean(context.workspace)
     prepare(context, Recorded())
     assert not context.workspace.checkpoints.exists()
+
+
+def test_settings_that_are_left_open_are_those_of_the_run_that_it_continues(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods") for n in range(20)])
+    ending = {"training": {"saveEverySteps": 2, "maxSteps": 4}}
+    other = make_context(ending)
+    prepare(other, Recorded())
+    interrupted_at(other, 2)
+    other.workspace.root.rename(tmp_path / "other")
+    context = make_context({"continues": "other"} | merged(OPEN, ending))
+    context = replace(context, mounts=replace(context.mounts, continued=tmp_path / "other"))
+
+    record = prepare(context, Recorded())
+
+    assert (record.continued_step, {each.reason for each in record.settings}) == (2, {"as in other"})
+    taken = record.resolve(context.spec)
+    assert (taken.lora, taken.training) == (resolved_spec(other.spec).lora, resolved_spec(other.spec).training)
+    shutil.rmtree(tmp_path / "other")
+    assert prepare(context, Recorded()) == record
 
 
 def test_prepare_fetches_nothing_without_a_run_to_continue(make_context: MakeContext, tmp_path: Path) -> None:

@@ -52,6 +52,13 @@ def test_it_begins_with_the_earlier_adapters_last_loss_and_reports_it(
     assert before.adapter_sha256 in (report / "report.html").read_text()
 
 
+def test_rank_and_alpha_that_are_left_open_are_those_of_the_adapter(place: Place) -> None:
+    context = place.context("second", {"lora": {"from": FROM, "rank": None, "alpha": None}})
+    chosen = [(each.setting, each.value, each.reason) for each in prepare(context, Recorded()).settings]
+    said = "as the adapter of lora.from"
+    assert chosen == [("lora.rank", "4", said), ("lora.alpha", "8", said)]
+
+
 def test_a_job_of_a_group_begins_with_its_own_earlier_adapter(place: Place, earlier: tuple[Place, TrainRecord]) -> None:
     _, before = earlier
     contexts = [place.context("anew"), place.context("second", {"lora": {"from": FROM}})]

@@ -84,6 +84,14 @@ def test_every_setting_that_differs_is_named_before_anything_is_trained(
     rejected(context, ExitCode.BAD_CONFIGURATION, *words, "set these fields to what the adapter has")
 
 
+@pytest.mark.parametrize("size", ["4", 0, 1025, 4.0, True, None])
+def test_a_rank_that_no_adapter_has_is_rejected_where_the_job_leaves_it_open(place: Place, size: object) -> None:
+    change_config(place.adapter, r=size)
+    context = place.context("second", {"lora": {"from": FROM, "rank": None, "alpha": None}})
+    words = f"pvc://adapters/first, has r {json.dumps(size)}: must be a whole number from 1 to 1024"
+    rejected(context, ExitCode.BAD_CONFIGURATION, words)
+
+
 def test_another_base_of_the_same_shapes_is_reported_and_not_rejected(place: Place) -> None:
     change_config(place.adapter, base_model_name_or_path="acme/other", revision="v2")
     found = checked(place.context("second", {"lora": {"from": FROM}}))

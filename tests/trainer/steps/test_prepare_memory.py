@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import Starcoder2Config
 
+from qlora_api import automatic
 from qlora_api.contract import ExitCode
 from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_trainer.core import sandbox
@@ -16,7 +17,9 @@ from qlora_trainer.model.memory.job_memory import MeasuredJob, memory_together
 from qlora_trainer.steps.prepare import prepare
 from tests.support.commands.command import new_files
 from tests.support.failures import failing
+from tests.support.manifests import merged
 from tests.support.models.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
+from tests.support.resolved import OPEN
 from tests.trainer.conftest import MakeContext
 
 # Biases and norms are 2 % of anything smaller.
@@ -67,6 +70,29 @@ def test_a_model_that_no_gpu_of_this_size_holds_is_rejected_with_measured_advice
     spec = {"resources": {"gpuMemory": "1Gi"}, "training": {"microBatchSize": 512, "maxSequenceLength": 512}}
     with failing(ExitCode.DOES_NOT_FIT, match=r"GiB of GPU memory .* set spec\.training\.microBatchSize: "):
         prepare(make_context(spec, model=model), records)
+
+
+def test_the_chosen_micro_batch_is_halved_until_it_fits_with_the_same_sequences_in_a_step(
+    make_context: MakeContext, records: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automatic, "_MICRO_BATCH_TOKENS", 512 * 512)
+    monkeypatch.setattr(automatic, "_LARGEST_BATCH", 512)
+    monkeypatch.setattr(automatic, "_STEPS", 1)
+    model = save_model(tmp_path / "starcoder2", Starcoder2Config(**WIDE | {"num_hidden_layers": 1}))
+    whole = {"maxSequenceLength": 512, "packing": False, "epochs": 64}
+    left_open = merged(OPEN, {"training": whole})
+    any_gpu = prepare(make_context(left_open, model=model), records)
+    small = left_open | {"resources": {"gpuMemory": "1Gi"}}
+    record = prepare(make_context(small, model=model), records)
+
+    found = [each.resolve(make_context(small).spec).training for each in (any_gpu, record)]
+    assert found[0].micro_batch_size == 512 > found[1].micro_batch_size > 1
+    assert {each.micro_batch_size * each.gradient_accumulation_steps for each in found} == {512}
+    [micro_batch] = [each for each in record.settings if each.name == "microBatchSize"]
+    assert (micro_batch.reason, record.memory.verdict) == ("fits a GPU of 1 GiB", "fits")
+    larger = {"microBatchSize": found[1].micro_batch_size * 2}
+    with failing(ExitCode.DOES_NOT_FIT, match="but a GPU of 1 GiB"):
+        prepare(make_context(merged(small, {"training": larger}), model=model), records)
 
 
 def test_prepare_reports_the_shared_memory_of_a_group_from_a_joint_dry_run(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_api.contract import ProgressRecord, decode_record
+from qlora_api.contract import ProgressRecord, WorkspaceLayout, decode_record
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import load_document
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.losses.joint import joint_losses
+from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training.checkpoints.attempts import only_attempt, read_attempts
 from qlora_trainer.training.joint_training import Ended, Member, run_together
 from tests.support.manifests import merged
-from tests.support.models.tiny import POD_UID, Recorded
+from tests.support.models.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.support.resolved import OPEN
 from tests.support.runs.forked_step import start_forked
 from tests.support.runs.together import JOBS, PLAIN, apart, contexts, together
 from tests.support.training import StopAtStep, adapter_bytes, context_of, history, interrupted_at, run
+from tests.trainer.conftest import MakeContext
 
 
 def test_each_ends_as_alone(tiny_llama: Path, tmp_path: Path) -> None:
@@ -38,6 +42,17 @@ def test_each_ends_as_alone(tiny_llama: Path, tmp_path: Path) -> None:
         steps = [(line["step"], sorted(line)) for line in history(alone)]
         assert [(line["step"], sorted(line)) for line in history(job)] == steps
         assert apart(job, alone) < 0.02
+
+
+def test_jobs_that_leave_settings_open_are_trained_together(make_context: MakeContext, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods") for n in range(8)])
+    jobs = []
+    for name, steps in (("first", 2), ("second", 3)):
+        context = make_context(merged(OPEN, {"training": {"maxSteps": steps}}))
+        jobs.append(replace(context, workspace=WorkspaceLayout(tmp_path / name), group_size=2))
+        settings = {each.name: each.parsed for each in prepare(jobs[-1], Recorded()).settings}
+        assert settings["autoMicroBatch"] is False
+    assert [record.training_step for record in together(jobs)] == [2, 3]
 
 
 # At the latter, all but the longest job have ended.
