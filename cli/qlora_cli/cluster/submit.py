@@ -35,6 +35,7 @@ _STANDARD_INPUT = Path("/dev/stdin")
 )
 @with_job_options
 @shared_options.volume
+@shared_options.config_map
 @click.option("--watch", is_flag=True, help="Show its progress until it has ended; exits with the code of its step.")
 @click.option("--dry-run", type=click.Choice(["client", "server"]), help="Validate only, on the client or the server.")
 @click.option(
@@ -50,18 +51,19 @@ def submit(
     dry_run: Literal["client", "server"] | None,
     output: str | None,
     claims: dict[str, Path],
+    config_maps: dict[str, Path],
     **values: Any,
 ) -> None:
     """Create the QLoRAJob or QLoRASweep in FILE, or without one the job that the options describe.
 
     FILE may be - for standard input. With --dry-run=client nothing is sent, and -o yaml prints the manifest to start a
     file with. Of a job that leaves settings open, it prints those that prepare will choose, if model and rows can be
-    read here: from the Hub, or from the folders of --volume.
+    read here: from the Hub, or from the folders of --volume and --config-map.
     """
     body = _job(file or filename, name, values)
     if watch and (dry_run is not None or body["kind"] == SWEEP_KIND):
         raise click.UsageError("--watch shows a job that is created: leave it out for a dry run or a sweep")
-    show_prospect = partial(_show_prospect, body, claims, quiet=output is not None)
+    show_prospect = partial(_show_prospect, body, claims, config_maps, quiet=output is not None)
     if dry_run == "client":
         _show(body, "created (dry run)", output)
         show_prospect()
@@ -96,14 +98,16 @@ def _cluster(connection: Connection, body: Object) -> Cluster:
     return cluster
 
 
-def _show_prospect(body: Object, claims: Mapping[str, Path], *, quiet: bool) -> None:
+def _show_prospect(body: Object, claims: Mapping[str, Path], config_maps: Mapping[str, Path], *, quiet: bool) -> None:
     """Print what prepare will choose for a job, unless the output is for a program."""
     if quiet or body["kind"] == SWEEP_KIND:
         return
     # It takes a second to import.
     from qlora_cli.local.prospect import show_prospect
 
-    show_prospect(QLoRAJobDocument.model_validate(body), claims, Console(emoji=False))
+    # A script reads the first line only.
+    console = Console(emoji=False, stderr=True)
+    show_prospect(QLoRAJobDocument.model_validate(body), claims, config_maps, console)
 
 
 def _show(body: Object, done: str, output: str | None) -> None:

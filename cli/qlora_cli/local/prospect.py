@@ -13,15 +13,21 @@ from qlora_cli.local.given import Given
 from qlora_cli.local.quiet import quiet_libraries
 from qlora_trainer.core.failures import StepFailure
 
+# The result does not depend on it.
+_NOT_THE_ADAPTER = "training.autoMicroBatch"
 
-def show_prospect(document: QLoRAJobDocument, claims: Mapping[str, Path], console: Console) -> None:
+
+def show_prospect(
+    document: QLoRAJobDocument, claims: Mapping[str, Path], config_maps: Mapping[str, Path], console: Console
+) -> None:
     """Print what prepare will choose from the rows and the steps that follow, if rows and model can be read here.
 
-    `claims`: folders with the content of claims.
+    `claims` and `config_maps`: folders with their content.
     """
-    if not (left_open := open_settings(document.spec)):
+    left_open = open_settings(document.spec)
+    if not left_open - {_NOT_THE_ADAPTER}:
         return
-    given = Given(document, claims, {})
+    given = Given(document, claims, config_maps)
     try:
         reason = _show_choices(given, console)
     except StepFailure as failure:
@@ -29,7 +35,7 @@ def show_prospect(document: QLoRAJobDocument, claims: Mapping[str, Path], consol
     except OSError as error:
         reason = first_line(error)
     if reason:
-        names = ", ".join(sorted(path.rpartition(".")[2] for path in left_open))
+        names = ", ".join(sorted(left_open))
         console.print(
             f"Automatic: {names}. prepare chooses them, and the condition Prepared has them; not shown here: {reason}.",
             highlight=False,

@@ -74,18 +74,29 @@ def test_a_plan_of_rows_needs_a_model_and_shows_lengths(tmp_path: Path, tiny_lla
     assert f"{file} has rows, and a plan needs a model: give its address or folder with --model" in without.output
 
 
-def test_a_plan_of_rows_has_the_settings_that_prepare_chooses(
+def chosen_in(output: str) -> list[str]:
+    """The lines with the automatic settings, with single spaces."""
+    _, *shown = output.partition("Automatic settings")[2].partition("\n\n")[0].splitlines()
+    return [" ".join(line.split()) for line in shown]
+
+
+def test_plan_and_submit_show_the_settings_that_prepare_chooses(
     make_context: MakeContext, tmp_path: Path, tiny_llama: Path
 ) -> None:
     rows = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(120)]
     file = write_rows(tmp_path / "data" / "train.jsonl", rows)
     done = qlora("plan", "--data", file, "--model", tiny_llama)
     assert done.exit_code == 0, done.output
-    _, *shown = done.output.partition("Automatic settings")[2].partition("\n\n")[0].splitlines()
     chosen = prepare(make_context(OPEN), Recorded()).settings
-    assert [" ".join(line.split()) for line in shown] == [
-        f"{each.setting} {each.value} {each.reason}".rstrip() for each in chosen
-    ]
+    assert chosen_in(done.output) == [f"{each.setting} {each.value} {each.reason}".rstrip() for each in chosen]
+    options = ["--model", f"pvc://models/{tiny_llama.name}", "--data", "pvc://rows/train.jsonl", "--name", "first"]
+    folders = ["--volume", f"models={tiny_llama.parent}", "--volume", f"rows={file.parent}"]
+    submitted = qlora("submit", *options, *folders, "--dry-run=client")
+    assert submitted.stdout == "qlorajob.qlora.dev/first created (dry run)\n"
+    assert chosen_in(submitted.stderr) == chosen_in(done.output)
+    unread = qlora("submit", *options, "--dry-run=client")
+    assert "lora.rank, " in unread.stderr
+    assert "not shown here: spec.dataset.source is pvc://rows/train.jsonl: give a folder for the claim" in unread.stderr
 
 
 @pytest.mark.parametrize(
