@@ -56,20 +56,23 @@ def make_plan(spec: QLoRAJobSpec, config: Path | None, gpu: GpuOfPlan, tokens: i
     except OSError as error:
         raise ValueError(f"{error.filename or config} cannot be read: {error.strerror}") from None
     parameters = traits.parameters_of_token(fitted.memory.parameters)
-    forecast, wall, remark = _forecast(fitted.spec, parameters, gpu, tokens)
+    assumed = any(each.name == "epochs" for each in fitted.settings)
+    forecast, wall, remark = _forecast(fitted.spec, parameters, gpu, tokens, assumed=assumed)
     remark = "; ".join(filter(None, (remark, found.remark)))
     return Plan(fitted.memory.status, fitted.memory.objection, forecast, wall, remark)
 
 
 def _forecast(
-    spec: ResolvedSpec, parameters: int | None, gpu: GpuOfPlan, of_epoch: int | None
+    spec: ResolvedSpec, parameters: int | None, gpu: GpuOfPlan, of_epoch: int | None, *, assumed: bool
 ) -> tuple[ForecastStatus | None, tuple[float, float] | None, str]:
-    """The GPU hours, the shortest and the longest time, and a remark."""
+    """The GPU hours, the shortest and the longest time, and a remark. `assumed`: whether the epochs are."""
     tokens, at_most = tokens_of_run(spec.training, of_epoch)
     if gpu.tflops is None:
         why = "give the GPU with gpu, or its speed with gpu_tflops"
     elif parameters is None:
         why = "how many weights each token is multiplied by is not known for this model"
+    elif assumed:
+        why = "the rows decide on the epochs: set training.epochs (`qlora plan --data` shows those of the job)"
     elif tokens is None:
         why = "give the tokens of an epoch with tokens (`qlora plan --data` counts them)"
     else:

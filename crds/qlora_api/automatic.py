@@ -30,7 +30,7 @@ _LARGEST_BATCH = 16
 _MICRO_BATCH_TOKENS = 4096
 _RANK, _HIGHEST_RANK = 16, 256
 _ALPHA, _RSLORA_ALPHA = 32, 8
-"""The adapter's output is multiplied by 2 at rank 16; a learning rate then suits every rank."""
+"""The adapter's output is multiplied by 2 at rank 16; a learning rate then suits every rank (arXiv 2106.09685, 4.1)."""
 _RATE, _WIDTH, _EXPONENT = 5e-4, 2000, 0.78
 _PREFERENCE_RATE = 15
 """By this factor lower is the learning rate of an objective that compares answers."""
@@ -72,14 +72,17 @@ class Limits:
 
     one_row: bool = False
     """Whether a micro batch must have one row."""
-    in_group: bool = False
-    """Whether other jobs are trained together with it, in the same passes."""
+    group_size: int = 1
+    """How many jobs are trained together in the same passes, itself included."""
     adapter: Mapping[str, int] | None = None
     """Rank and alpha of the adapter that the run starts from, if it starts from one."""
 
 
 def choose_length(lengths: Sequence[int], context: int | None) -> Choice:
-    """Choose the tokens of a sequence. `lengths`: of all rows, in tokens; `context`: the model's positions."""
+    """Choose the tokens of a sequence.
+
+    `lengths`: of all rows, in tokens. `context`: the model's positions, None for any number.
+    """
     ordered, most = sorted(lengths), min(context or LONGEST, LONGEST)
     longest = ordered[-1]
     most_of_them = ordered[ceil(len(ordered) * (1 - _LEFT_OUT)) - 1]
@@ -101,7 +104,7 @@ def choose_held_out(spec: QLoRAJobSpec, rows: int) -> Choice | None:
     if rows < (2 if needed else _FEW_ROWS):
         return None
     wanted = max(1, min(_MOST_HELD_OUT, round(rows * _HELD_OUT)))
-    # As few digits as still hold out exactly so many.
+    # Rounded for people; hold_out still takes exactly so many rows.
     return Choice.of("dataset.eval.fraction", float(f"{wanted / rows:.4g}"), f"{wanted} of {rows} rows")
 
 
@@ -109,9 +112,7 @@ def choose(
     spec: QLoRAJobSpec, sequence_length: int, rows: RowFacts, model: ModelFacts, limits: Limits = Limits()
 ) -> tuple[Choice, ...]:
     """Choose all other settings that the spec leaves open."""
-    lora = tuple(_lora(spec, rows, model, limits))
-    alpha = spec.lora.alpha or next(int(each.value) for each in lora if each.setting == "lora.alpha")
-    epochs, batch = _length_and_batch(spec, rows)
+    epochs, batch = _epochs_and_batch(spec, rows)
     batches = tuple(_batches(spec, sequence_length, batch, limits))
     of_batch = {each.name: int(each.value) for each in batches if each.name != "autoMicroBatch"}
     per_step = (spec.training.micro_batch_size or of_batch["microBatchSize"]) * (
@@ -119,9 +120,13 @@ def choose(
     )
     passes = spec.training.epochs or (None if epochs is None else int(epochs.value))
     steps = optimizer_steps(rows.sequences, per_step, passes, spec.training.max_steps)
-    rates = _rates(spec, model, _usual_alpha(spec) / alpha, steps)
-    evaluations = _evaluations(spec, rows, steps, passes)
-    return (*lora, *([] if epochs is None else [epochs]), *batches, *rates, *evaluations)
+    return (
+        *_lora(spec, rows, model, limits),
+        *([] if epochs is None else [epochs]),
+        *batches,
+        *_rates(spec, model, steps),
+        *_evaluations(spec, rows, steps, passes),
+    )
 
 
 def assume(spec: QLoRAJobSpec, model: ModelFacts, context: int | None, limits: Limits) -> tuple[Choice, ...]:
@@ -158,6 +163,12 @@ def _lora(spec: QLoRAJobSpec, rows: RowFacts, model: ModelFacts, limits: Limits)
             if getattr(lora, name) is None:
                 yield Choice.of(f"lora.{name}", value, "as the adapter of lora.from")
         return
+    if lora.initial_adapter is not None:
+        # Where that adapter cannot be read yet.
+        for name, value in (("rank", rank or _RANK), ("alpha", lora.alpha or _usual_alpha(spec))):
+            if getattr(lora, name) is None:
+                yield Choice.of(f"lora.{name}", value, "prepare takes that of lora.from")
+        return
     if rank is None:
         rank = _RANK
         while rank * model.weights_per_rank < rows.loss_tokens and rank < _HIGHEST_RANK:
@@ -169,7 +180,7 @@ def _lora(spec: QLoRAJobSpec, rows: RowFacts, model: ModelFacts, limits: Limits)
         yield Choice.of("lora.alpha", _usual_alpha(spec), "the learning rate then suits every rank")
 
 
-def _length_and_batch(spec: QLoRAJobSpec, rows: RowFacts) -> tuple[Choice | None, int]:
+def _epochs_and_batch(spec: QLoRAJobSpec, rows: RowFacts) -> tuple[Choice | None, int]:
     """Return the epochs, if they are to be chosen, and the sequences of a step."""
     training, usual = spec.training, next((n for most, n in _EPOCHS if rows.rows <= most), 1)
     if training.max_steps is not None:
@@ -187,7 +198,7 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
     micro, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
     of_gpu = ceil(batch / gpus)
     if micro is None:
-        full = max(1, _MICRO_BATCH_TOKENS // length)
+        full = max(1, _MICRO_BATCH_TOKENS // (length * limits.group_size))
         of_pass = of_gpu if accumulation is None else max(1, batch // accumulation)
         micro, reason = min(full, of_pass), f"up to {_MICRO_BATCH_TOKENS:,} tokens in a pass"
         if limits.one_row:
@@ -200,10 +211,10 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
         yield Choice.of(
             _ACCUMULATION,
             accumulation,
-            f"sequences a step: {micro * accumulation}, for {_STEPS} steps or more",
+            f"sequences a step: {micro * accumulation}",
         )
     if training.auto_micro_batch is None:
-        can_halve = training.micro_batch_size is None and micro > 1 and not limits.in_group
+        can_halve = training.micro_batch_size is None and micro > 1 and limits.group_size == 1
         yield Choice.of(_HALVING, can_halve, "")
 
 
@@ -211,12 +222,10 @@ def _usual_alpha(spec: QLoRAJobSpec) -> int:
     return _RSLORA_ALPHA if spec.lora.use_rslora else _ALPHA
 
 
-def _rates(spec: QLoRAJobSpec, model: ModelFacts, factor: float, steps: int) -> Iterator[Choice]:
-    """Choose rate, schedule and warm-up. `factor`: how much weaker than usual the adapter's output counts."""
+def _rates(spec: QLoRAJobSpec, model: ModelFacts, steps: int) -> Iterator[Choice]:
     training = spec.training
     if training.learning_rate is None:
-        # AdamW moves a weight by the rate, whatever the gradient's size, and the output by alpha times that.
-        rate = _RATE * (_WIDTH / model.width) ** _EXPONENT * min(4.0, max(0.25, factor))
+        rate = _RATE * (_WIDTH / model.width) ** _EXPONENT
         if training.compares_answers:
             rate /= _PREFERENCE_RATE
         yield Choice.of("training.learningRate", float(f"{rate:.2g}"), f"for a width of {model.width}")
@@ -224,14 +233,18 @@ def _rates(spec: QLoRAJobSpec, model: ModelFacts, factor: float, steps: int) -> 
         yield Choice.of("training.scheduler", "linear", "falls to 0 at the end")
     if training.warmup_steps is None:
         warmup = max(1, min(_MOST_WARMUP, round(_WARMUP * steps))) if steps > 1 else 0
-        yield Choice.of("training.warmupSteps", warmup, f"{_WARMUP:.0%} of {steps} steps")
+        reason = f"of {steps} steps" if warmup == _MOST_WARMUP else f"{_WARMUP:.0%} of {steps} steps"
+        yield Choice.of("training.warmupSteps", warmup, reason)
 
 
 def _evaluations(spec: QLoRAJobSpec, rows: RowFacts, steps: int, epochs: int | None) -> Iterator[Choice]:
     training = spec.training
     every = training.eval_every_steps
     if every is None and rows.held_out:
-        every = max(1, steps // max(_EVALUATIONS, epochs or 1))
+        # With earlyStopping, often enough that it can end the run in its second half.
+        stopping = training.early_stopping
+        wanted = 0 if stopping is None else 2 * (stopping.patience + 1)
+        every = max(1, steps // max(_EVALUATIONS, epochs or 1, wanted))
         yield Choice.of("training.evalEverySteps", every, f"of {steps} steps")
     if training.keep is None:
         best = rows.held_out and every is not None and every < steps

@@ -7,7 +7,9 @@ from pydantic import Field
 
 from qlora_api.schema import ObservedModel
 
-MAX_CHOICES = 32
+MAX_CHOICES, MAX_VALUE_LENGTH = 32, 32
+PRINTABLE = r"^[ -~]*$"
+"""ASCII without control characters: a pod's record is shown on terminals."""
 AUTOMATIC = "automatic: "
 """The beginning of the remark with all choices."""
 
@@ -15,9 +17,13 @@ AUTOMATIC = "automatic: "
 class Choice(ObservedModel):
     """A setting that the job leaves open, with the value that prepare chose."""
 
-    setting: str = Field(max_length=64, description="Its path in the spec, for example training.learningRate.")
-    value: str = Field(max_length=32, description="The chosen value, for example 0.0002.")
-    reason: str = Field("", max_length=128, description="Why, for people.")
+    setting: str = Field(
+        max_length=64, pattern=PRINTABLE, description="Its path in the spec, for example training.learningRate."
+    )
+    value: str = Field(
+        max_length=MAX_VALUE_LENGTH, pattern=PRINTABLE, description="The chosen value, for example 0.0002."
+    )
+    reason: str = Field("", max_length=128, pattern=PRINTABLE, description="Why, for people.")
 
     @classmethod
     def of(cls, setting: str, value: float | str | bool, reason: str) -> "Choice":

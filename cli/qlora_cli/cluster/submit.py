@@ -57,8 +57,8 @@ def submit(
     """Create the QLoRAJob or QLoRASweep in FILE, or without one the job that the options describe.
 
     FILE may be - for standard input. With --dry-run=client nothing is sent, and -o yaml prints the manifest to start a
-    file with. Of a job that leaves settings open, it prints those that prepare will choose, if model and rows can be
-    read here: from the Hub, or from the folders of --volume and --config-map.
+    file with. Of a job that leaves settings open, it prints those that prepare will choose, if --volume and
+    --config-map give folders with the rows.
     """
     body = _job(file or filename, name, values)
     if watch and (dry_run is not None or body["kind"] == SWEEP_KIND):

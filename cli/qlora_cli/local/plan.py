@@ -65,7 +65,7 @@ class MemoryPlan:
     traits: Traits
     spec: ResolvedSpec
     settings: tuple[Choice, ...] = ()
-    """What the job leaves open."""
+    """The chosen values of open settings."""
     nodes: int = 1
     unknown: str = ""
     """Why the dry run failed."""
@@ -121,7 +121,7 @@ def make_plan(
 ) -> MemoryPlan:
     """The plan of a job whose model has this config.json, from a dry run.
 
-    Without one, as without the trainer, the plan has the weights only. `choose` decides what the job leaves open.
+    Without one, as without the trainer, the plan has the weights only. `choose` decides on open settings.
     Raises StepFailure as prepare does, unless the job does not fit its GPU.
     """
     traits = find_traits(config, spec.lora) if find is None else find(spec.lora)

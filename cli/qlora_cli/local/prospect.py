@@ -20,24 +20,25 @@ _NOT_THE_ADAPTER = "training.autoMicroBatch"
 def show_prospect(
     document: QLoRAJobDocument, claims: Mapping[str, Path], config_maps: Mapping[str, Path], console: Console
 ) -> None:
-    """Print what prepare will choose from the rows and the steps that follow, if rows and model can be read here.
+    """Print what prepare will choose from the rows and the steps that follow, if rows and model are on this machine.
 
-    `claims` and `config_maps`: folders with their content.
+    `claims` and `config_maps`: folders with their content. Rows elsewhere may take long to read.
     """
     left_open = open_settings(document.spec)
     if not left_open - {_NOT_THE_ADAPTER}:
         return
     given = Given(document, claims, config_maps)
     try:
-        reason = _show_choices(given, console)
+        reason = _show_choices(given, console) if claims or config_maps else "`qlora plan --data` reads the rows"
     except StepFailure as failure:
         reason = failure.message
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = first_line(error)
     if reason:
-        names = ", ".join(sorted(left_open))
+        are = "setting is" if len(left_open) == 1 else "settings are"
         console.print(
-            f"Automatic: {names}. prepare chooses them, and the condition Prepared has them; not shown here: {reason}.",
+            f"{len(left_open)} {are} automatic: prepare chooses by the rows, and status.settings has the values. They "
+            f"are not known yet: {reason}.",
             highlight=False,
             markup=False,
             soft_wrap=True,

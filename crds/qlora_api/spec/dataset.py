@@ -270,7 +270,9 @@ class DatasetSpec(ApiModel):
     )
     split: ColumnName | None = Field(default=None, description=_SPLIT)
     eval: EvalSpec | None = Field(
-        default=None, description="Rows held out for evaluation. Automatic: of 100 rows or more, 10 percent, 10 to 500."
+        default=None,
+        description="Rows held out for evaluation. Automatic: of 100 rows or more 10 percent, 10 to 500; of fewer only "
+        "for keep: best, earlyStopping or evalEverySteps.",
     )
     max_rows: int | None = Field(
         default=None, ge=1, le=2**31 - 1, description="Use only this many rows, the first ones; all if not set."

@@ -31,7 +31,7 @@ MAX_SWEEP_NAME_LENGTH = MAX_NAME_LENGTH - len("-00")
 BEST_SUFFIX = "-best"
 _MAX_NAME_WITH_BEST = MAX_NAME_LENGTH - len(BEST_SUFFIX)
 
-_NO_EVALUATION = "select: best compares the losses on held-out rows: set spec.template.spec.dataset.eval"
+_NO_EVALUATION = "select: best compares the losses on held-out rows: set spec.template.spec.dataset.eval to some"
 _DIFFERENT_DATA = (
     "select: best compares cells by the loss on the same rows, and publishes to the template's output: set select: "
     "all, or remove dataset and output from cells"

@@ -201,7 +201,7 @@ def _complete(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, record: Resu
     if step == "train" or record.trained:
         status = with_training_facts(status, record)
     if step == "prepare":
-        expected = "" if record.work is None else text_of_work(status, job, record.work)
+        expected = "" if record.work is None or record.trained else text_of_work(status, job, record.work)
         message = shortened(f"{expected}{record.message or 'model and data are prepared'}", MAX_MESSAGE_LENGTH)
         done = Reason("Done", message)
         status = set_condition(status, job, now, "Prepared", "True", done)

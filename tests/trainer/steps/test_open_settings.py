@@ -105,7 +105,7 @@ def test_a_value_that_is_set_is_kept_and_no_value_changes_once_a_run_has_begun(
     assert prepare(context, Recorded()) == record
     monkeypatch.setattr(automatic, "_ALPHA", 64)
     on_another = prepare(make_context(own | {"resources": {"gpuMemory": "24Gi"}}), Recorded())
-    assert (values(on_another)["alpha"], reason(on_another, "alpha")) == (32, "as the run has begun")
+    assert (values(on_another)["alpha"], reason(on_another, "alpha")) == (32, reason(record, "alpha"))
 
 
 def test_before_a_run_has_begun_another_gpu_is_chosen_for_again(

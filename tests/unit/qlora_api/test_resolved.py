@@ -48,7 +48,7 @@ def job(**settings: Any) -> QLoRAJobSpec:
         ({"dataset": {"eval": {"source": "hf://org/other"}}}, {HELD_OUT}),
         (DECIDED, ALL),
     ],
-    ids=str,
+    ids=["nothing", "two", "steps", "zeros", "no held-out rows", "other rows", "all"],
 )
 def test_what_a_job_does_not_set_is_open(settings: dict[str, Any], decided: set[str]) -> None:
     assert open_settings(job(**settings)) == ALL - decided

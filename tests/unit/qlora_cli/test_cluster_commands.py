@@ -152,7 +152,7 @@ def test_a_manifest_goes_into_the_namespace_that_it_names(team: Team, tmp_path: 
     file.write_text(yaml.safe_dump({**MINIMAL, "metadata": {"name": "placed", "namespace": "people"}}))
     del team.document["contexts"][0]["context"]["namespace"]
     team.save()
-    assert team.done("submit", str(file)).startswith("qlorajob.qlora.dev/placed created\n")
+    assert team.run("submit", str(file)).stdout == "qlorajob.qlora.dev/placed created\n"
     line = team.denied("submit", str(file), "--namespace", "default")
     assert "--namespace is default, and the manifest names the namespace people" in line
 

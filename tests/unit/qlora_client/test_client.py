@@ -257,7 +257,7 @@ def test_without_the_trainer_a_plan_has_a_forecast_and_no_memory(
     scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    job = changed(resources=ResourcesSpec(gpu_memory="4Gi"))
+    job = changed(resources=ResourcesSpec(gpu_memory="4Gi"), training=TrainingSpec(epochs=1))
     plan = scripted().plan(job, config=config, gpu_tflops=312, tokens=1_000_000)
     assert (plan.memory.verdict, plan.objection) == ("unknown", None)
     assert "the trainer is not installed: run `pip install '.[cli,trainer]'`" in plan.memory.message
@@ -270,7 +270,9 @@ def test_a_plan_names_the_missing_inputs_of_a_forecast(
     stand_in(monkeypatch)
     client = scripted()
     assert client.plan(SPEC, config=config).remark == "no forecast: give the GPU with gpu, or its speed with gpu_tflops"
-    assert "give the tokens of an epoch" in client.plan(SPEC, config=config, gpu_tflops=312).remark
+    assert "the rows decide on the epochs" in client.plan(SPEC, config=config, gpu_tflops=312, tokens=9).remark
+    once = changed(training=TrainingSpec(epochs=1))
+    assert "give the tokens of an epoch" in client.plan(once, config=config, gpu_tflops=312).remark
     steps = client.plan(changed(training=TrainingSpec(max_steps=3)), config=config, gpu_tflops=312)
     assert steps.forecast is not None
     assert "an upper bound" in steps.remark

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, InitialAdapterStatus, MergedStatus
 from qlora_api.choice import Choice
-from qlora_api.schema import ObservedModel
+from qlora_api.schema import Decides, ObservedModel
 from qlora_api.spec.gate import ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import TrackingStatus
@@ -121,8 +121,11 @@ def asked_sha256(spec: QLoRAJobSpec) -> str:
     """SHA-256 of the parts of a spec that chosen settings follow; empty if it leaves none open."""
     if not open_settings(spec):
         return ""
-    parts = (spec.model, spec.dataset, spec.lora, spec.training, spec.quantization, spec.resources)
-    text = json.dumps([part.dump() for part in parts], sort_keys=True)
+    without_effect = Decides.NOT_THE_ADAPTER.settings(spec.training)
+    training = {name: value for name, value in spec.training.dump().items() if name not in without_effect}
+    gpus = (spec.resources.gpu_count, spec.resources.gpu_gib)
+    parts = (spec.model.dump(), spec.dataset.dump(), spec.lora.dump(), training, spec.quantization.dump(), gpus)
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

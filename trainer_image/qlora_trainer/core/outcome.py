@@ -146,7 +146,8 @@ def result_record(
         **_known_fields(completion, findings),
     )
     while not _is_encodable(record):
-        if len(message) <= _SHORT_MESSAGE and any(each.reason for each in record.settings or ()):
+        if any(each.reason for each in record.settings or ()):
+            # The message has them too.
             settings = tuple(replace(each, reason="") for each in record.settings or ())
             record = replace(record, settings=settings)
         elif len(message) <= _SHORT_MESSAGE and record.dataset is not None and record.dataset.sources is not None:

@@ -138,7 +138,15 @@ class DatasetBuilder:
         ends = numpy.cumsum([len(source.rows) for source in training])
         used = first == numpy.arange(len(first)) if self.spec.deduplicate else numpy.ones(len(first), dtype=bool)
         counts = [int(part.sum()) for part in numpy.split(used[: ends[-1]], ends[:-1])]
-        return choose_held_out(self.job, sum(counts)) if min(counts) > 1 else None
+        if min(counts) > 1:
+            return choose_held_out(self.job, sum(counts))
+        if self.training.keep == "best" or self.training.early_stopping is not None:
+            raise bad_dataset(
+                f"{self._names()[counts.index(min(counts))]} has a single row, so that none is held out, and "
+                "spec.training.keep: best and earlyStopping need held-out rows: add rows, name others in "
+                "spec.dataset.eval, or remove these settings"
+            )
+        return None
 
     def _require_trainable(self, dataset: Dataset) -> None:
         """Raise StepFailure BAD_DATASET for rejected overlap or a source without rows."""

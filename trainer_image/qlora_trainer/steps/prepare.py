@@ -78,6 +78,10 @@ def prepare(
         return written
     settings, left_open = run_settings(spec, context.device, gpus), open_settings(spec)
     begun = begun_settings(workspace.checkpoints, settings, left_open)
+    if written is not None:
+        # With their reasons, and what no fingerprint has.
+        recorded = {each.setting: each for each in written.settings}
+        begun = tuple(recorded.get(each.setting, each) for each in begun)
     if written is None and spec.continues is not None:
         require_something_to_continue(mounts.continued, spec.continues)
         begun = begun or continued_settings(mounts.continued, spec.continues, settings, left_open)
@@ -142,7 +146,7 @@ def _prepare(
 ) -> PrepareRecord:
     """Prepare model and data in stages, each of which returns its part of the record.
 
-    `begun`: the values of the run that the job resumes or continues, for what it leaves open.
+    `begun`: the open settings of the run that the job resumes or continues.
     """
     spec = fill(context.spec, begun)
     workspace, mounts, identity = context.workspace, context.mounts, context.identity
@@ -178,14 +182,16 @@ def _prepare(
     rows = rows_folder(workspace.data, mounts.sweep, identity)
 
     def build(asked: QLoRAJobSpec) -> Dataset:
-        return build_dataset(asked, model, access("dataset"), workspace.data, rows, report)
+        # Rows of both lengths are kept until the end: an interrupted attempt resumes from either.
+        own = rows if asked is spec else rows_folder(workspace.data / "in-length", mounts.sweep, identity)
+        return build_dataset(asked, model, access("dataset"), workspace.data, own, report)
 
-    dataset, of_length = build_in_length(spec, build, family.longest_row)
+    dataset, of_length = build_in_length(spec, build, family.context_for(spec.training))
     records.note(dataset=dataset.status())
     in_length = fill(spec, of_length)
     limits = Limits(
         one_row=not family.keeps_rows_apart(in_length.training.max_sequence_length),
-        in_group=context.group_size > 1,
+        group_size=context.group_size,
         adapter=None if initial is None else {"rank": initial.lora.rank, "alpha": initial.lora.alpha},
     )
     packed = family.packs(in_length.training)

@@ -87,7 +87,7 @@ def build_dataset(
         scratch=lambda name: partial_path(data / name),
         rows=rows,
         say=report,
-        context=model.family.longest_row,
+        context=model.family.context_for(spec.training),
     ).build()
 
 

@@ -56,7 +56,7 @@ class FittedModel:
     admitted: AdmittedModel
     spec: ResolvedSpec
     settings: tuple[Choice, ...]
-    """What the job left open."""
+    """The chosen values of open settings."""
     memory: MemoryFit
 
     @property
@@ -106,7 +106,7 @@ def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> Family:
 
 
 def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, settings: Sequence[Choice], group_size: int) -> FittedModel:
-    """Return the model with the chosen settings, of which the micro batch is the largest up to it that fits the GPU.
+    """Return the model with the chosen settings, the micro batch lowered until it fits the GPU.
 
     Raises StepFailure if the model cannot be trained so.
     """

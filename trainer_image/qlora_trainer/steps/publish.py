@@ -13,7 +13,14 @@ from qlora_api.contract import WorkspaceLayout, is_signed
 from qlora_api.schema import replace
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.status import StepName
-from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
+from qlora_trainer.core.completion import (
+    PrepareRecord,
+    PublishRecord,
+    TrainRecord,
+    asked_sha256,
+    read_completion,
+    write_completion,
+)
 from qlora_trainer.core.context import StepContext, base_name
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import (
@@ -144,6 +151,9 @@ def read_published(context: StepContext) -> TrainRecord | None:
     workspace, identity = context.workspace, context.identity
     written = read_completion(workspace.completion("publish"), PublishRecord)
     if written is None or read_completion(workspace.completion("train"), TrainRecord) is None:
+        return None
+    prepared = read_completion(workspace.completion("prepare"), PrepareRecord)
+    if prepared is None or prepared.asked != asked_sha256(context.spec):
         return None
     job = _trained_job(context)
     own = PreparedJob.from_record(context, job.prepared, context.spec.resources.gpu_count)

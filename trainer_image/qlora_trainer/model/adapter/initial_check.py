@@ -16,6 +16,7 @@ from qlora_api.printable import shortened, shortened_json
 from qlora_api.spec.resolved import ResolvedLora
 from qlora_api.spec.training import MAX_ALPHA, MAX_RANK, LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.core.protocols import JsonObject
 from qlora_trainer.model.adapter.shapes import MAX_CONFIG_BYTES, Expected
@@ -90,8 +91,8 @@ def _size(config: JsonObject, key: str, highest: int, location: str) -> int:
     found = config.get(key)
     if type(found) is not int or not 1 <= found <= highest:
         raise bad_configuration(
-            f"the adapter of spec.lora.from, {location}, has {key} {shortened_json(found)}: must be a whole number "
-            f"from 1 to {highest}"
+            f"the adapter of spec.lora.from, {location}, has {key} {shortened_json(found)}, must be a whole number "
+            f"from 1 to {highest}: correct its {ADAPTER_CONFIG_FILE}, or name another adapter"
         )
     return found
 

@@ -57,6 +57,14 @@ class Traits:
         """Weights that each token is multiplied by, out of all; None if unknown."""
         return None if self.mixture_of_experts else parameters
 
+    def context_for(self, training: TrainingSpec) -> int | None:
+        """Return the most tokens of a row that the run can train on, None for any number.
+
+        Both answers of a pair are in one sequence, apart.
+        """
+        limits = (self.longest_row, self.same_rotation_up_to if training.compares_answers else None)
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def require(self, training: TrainingSpec, output: OutputSpec) -> None:
         """Raise StepFailure if the model cannot be trained and published so."""
         if training.max_sequence_length is not None:

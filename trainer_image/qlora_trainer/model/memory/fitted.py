@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from qlora_api.automatic import smaller_micro_batch
 from qlora_api.choice import Choice
@@ -10,6 +11,7 @@ from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, resolve
+from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.fit import MemoryFit
 from qlora_trainer.model.memory.job_memory import measured_estimate
 
@@ -40,7 +42,7 @@ class FittedSettings:
 
     spec: ResolvedSpec
     settings: tuple[Choice, ...]
-    """What the job left open."""
+    """The chosen values of open settings."""
     memory: MemoryFit
 
 
@@ -56,10 +58,20 @@ def fit_settings(
     `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one.
     """
     chosen = tuple(settings)
-    resolved = resolve(spec, chosen)
-    memory = measure(resolved)
-    if (measured := memory.measured) is not None:
-        chosen = settings_that_fit(spec, chosen, gpu_gib, lambda other: measured_estimate(measured, shape(other)))
-        if (fitting := resolve(spec, chosen)) != resolved:
-            resolved, memory = fitting, measure(fitting)
+    while True:
+        resolved = resolve(spec, chosen)
+        memory = measure(resolved)
+        if memory.measured is None:
+            break
+        estimate = partial(_estimate, memory.measured, shape)
+        smaller = settings_that_fit(spec, chosen, gpu_gib, estimate)
+        if smaller == chosen:
+            break
+        chosen = smaller
     return FittedSettings(resolved, chosen, memory)
+
+
+def _estimate(
+    measured: MeasuredMemory, shape: Callable[[ResolvedSpec], TrainingShape], spec: ResolvedSpec
+) -> MemoryEstimate:
+    return measured_estimate(measured, shape(spec))

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from importlib.metadata import version
 from typing import Any
 
-from qlora_api.choice import Choice
+from qlora_api.choice import MAX_VALUE_LENGTH, Choice
 from qlora_api.printable import shortened
 from qlora_api.schema import Decides
 from qlora_api.spec.job import QLoRAJobSpec
@@ -79,12 +79,14 @@ def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
 
 
 def settings_of(fingerprint: Fingerprint, left_open: Collection[str], reason: str) -> tuple[Choice, ...]:
-    """Return the run's values of settings that a job leaves open."""
+    """Return the run's values of settings that a job leaves open. autoMicroBatch is in no fingerprint."""
     known = _flat(fingerprint) | {"training.autoMicroBatch": False}
     known.setdefault("training.keep", _SAME_AS_NOT_SET["keep"])
     found = {path: known.get(path.replace("dataset.", "data.dataset.")) for path in sorted(left_open)}
     return tuple(
-        Choice.of(path, value, reason) for path, value in found.items() if isinstance(value, (int, float, str))
+        Choice.of(path, value, reason)
+        for path, value in found.items()
+        if isinstance(value, (int, float, str)) and len(str(value)) <= MAX_VALUE_LENGTH
     )
 
 
