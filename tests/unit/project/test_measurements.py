@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import together
 from benchmarks.base import __main__ as base
+from benchmarks.defaults import summary as defaults
+from benchmarks.defaults.__main__ import PAGE as AUTOMATIC_SETTINGS
 from benchmarks.machine import RESULTS
 from benchmarks.operator import table
 from benchmarks.operator.__main__ import LOADS
@@ -48,3 +50,7 @@ def test_the_tables_and_the_figure_of_quality_are_those_measured() -> None:
     for page, made in ((PAGE, quality.tables), (MEASUREMENTS, quality.claim_table), (FURTHER, quality.further_tables)):
         assert generated(page, quality.NAME, quality.COMMAND) == made(runs).strip()
     assert FIGURE.read_bytes() == scores_figure(runs)
+
+
+def test_the_tables_of_automatic_settings_are_those_measured() -> None:
+    assert generated(AUTOMATIC_SETTINGS, defaults.NAME, defaults.COMMAND) == tables(defaults.NAME, defaults.tables)

@@ -1,0 +1,1 @@
+"""Compares automatic settings with hand-tuned ones: tasks, arms, runs and their tables."""

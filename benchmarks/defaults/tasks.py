@@ -1,0 +1,161 @@
+"""The tasks: small data sets of different nature and size, made by programs, the same on every machine."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from benchmarks.quality.tasks import TASKS as STUDY
+from benchmarks.quality.tasks.classification import KINDS
+from benchmarks.quality.tasks.task import pick, shuffled
+from qlora_api.spec.dataset import RowFormat
+
+Content = Mapping[str, Any]
+"""A row, as a file of its format has it."""
+_DEMO = Path(__file__).parents[2] / "examples" / "demo" / "train.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the tuner by hand begins: sequences of 128 tokens a step, passes, and a learning rate."""
+
+    batch: int
+    epochs: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose rows a program makes."""
+
+    name: str
+    says: str
+    """A description of the task."""
+    chosen: Literal["before the rule", "after the rule"]
+    """When the task was chosen: the rule was improved on those before it."""
+    format: RowFormat
+    rows: Callable[[Random], Iterator[Content]]
+    """Different rows in an order drawn from the generator, at least as many as all sets need."""
+    train_rows: int
+    start: Start
+    held_out_rows: int = 100
+    validation_rows: int = 50
+    """Rows that choose the settings of the tuner by hand, and nothing else."""
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether a row is a pair of answers, for direct preference optimization."""
+        return self.format == "preference"
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The disjoint sets of a task."""
+
+    held_out: tuple[Content, ...]
+    validation: tuple[Content, ...]
+    train: tuple[Content, ...]
+
+
+@lru_cache
+def sets_of(task: Task) -> Sets:
+    """Make the task's sets."""
+    first, second = task.held_out_rows, task.held_out_rows + task.validation_rows
+    needed = second + task.train_rows
+    rows = tuple(islice(task.rows(Random(task.name)), needed))
+    if len(rows) < needed:
+        raise ValueError(f"task {task.name} has {len(rows)} rows, but its sets need {needed}")
+    return Sets(rows[:first], rows[first:second], rows[second:])
+
+
+def _of_study(name: str) -> Callable[[Random], Iterator[Content]]:
+    """Return the rows of a task of the study of quality, each prompt once."""
+
+    def rows(random: Random) -> Iterator[Content]:
+        seen = set[str]()
+        for row in STUDY[name].rows(random):
+            if row.prompt not in seen:
+                seen.add(row.prompt)
+                yield {"prompt": row.prompt, "completion": row.answer}
+
+    return rows
+
+
+def _commands(random: Random) -> Iterator[Content]:
+    for line in shuffled(random, _DEMO.read_text(encoding="utf-8").splitlines()):
+        _, user, assistant = json.loads(line)["messages"]
+        yield {"messages": [{"role": "system", "content": "kubectl"}, user, assistant]}
+
+
+def _words() -> dict[str, str]:
+    """The words that are of one kind only, with it."""
+    kinds: dict[str, list[str]] = {}
+    for kind, words in KINDS.items():
+        for word in words.split():
+            kinds.setdefault(word, []).append(kind)
+    return {word: found[0] for word, found in kinds.items() if len(found) == 1}
+
+
+def _other(random: Random, kind: str) -> str:
+    return pick(random, [other for other in KINDS if other != kind])
+
+
+def _membership(random: Random) -> Iterator[Content]:
+    seen = set[tuple[str, str]]()
+    words = list(_words().items())
+    while True:
+        word, kind = pick(random, words)
+        said = kind if random.random() < 0.5 else _other(random, kind)
+        if (word, said) not in seen:
+            seen.add((word, said))
+            yield {"prompt": f"{word}, {said}?", "completion": " yes" if said == kind else " no"}
+
+
+def _truth(random: Random) -> Iterator[Content]:
+    for word, kind in shuffled(random, list(_words().items())):
+        yield {"prompt": f"{word} is a kind of", "chosen": f" {kind}.", "rejected": f" {_other(random, kind)}."}
+
+
+_DEVELOPMENT = (
+    Task(
+        "dates",
+        "translate a day of the year in words into `MM-DD`",
+        "before the rule",
+        "prompt-completion",
+        _of_study("dates"),
+        128,
+        Start(1, 4, 1e-3),
+    ),
+    Task(
+        "commands",
+        "chat: answer a request with one kubectl command",
+        "before the rule",
+        "chat",
+        _commands,
+        120,
+        Start(1, 1, 1e-3),
+    ),
+    Task(
+        "membership",
+        "classification: whether a word names a thing of a kind, yes or no",
+        "before the rule",
+        "prompt-completion",
+        _membership,
+        1000,
+        Start(1, 1, 1e-3),
+    ),
+    Task(
+        "truth",
+        "preference: of two kinds of a thing, the right one",
+        "before the rule",
+        "preference",
+        _truth,
+        160,
+        Start(1, 1, 1e-4),
+    ),
+)
+TASKS = {task.name: task for task in _DEVELOPMENT}
