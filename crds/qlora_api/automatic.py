@@ -32,7 +32,7 @@ _RANK, _HIGHEST_RANK = 16, 256
 _ALPHA, _RSLORA_ALPHA = 32, 8
 """The adapter's output is multiplied by 2 at rank 16; a learning rate then suits every rank (arXiv 2106.09685, 4.1)."""
 _RATE, _WIDTH, _EXPONENT = 5e-4, 2000, 0.78
-_PREFERENCE_RATE = 15
+_PREFERENCE_RATE = 5
 """By this factor lower is the learning rate of an objective that compares answers."""
 _WARMUP, _MOST_WARMUP = 0.05, 100
 _EVALUATIONS = 3

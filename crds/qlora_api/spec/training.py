@@ -185,7 +185,7 @@ class TrainingSpec(ApiModel):
         gt=0,
         le=1,
         description="Peak learning rate. Automatic: 5e-4 × (2000 / width)^0.78, where width is that of the model's "
-        "hidden states; a 15th of it if the objective compares answers.",
+        "hidden states; a fifth of it if the objective compares answers.",
     )
     scheduler: Literal["constant", "linear", "cosine"] | None = Field(
         default=None, description="Learning rate after the warm-up. Automatic: linear, to 0 at the end."
