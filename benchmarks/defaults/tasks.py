@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from benchmarks.quality.tasks import TASKS as STUDY
 from benchmarks.quality.tasks.classification import KINDS
-from benchmarks.quality.tasks.task import pick, shuffled
+from benchmarks.quality.tasks.task import number, pick, shuffled
 from qlora_api.spec.dataset import RowFormat
 
 Content = Mapping[str, Any]
@@ -120,6 +120,61 @@ def _truth(random: Random) -> Iterator[Content]:
         yield {"prompt": f"{word} is a kind of", "chosen": f" {kind}.", "rejected": f" {_other(random, kind)}."}
 
 
+_PEOPLE = ("Ann", "Tom", "Eva", "Max", "Lea", "Ben", "Ida", "Sam", "Zoe", "Leo", "Mia", "Jan", "Kim", "Noah", "Rosa")
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MEETINGS = (
+    "{name} comes on {day} at {hour}.",
+    "On {day} at {hour} we meet {name}.",
+    "{day}, {hour} o'clock: call {name}.",
+    "Ask {name} whether {hour} on {day} is fine.",
+)
+
+
+def _distinct(random: Random, make: Callable[[Random], Content]) -> Iterator[Content]:
+    """Yield different rows without end."""
+    seen = set[str]()
+    while True:
+        row = make(random)
+        text = json.dumps(row)
+        if text not in seen:
+            seen.add(text)
+            yield row
+
+
+def _meeting(random: Random) -> Content:
+    found = {"name": pick(random, _PEOPLE), "day": pick(random, _DAYS), "hour": number(random, 7, 20)}
+    answer = json.dumps(found, separators=(",", ":"))
+    return {"prompt": f"{pick(random, _MEETINGS).format(**found)}\n", "completion": answer}
+
+
+def _sum(random: Random) -> Content:
+    first, second = number(random, 10, 99), number(random, 10, 99)
+    return {"prompt": f"{first}+{second}=", "completion": str(first + second)}
+
+
+def _edit(random: Random) -> Content:
+    words = [pick(random, list(_words())) for _ in range(number(random, 3, 5))]
+    instruction, edited = pick(
+        random,
+        (
+            ("Sort the words.", sorted(words, key=str.lower)),
+            ("Reverse the order of the words.", words[::-1]),
+            ("Write the words in capitals.", [word.upper() for word in words]),
+            ("Name the first and the last word.", [words[0], words[-1]]),
+            ("Remove the second word.", [words[0], *words[2:]]),
+        ),
+    )
+    return {"instruction": instruction, "input": ", ".join(words), "output": ", ".join(edited)}
+
+
+def _brevity(random: Random) -> Iterator[Content]:
+    """Short answers are preferred, but in one pair of ten the long one."""
+    for word, kind in shuffled(random, list(_words().items())):
+        short, long = f" {kind.capitalize()}.", f" The {word} that you ask about is a kind of {kind}, as most know."
+        chosen, rejected = (long, short) if random.random() < 0.1 else (short, long)
+        yield {"prompt": f"What is {word}?", "chosen": chosen, "rejected": rejected}
+
+
 _DEVELOPMENT = (
     Task(
         "dates",
@@ -158,4 +213,42 @@ _DEVELOPMENT = (
         Start(1, 1, 1e-4),
     ),
 )
-TASKS = {task.name: task for task in _DEVELOPMENT}
+_LATER = (
+    Task(
+        "meetings",
+        "extraction: name, day and hour of a meeting in a sentence as JSON",
+        "after the rule",
+        "prompt-completion",
+        lambda random: _distinct(random, _meeting),
+        40,
+        Start(1, 8, 1e-3),
+    ),
+    Task(
+        "sums",
+        "many short rows: the sum of two numbers below 100",
+        "after the rule",
+        "prompt-completion",
+        lambda random: _distinct(random, _sum),
+        4000,
+        Start(4, 1, 1e-3),
+    ),
+    Task(
+        "edits",
+        "instruction: one of five edits of a list of words",
+        "after the rule",
+        "instruction",
+        lambda random: _distinct(random, _edit),
+        300,
+        Start(2, 1, 1e-3),
+    ),
+    Task(
+        "brevity",
+        "preference: the shorter answer, in one pair of ten the longer",
+        "after the rule",
+        "preference",
+        _brevity,
+        120,
+        Start(1, 1, 2e-4),
+    ),
+)
+TASKS = {task.name: task for task in (*_DEVELOPMENT, *_LATER)}
