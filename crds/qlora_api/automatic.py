@@ -35,7 +35,7 @@ _RATE, _WIDTH, _EXPONENT = 5e-4, 2000, 0.78
 _PREFERENCE_RATE = 5
 """By this factor lower is the learning rate of an objective that compares answers."""
 _WARMUP, _MOST_WARMUP = 0.05, 100
-_EVALUATIONS = 3
+_EVALUATIONS, _MOST_EVALUATIONS = 3, 50
 ASSUMED = "assumed; the rows decide"
 SIZED = frozenset({"lora.rank", "training.learningRate"})
 """Settings that follow from the sizes of the model."""
@@ -81,20 +81,20 @@ class Limits:
 def choose_length(lengths: Sequence[int], context: int | None) -> Choice:
     """Choose the tokens of a sequence.
 
-    `lengths`: of all rows, in tokens. `context`: the model's positions, None for any number.
+    `lengths`: of the rows to train on, in tokens. `context`: the model's positions, None for any number.
     """
-    ordered, most = sorted(lengths), min(context or LONGEST, LONGEST)
-    longest = ordered[-1]
-    most_of_them = ordered[ceil(len(ordered) * (1 - _LEFT_OUT)) - 1]
+    most = min(context or LONGEST, LONGEST)
+    ordered = sorted(lengths)
+    # No sequence holds the others: they decide nothing.
+    usable = [tokens for tokens in ordered if tokens <= most] or ordered
+    common = max(_COMMON_LENGTH, usable[ceil(len(usable) * (1 - _LEFT_OUT)) - 1])
+    longest = max((tokens for tokens in usable if tokens <= common), default=most)
     length = min(most, max(SHORTEST, _power_of_two(longest)))
-    common = min(most, max(_COMMON_LENGTH, _power_of_two(most_of_them)))
-    if common >= length:
-        more = f", the model has positions for {most}" if longest > most else ""
-        return Choice.of("training.maxSequenceLength", length, f"the longest row has {longest} tokens{more}")
-    left_out = sum(tokens > common for tokens in ordered)
-    return Choice.of(
-        "training.maxSequenceLength", common, f"leaves out {left_out} of {len(ordered)} rows, up to {longest} tokens"
-    )
+    left_out = sum(tokens > length for tokens in ordered)
+    reason = f"the longest row has {ordered[-1]} tokens"
+    if left_out:
+        reason = f"leaves out {left_out} of {len(ordered)} rows, up to {ordered[-1]} tokens"
+    return Choice.of("training.maxSequenceLength", length, reason)
 
 
 def choose_held_out(spec: QLoRAJobSpec, rows: int) -> Choice | None:
@@ -188,7 +188,8 @@ def _epochs_and_batch(spec: QLoRAJobSpec, rows: RowFacts) -> tuple[Choice | None
     epochs, chosen = training.epochs, None
     if epochs is None:
         epochs = min(_MOST_EPOCHS, max(usual, ceil(FEW_STEPS / rows.sequences)))
-        reason = f"{rows.rows:,} rows" if epochs == usual else f"only {rows.sequences} sequences in each"
+        few = f"only {rows.sequences} sequence{'s' * (rows.sequences != 1)} in each"
+        reason = f"{rows.rows:,} rows" if epochs == usual else few
         chosen = Choice.of("training.epochs", epochs, reason)
     return chosen, max(1, min(_LARGEST_BATCH, epochs * rows.sequences // _STEPS))
 
@@ -200,14 +201,17 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
     if micro is None:
         full = max(1, _MICRO_BATCH_TOKENS // (length * limits.group_size))
         of_pass = of_gpu if accumulation is None else max(1, batch // accumulation)
-        micro, reason = min(full, of_pass), f"up to {_MICRO_BATCH_TOKENS:,} tokens in a pass"
+        # Equal passes: rounding up the last one would make fewer steps.
+        micro, reason = of_pass // ceil(of_pass / full), f"up to {_MICRO_BATCH_TOKENS:,} tokens in a pass"
+        if micro == of_pass:
+            reason = "the sequences of a step" if gpus == 1 else "the sequences of a step on each GPU"
         if limits.one_row:
             micro, reason = 1, "the model cannot keep rows apart"
         elif training.sharding == "full":
             micro, reason = 1, "the base is sharded"
         yield Choice.of(_MICRO_BATCH, micro, reason)
     if accumulation is None:
-        accumulation = gpus * max(1, ceil(batch / (gpus * micro)))
+        accumulation = gpus * max(1, batch // (gpus * micro))
         yield Choice.of(
             _ACCUMULATION,
             accumulation,
@@ -243,8 +247,8 @@ def _evaluations(spec: QLoRAJobSpec, rows: RowFacts, steps: int, epochs: int | N
     if every is None and rows.held_out:
         # With earlyStopping, often enough that it can end the run in its second half.
         stopping = training.early_stopping
-        wanted = 0 if stopping is None else 2 * (stopping.patience + 1)
-        every = max(1, steps // max(_EVALUATIONS, epochs or 1, wanted))
+        wanted = max(_EVALUATIONS, epochs or 1, 0 if stopping is None else 2 * (stopping.patience + 1))
+        every = max(1, steps // min(_MOST_EVALUATIONS, wanted))
         yield Choice.of("training.evalEverySteps", every, f"of {steps} steps")
     if training.keep is None:
         best = rows.held_out and every is not None and every < steps

@@ -147,6 +147,9 @@ def _lines_of_steps(training: ResolvedTraining, epoch: Epoch, gpus: int, *, pack
             gpus=gpus,
         )
         yield f"[bold]Steps[/]: {least}{steps:,} = {_origin(training, sequences)}."
+        if not least and training.warmup_steps >= steps:
+            warmup = f"spec.training.warmupSteps is {training.warmup_steps}"
+            yield f"[bold red]The job fails[/]: {warmup}, must be below the number of steps: lower it."
         if remark is not None:
             yield f"[yellow]Remark[/]: {escape(remark)}."
     yield f"[bold]Learning rate[/]: {training.learning_rate:g}, {training.scheduler}."

@@ -268,7 +268,7 @@ def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> No
     treated = f", {'left out' if spec.dataset.deduplicate else 'kept'}" if found.duplicate_rows else ""
     lines = [f"Duplicates: {_counted(found.duplicate_rows) if found.duplicate_rows else 'none'}{treated}."]
     # If the job fails on an overlap, its reason has the rows.
-    if dataset.overlap is not None and evaluation is not None and evaluation.overlap != "fail":
+    if dataset.overlap is not None and (evaluation is None or evaluation.overlap != "fail"):
         lines.append(f"Overlap: {dataset.overlap.remark()}.")
     sources = found.sources or ()
     of_epoch = sum(source.epoch_rows for source in sources)

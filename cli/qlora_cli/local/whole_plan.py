@@ -41,8 +41,10 @@ def show_whole_plan(
         epoch = Epoch(tokens)
         if counted is not None:
             show_lengths(spec, counted, console)
+            if counted.examined.rejection:
+                return made.exit_code
             found = counted.epoch(made.spec.training, packed=made.traits.packs(made.spec.training))
-            epoch = Epoch() if counted.examined.rejection else Epoch(tokens or found.tokens, found.sequences)
+            epoch = Epoch(tokens or found.tokens, found.sequences)
         show_settings(made.settings, console)
         show_forecast(made, epoch, gpu, console)
         return made.exit_code

@@ -181,10 +181,22 @@ def test_an_adapter_has_room_for_much_data() -> None:
         ([512] * 9, None, 512),
         ([5000], 4096, 4096),
         ([200_000], None, 131_072),
-        ([50] * 999 + [100_000], 131_072, 2048),
+        ([50] * 999 + [100_000], 131_072, 128),
+        ([50] * 999 + [1_500], 131_072, 2048),
+        ([50] * 8 + [16_000], 8192, 128),
         ([50] * 9 + [100_000], 131_072, 131_072),
     ],
-    ids=["short", "power of two", "exact", "positions", "the schema's most", "outlier", "too many to leave out"],
+    ids=[
+        "short",
+        "power of two",
+        "exact",
+        "positions",
+        "the schema's most",
+        "outlier",
+        "few",
+        "no sequence holds it",
+        "too many to leave out",
+    ],
 )
 def test_a_sequence_holds_the_rows(lengths: list[int], context: int | None, length: int) -> None:
     assert choose_length(lengths, context).parsed == length
@@ -322,3 +334,10 @@ def test_choices_for_any_rows_and_settings_make_a_job_that_can_run(
 
 def test_a_job_that_sets_everything_gets_no_choice() -> None:
     assert choose(job(**DECIDED), 512, RowFacts(9, 9, 9, held_out=True), OF_135M) == ()
+
+
+@pytest.mark.parametrize("rows", [450, 762, 3001])
+def test_no_rounding_of_the_batch_costs_steps(rows: int) -> None:
+    """Eight sequences of 512 fill a pass: nine are two passes of four or five, and not of eight."""
+    _, steps = run(job(training={"maxSequenceLength": 512}), [512] * rows)
+    assert steps >= 150

@@ -21,7 +21,7 @@ def build_in_length(
     dataset = build(spec)
     if spec.training.max_sequence_length is not None:
         return dataset, ()
-    lengths = numpy.concatenate([source.all_lengths() for source in dataset.sources]).tolist()
+    lengths = numpy.concatenate([source.all_lengths() for source in dataset.training]).tolist()
     chosen = choose_length(lengths, context)
     if dataset.rows.lengths.max() > int(chosen.value):
         dataset = build(fill(spec, [chosen]))
