@@ -140,17 +140,18 @@ def test_one_row_of_many_tokens_is_left_out_for_shorter_sequences(
     record = prepare(make_context(FEW, model=model), Recorded())
     longest = record.dataset.longest_row_tokens
     assert longest > 2048
-    assert values(record)["maxSequenceLength"] == 2048
+    assert values(record)["maxSequenceLength"] == 128
     assert reason(record, "maxSequenceLength") == f"leaves out 1 of 401 rows, up to {longest} tokens"
     assert record.dataset.too_long_rows == 1
 
 
-def test_no_sequence_is_longer_than_the_models_positions(make_context: MakeContext, rows: Callable[..., None]) -> None:
+def test_a_row_beyond_the_models_positions_decides_nothing(
+    make_context: MakeContext, rows: Callable[..., None]
+) -> None:
     rows(20, chat_row("Long?", "word " * 600))
     record = prepare(make_context(FEW), Recorded())
     longest = record.dataset.longest_row_tokens
     assert longest > 512
-    assert values(record)["maxSequenceLength"] == 512
-    said = f"the longest row has {longest} tokens, the model has positions for 512"
-    assert reason(record, "maxSequenceLength") == said
+    assert values(record)["maxSequenceLength"] == 128
+    assert reason(record, "maxSequenceLength") == f"leaves out 1 of 21 rows, up to {longest} tokens"
     assert record.dataset.too_long_rows == 1
