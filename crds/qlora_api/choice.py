@@ -40,8 +40,8 @@ class Choice(ObservedModel):
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
-        return self.setting.rpartition(".")[2]
+        """The path within its part of the spec."""
+        return self.setting.partition(".")[2]
 
 
 def sentence(choices: Iterable[Choice]) -> str | None:

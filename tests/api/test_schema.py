@@ -251,7 +251,7 @@ def test_kubectl_explain_reads_like_documentation(plane: ControlPlane) -> None:
     section = plane.kubectl("explain", "qlorajob.spec.training")
     assert "gradientAccumulationSteps\t<integer>" in section
     assert "Micro batches in one optimizer step. Costs no memory. Automatic: " in section
-    assert "Automatic: 5e-4 × (2000 / width)^0.78" in plane.kubectl("explain", "qlorajob.spec.training.learningRate")
+    assert "Automatic: 3e-4 × (4096 / width)^1.1" in plane.kubectl("explain", "qlorajob.spec.training.learningRate")
 
 
 def test_kubectl_explain_has_the_defaults_and_no_line_breaks_of_the_source(plane: ControlPlane) -> None:

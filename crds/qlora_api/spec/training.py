@@ -184,8 +184,8 @@ class TrainingSpec(ApiModel):
         default=None,
         gt=0,
         le=1,
-        description="Peak learning rate. Automatic: 5e-4 × (2000 / width)^0.78, where width is that of the model's "
-        "hidden states; a fifth of it if the objective compares answers.",
+        description="Peak learning rate. Automatic: 3e-4 × (4096 / width)^1.1, where width is that of the model's "
+        "hidden states; a tenth of it if the objective compares answers.",
     )
     scheduler: Literal["constant", "linear", "cosine"] | None = Field(
         default=None, description="Learning rate after the warm-up. Automatic: linear, to 0 at the end."

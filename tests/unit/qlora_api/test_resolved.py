@@ -59,7 +59,7 @@ def test_all_that_is_open_gets_its_choice() -> None:
     values = {
         **found.dump()["lora"],
         **found.dump()["training"],
-        "fraction": found.dump()["dataset"]["eval"]["fraction"],
+        "eval.fraction": found.dump()["dataset"]["eval"]["fraction"],
     }
     assert {each.name: values[each.name] for each in CHOICES} == {each.name: each.parsed for each in CHOICES}
     assert open_settings(found) == frozenset()
