@@ -44,6 +44,12 @@ OTHER_VALUES: dict[str, Any] = {
     "training.objective": "dpo",
     "training.preference": PreferenceSpec(beta=0.2),
 }
+# No job may have these without another one.
+TOGETHER: dict[str, tuple[str, Any]] = {
+    "training.epochs": ("training.max_steps", None),
+    "training.preference": ("training.objective", "dpo"),
+    "training.sharding": ("resources.gpus", 2),
+}
 FIELDS = [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
 # Where an earlier adapter came from decides nothing: its SHA-256, which prepare records, does.
 DECIDING = [field for field in FIELDS if field not in (*WITHOUT_EFFECT, "lora.initial_adapter")]
@@ -84,12 +90,12 @@ def _flat(metadata: list[Any]) -> list[Any]:
 
 
 def with_value(context: StepContext, field: str, value: Any) -> StepContext:
-    """The same workspace for a job with another value of one field."""
-    section, name = field.split(".")
+    """The same workspace for a job with another value of one field, and of one that it needs."""
     spec = job().spec
-    part = getattr(spec, section).model_copy(update={name: value})
-    document = job().model_copy(update={"spec": spec.model_copy(update={section: part})})
-    return dataclasses.replace(context, document=document)
+    for path, other in ((field, value), *([TOGETHER[field]] if field in TOGETHER else [])):
+        section, name = path.split(".")
+        spec = spec.model_copy(update={section: getattr(spec, section).model_copy(update={name: other})})
+    return dataclasses.replace(context, document=job().model_copy(update={"spec": spec}))
 
 
 def camel(field: str) -> str:
