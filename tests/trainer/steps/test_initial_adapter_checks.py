@@ -88,7 +88,7 @@ def test_every_setting_that_differs_is_named_before_anything_is_trained(
 def test_a_rank_that_no_adapter_has_is_rejected_where_the_job_leaves_it_open(place: Place, size: object) -> None:
     change_config(place.adapter, r=size)
     context = place.context("second", {"lora": {"from": FROM, "rank": None, "alpha": None}})
-    words = f"pvc://adapters/first, has r {json.dumps(size)}: must be a whole number from 1 to 1024"
+    words = f"pvc://adapters/first, has r {json.dumps(size)}, must be a whole number from 1 to 1024"
     rejected(context, ExitCode.BAD_CONFIGURATION, words)
 
 
