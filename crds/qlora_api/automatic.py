@@ -19,7 +19,7 @@ from qlora_api.steps import FEW_STEPS, optimizer_steps
 SHORTEST, LONGEST = 128, 131_072
 """Tokens of a sequence at least, and at most as the schema allows."""
 _COMMON_LENGTH, _LEFT_OUT = 2048, 0.005
-"""Above so many tokens a sequence need not hold this share of the rows: one of them would make each step expensive."""
+"""Above so many tokens, this share of the rows is left out: a single long row would make every step expensive."""
 _FEW_ROWS, _MOST_HELD_OUT, _HELD_OUT = 100, 500, 0.1
 _EPOCHS = ((8_333, 3), (12_500, 2))
 """Rows up to which so many epochs are made; one above."""

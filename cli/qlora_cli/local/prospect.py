@@ -63,7 +63,8 @@ def _show_choices(given: Given, console: Console) -> str:
     found = find_config(given.spec.model, given.mounts)
     show_remark(found.remark, console)
     traits = check_config(found.path, given.spec)
-    with counted_rows(given.spec, RowAccess(given.spec, given.mounts), traits.longest_row) as counted:
+    context = traits.context_for(given.spec.training)
+    with counted_rows(given.spec, RowAccess(given.spec, given.mounts), context) as counted:
         settings = counted.choose(given.spec, traits)
         resolved = resolve(given.spec, settings)
         epoch = counted.epoch(resolved.training, packed=traits.packs(resolved.training))

@@ -27,7 +27,7 @@ def show_whole_plan(
     with ExitStack() as files:
         counted: CountedRows | None = None
         if access is not None:
-            context = find_traits(config, spec.lora).longest_row
+            context = find_traits(config, spec.lora).context_for(spec.training)
             counted = files.enter_context(counted_rows(spec, access, context))
         choose = assume_settings if counted is None or counted.examined.rejection else counted.choose
         if isinstance(document, QLoRASweepDocument):

@@ -136,10 +136,12 @@ def test_one_row_of_many_tokens_is_left_out_for_shorter_sequences(
     make_context: MakeContext, rows: Callable[..., None], tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "long", LlamaConfig(**SHAPE | {"max_position_embeddings": 8192}))
-    rows(400, chat_row("Long?", "word " * 3000))
-    record = prepare(make_context(FEW, model=model), Recorded())
+    rows(400, chat_row("Long?", "word " * 1000))
+    context = make_context(FEW, model=model)
+    record = prepare(context, Recorded())
     longest = record.dataset.longest_row_tokens
-    assert longest > 2048
+    assert 2048 < longest < 8192
+    assert [path.name for path in context.workspace.data.iterdir()] == [record.fingerprint]
     assert values(record)["maxSequenceLength"] == 128
     assert reason(record, "maxSequenceLength") == f"leaves out 1 of 401 rows, up to {longest} tokens"
     assert record.dataset.too_long_rows == 1

@@ -144,7 +144,7 @@ def _prepare(
     earlier_adapter: InitialAdapterStatus | None,
     begun: tuple[Choice, ...],
 ) -> PrepareRecord:
-    """Prepare model and data in stages, each of which returns its part of the record.
+    """Prepare model and data in stages. Each returns its part of the record.
 
     `begun`: the open settings of the run that the job resumes or continues.
     """
@@ -179,12 +179,12 @@ def _prepare(
         initial = get_initial_adapter(
             spec.lora, access("lora"), workspace.initial_adapter, folder, modules, earlier_adapter
         )
-    rows = rows_folder(workspace.data, mounts.sweep, identity)
 
     def build(asked: QLoRAJobSpec) -> Dataset:
         # Rows of both lengths are kept until the end: an interrupted attempt resumes from either.
-        own = rows if asked is spec else rows_folder(workspace.data / "in-length", mounts.sweep, identity)
-        return build_dataset(asked, model, access("dataset"), workspace.data, own, report)
+        name = "rows" if asked is spec else "rows-in-length"
+        rows = rows_folder(workspace.data, name, mounts.sweep, identity)
+        return build_dataset(asked, model, access("dataset"), workspace.data, rows, report)
 
     dataset, of_length = build_in_length(spec, build, family.context_for(spec.training))
     records.note(dataset=dataset.status())

@@ -91,9 +91,9 @@ def build_dataset(
     ).build()
 
 
-def rows_folder(data: Path, sweep: Path | None, identity: Identity) -> RowsFolder:
+def rows_folder(data: Path, name: str, sweep: Path | None, identity: Identity) -> RowsFolder:
     """Return the folder of tokenized rows, which the cells of a sweep share."""
-    own = partial_path(data / "rows")
+    own = partial_path(data / name)
     if sweep is None:
         return RowsFolder(own)
     return RowsFolder.from_shared(own, SweepLayout(sweep).rows, identity.job_uid, identity.pod_uid)
