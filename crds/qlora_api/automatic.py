@@ -9,7 +9,7 @@ at 576, and near the rates that QLoRA published for wide models.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from qlora_api.choice import Choice
@@ -49,7 +49,7 @@ class RowFacts:
 
     rows: int
     sequences: int
-    """Of one epoch."""
+    """Of one epoch, packed where the model can keep rows apart and the job allows it."""
     loss_tokens: int
     """Tokens that are trained on in one epoch."""
     held_out: bool
@@ -112,6 +112,9 @@ def choose(
     spec: QLoRAJobSpec, sequence_length: int, rows: RowFacts, model: ModelFacts, limits: Limits = Limits()
 ) -> tuple[Choice, ...]:
     """Choose all other settings that the spec leaves open."""
+    packing = _packing(spec, rows)
+    if packing is not None and packing.parsed is False:
+        rows = replace(rows, sequences=rows.rows)
     epochs, batch = _epochs_and_batch(spec, rows)
     batches = tuple(_batches(spec, sequence_length, batch, limits))
     of_batch = {each.name: int(each.value) for each in batches if each.name != "autoMicroBatch"}
@@ -122,6 +125,7 @@ def choose(
     steps = optimizer_steps(rows.sequences, per_step, passes, spec.training.max_steps)
     return (
         *_lora(spec, rows, model, limits),
+        *([] if packing is None else [packing]),
         *([] if epochs is None else [epochs]),
         *batches,
         *_rates(spec, model, steps),
@@ -180,6 +184,26 @@ def _lora(spec: QLoRAJobSpec, rows: RowFacts, model: ModelFacts, limits: Limits)
         yield Choice.of("lora.alpha", _usual_alpha(spec), "the learning rate then suits every rank")
 
 
+def _packing(spec: QLoRAJobSpec, rows: RowFacts) -> Choice | None:
+    """Choose whether sequences have several rows, if it is open. The sequences of `rows` have, where they can."""
+    training = spec.training
+    if training.packing is not None:
+        return None
+    passes = training.epochs or _MOST_EPOCHS
+    few = training.max_steps is None and passes * _steps_of_epoch(spec, rows.sequences) < FEW_STEPS
+    if few and rows.rows > rows.sequences:
+        packed = f"{rows.sequences} sequence{'s' * (rows.sequences != 1)}"
+        return Choice.of("training.packing", False, f"packed, {rows.rows:,} rows are only {packed}")
+    return Choice.of("training.packing", True, "")
+
+
+def _steps_of_epoch(spec: QLoRAJobSpec, sequences: int) -> int:
+    """Count the optimizer steps of an epoch with the smallest batch that the spec allows."""
+    training = spec.training
+    batch = (training.micro_batch_size or 1) * (training.gradient_accumulation_steps or spec.resources.gpu_count)
+    return optimizer_steps(sequences, batch, 1, None)
+
+
 def _epochs_and_batch(spec: QLoRAJobSpec, rows: RowFacts) -> tuple[Choice | None, int]:
     """Return the epochs, if they are to be chosen, and the sequences of a step."""
     training, usual = spec.training, next((n for most, n in _EPOCHS if rows.rows <= most), 1)
@@ -187,8 +211,9 @@ def _epochs_and_batch(spec: QLoRAJobSpec, rows: RowFacts) -> tuple[Choice | None
         return None, max(1, min(_LARGEST_BATCH, usual * rows.sequences // training.max_steps))
     epochs, chosen = training.epochs, None
     if epochs is None:
-        epochs = min(_MOST_EPOCHS, max(usual, ceil(FEW_STEPS / rows.sequences)))
-        few = f"only {rows.sequences} sequence{'s' * (rows.sequences != 1)} in each"
+        of_epoch = _steps_of_epoch(spec, rows.sequences)
+        epochs = min(_MOST_EPOCHS, max(usual, ceil(FEW_STEPS / of_epoch)))
+        few = f"only {of_epoch} step{'s' * (of_epoch != 1)} in each"
         reason = f"{rows.rows:,} rows" if epochs == usual else few
         chosen = Choice.of("training.epochs", epochs, reason)
     return chosen, max(1, min(_LARGEST_BATCH, epochs * rows.sequences // _STEPS))

@@ -14,6 +14,7 @@ TRAINING: dict[str, Any] = {
     "warmupSteps": 0,
     "autoMicroBatch": False,
     "maxSequenceLength": 512,
+    "packing": True,
     "keep": "last",
 }
 DECIDED: dict[str, Any] = {

@@ -20,6 +20,7 @@ _OPEN = {
         "warmupSteps",
         "autoMicroBatch",
         "maxSequenceLength",
+        "packing",
         "evalEverySteps",
         "keep",
     ),
@@ -44,6 +45,7 @@ class ResolvedTraining(TrainingSpec):
     warmup_steps: int
     auto_micro_batch: Annotated[bool, Decides.DRY_RUN, Decides.NOT_THE_ADAPTER]
     max_sequence_length: Annotated[int, Decides.PREPARED_DATA, Decides.DRY_RUN]
+    packing: Annotated[bool, Decides.PREPARED_DATA] = True
     keep: Literal["last", "best"] = "last"
 
 

@@ -163,7 +163,7 @@ class TrainingSpec(ApiModel):
         ge=1,
         le=1000,
         description="Passes over the data, unless maxSteps is set. Automatic: 3 up to 8,333 rows, 2 up to 12,500, else "
-        "1; of few rows up to 10, until there are 100 sequences in all.",
+        "1; of few rows up to 10, until the run can make 100 optimizer steps.",
     )
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
     micro_batch_size: Annotated[int | None, Decides.DRY_RUN] = Field(
@@ -237,10 +237,10 @@ class TrainingSpec(ApiModel):
         "preference has the tokens of both answers, each with the prompt. Automatic: the next power of two that holds "
         "the longest row, 128 or more; above 2,048 it may leave out 0.5 percent of the rows.",
     )
-    packing: Annotated[bool, Decides.PREPARED_DATA] = Field(
-        default=True,
+    packing: Annotated[bool | None, Decides.PREPARED_DATA] = Field(
+        default=None,
         description="Pack several rows into each sequence. Attention does not cross rows. Without effect on a model "
-        "that cannot keep rows apart.",
+        "that cannot keep rows apart. Automatic: true, unless the run would then make fewer than 100 optimizer steps.",
     )
     train_on: Annotated[TrainOn, Decides.PREPARED_DATA] = Field(
         default="completion",

@@ -66,11 +66,11 @@ def test_a_job_with_only_a_model_and_data_reports_each_choice_with_its_reason(
 def test_the_run_trains_with_the_choices_and_another_rule_changes_nothing_of_it(
     make_context: MakeContext, rows: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows(8)
+    rows(2)
     context = make_context(OPEN)
     record = prepare(context, Recorded())
     chosen = values(record)
-    assert (chosen["epochs"], chosen["rank"], chosen["scheduler"]) == (10, 16, "linear")
+    assert (chosen["epochs"], chosen["packing"], chosen["rank"], chosen["scheduler"]) == (10, False, 16, "linear")
     for name, other in (("_MOST_EPOCHS", 2), ("_RANK", 32), ("_RATE", 1e-6)):
         monkeypatch.setattr(automatic, name, other)
     assert prepare(context, Recorded()) == record

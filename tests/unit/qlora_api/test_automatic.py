@@ -64,7 +64,8 @@ def run(spec: QLoRAJobSpec, lengths: Sequence[int], model: ModelFacts = OF_135M)
 def steps_of(spec: ResolvedSpec, rows: RowFacts) -> int:
     training = spec.training
     per_step = training.micro_batch_size * training.gradient_accumulation_steps
-    return optimizer_steps(rows.sequences, per_step, training.epochs, training.max_steps)
+    sequences = rows.sequences if training.packing else rows.rows
+    return optimizer_steps(sequences, per_step, training.epochs, training.max_steps)
 
 
 def batch(spec: ResolvedSpec) -> int:
@@ -75,9 +76,38 @@ def test_few_rows_are_repeated_in_the_smallest_steps() -> None:
     """With the settings of ten thousand rows, this job would make one step."""
     decided, steps = run(job(), [30] * 20)
     training = decided.training
-    assert (training.max_sequence_length, training.epochs, batch(decided)) == (128, 10, 1)
-    assert (steps, training.warmup_steps, training.keep) == (50, 2, "last")
+    assert (training.max_sequence_length, training.epochs, batch(decided)) == (128, 5, 1)
+    assert (steps, training.warmup_steps, training.keep) == (100, 5, "last")
     assert decided.dataset.eval is None
+
+
+def test_one_long_row_does_not_leave_the_others_few_steps() -> None:
+    """In sequences as long as the longest row, the others are few: they are not packed."""
+    decided, steps = run(job(), [2000] + [15] * 159)
+    assert (decided.training.max_sequence_length, decided.training.packing, steps) == (2048, False, 162)
+    packed, steps = run(job(training={"packing": True}), [2000] + [15] * 159)
+    assert (packed.training.packing, steps) == (True, 30)
+
+
+@pytest.mark.parametrize(
+    ("settings", "packing"),
+    [
+        ({}, True),
+        ({"training": {"epochs": 1}}, False),
+        ({"training": {"maxSteps": 5}}, True),
+        ({"training": {"gradientAccumulationSteps": 16}}, False),
+        ({"resources": {"gpus": 8}}, False),
+    ],
+    ids=str,
+)
+def test_rows_are_packed_where_that_leaves_enough_steps(settings: dict[str, Any], packing: bool) -> None:
+    assert run(job(**settings), [40] * 160)[0].training.packing is packing
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_a_larger_smallest_step_makes_more_epochs(gpus: int) -> None:
+    decided, steps = run(job(resources={"gpus": gpus}), [120] * 100)
+    assert (decided.training.epochs, steps >= 100) == ({1: 3, 2: 3, 8: 9}[gpus], True)
 
 
 def test_a_hundred_and_sixty_short_rows_make_more_than_a_hundred_steps() -> None:
@@ -115,12 +145,12 @@ def test_the_rate_falls_with_the_width_and_is_a_tenth_for_pairs() -> None:
 @pytest.mark.parametrize(
     ("settings", "follows"),
     [
-        ({"training": {"epochs": 1}}, {"batch": 1, "warmupSteps": 2}),
+        ({"training": {"epochs": 1}}, {"batch": 1, "packing": False, "warmupSteps": 8}),
         ({"training": {"maxSteps": 1}}, {"warmupSteps": 0, "keep": "last"}),
         ({"training": {"maxSteps": 5}}, {"batch": 16, "warmupSteps": 1, "evalEverySteps": 1}),
         ({"training": {"microBatchSize": 4}}, {"batch": 4, "autoMicroBatch": False}),
         ({"training": {"gradientAccumulationSteps": 16}}, {"batch": 16}),
-        ({"training": {"maxSequenceLength": 1024}}, {"epochs": 10}),
+        ({"training": {"maxSequenceLength": 1024}}, {"packing": False, "epochs": 3}),
         ({"training": {"learningRate": 1e-5}}, {"scheduler": "linear"}),
         ({"lora": {"rank": 8}}, {"alpha": 32}),
         ({"lora": {"useRslora": True}}, {"alpha": 8, "rank": 16}),

@@ -32,6 +32,7 @@ BECAME_AUTOMATIC = frozenset(
         "training.warmupSteps",
         "training.autoMicroBatch",
         "training.maxSequenceLength",
+        "training.packing",
     }
 )
 """A new job that does not set them gets other values than in the release before."""

@@ -38,8 +38,8 @@ class Traits:
         return not self.one_row and (row_tokens is None or row_tokens <= (self.same_rotation_up_to or row_tokens))
 
     def packs(self, training: TrainingSpec) -> bool:
-        """Whether the job packs rows, and they have no effect on each other."""
-        return training.packing and self.keeps_rows_apart(training.max_sequence_length)
+        """Whether the job packs rows or leaves it open, and they have no effect on each other."""
+        return training.packing is not False and self.keeps_rows_apart(training.max_sequence_length)
 
     def require_sizes(self, left_open: Collection[str]) -> ModelFacts:
         """Return the sizes that decide these settings. Raises StepFailure if they are not known."""
@@ -79,7 +79,7 @@ class Traits:
 
     def remarks(self, training: TrainingSpec) -> Iterator[str]:
         """Yield what is done otherwise than the job asks."""
-        if training.packing and not self.packs(training):
+        if training.packing is not False and not self.packs(training):
             yield (
                 f"no packing: rows in one sequence would affect each other in this {self.model_type} model; each is a "
                 "separate sequence, so that short rows take more steps for the same tokens"
