@@ -109,12 +109,12 @@ def bare_passes(run: Any, batches: list[Any]) -> Span:
     import torch
 
     from qlora_trainer.model.losses.loss import batch_loss
-    from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+    from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 
     run.optimizer.zero_grad(set_to_none=True)
     began = Span.now()
     for batch in batches:
-        with torch.autocast(run.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
+        with torch.autocast(run.device.type, dtype=BASE_DTYPE, cache_enabled=False):
             loss = batch_loss(run.model.get_base_model(), batch)
         loss.backward()
     passed = Span.now().minus(began)

@@ -15,7 +15,7 @@ from qlora_trainer.model.architecture.decoder import decoder_states
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.loss import row_losses
 from qlora_trainer.model.losses.preference import dpo
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.training.distributed.device import seed_step
 from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -71,7 +71,7 @@ def train(
         batches = [read_batch(data, indices, CPU) for indices in micro_batches]
         weight, summed = max(1, sum(map(objective.weight, batches))), 0.0
         for batch in batches:
-            with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
+            with torch.autocast("cpu", dtype=BASE_DTYPE, cache_enabled=False):
                 loss = objective.sums(subject.model, batch).loss / weight
             loss.backward()
             summed += float(loss.detach())
@@ -100,7 +100,7 @@ def measure(subject: Subject, data: PreparedDataset) -> Measured:
     total, weight, right = 0.0, 0, ""
     for sequences in _parts(data):
         batch = Batch.from_sequences(sequences, CPU)
-        with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
+        with torch.autocast("cpu", dtype=BASE_DTYPE, cache_enabled=False):
             losses, found = _of_pairs(subject, batch) if data.pairs else _of_rows(subject, batch, sequences)
         total, weight = total + float(losses.sum()), weight + len(losses)
         right += "".join("1" if one else "0" for one in found.tolist())

@@ -23,7 +23,7 @@ from qlora_trainer.model.families.targets import resolve_targets
 from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 
 QUANTIZATIONS: Mapping[str, QuantizationSpec] = {
     "nf4-dq": QuantizationSpec(type="nf4", double_quant=True),
@@ -108,7 +108,7 @@ def load_subject(arm: str, model: Path, bases: Path, lora: ResolvedLora, seed: i
 def load_16_bit(model: Path) -> Any:
     """The base in 16 bit, with the attention that keeps the rows of a sequence apart."""
     register_attention()
-    return load_text_part(model, dtype=COMPUTE_DTYPE, attn_implementation=ATTENTION, device_map={"": "cpu"})[0]
+    return load_text_part(model, dtype=BASE_DTYPE, attn_implementation=ATTENTION, device_map={"": "cpu"})[0]
 
 
 def _base_in_4_bit(arm: str, model: Path, bases: Path) -> Path:
@@ -132,7 +132,7 @@ def store_in_16_bit(model: nn.Module) -> None:
 
 
 def _linear(layer: Any) -> nn.Linear:
-    weight: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(COMPUTE_DTYPE)
+    weight: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(BASE_DTYPE)
     plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:

@@ -27,7 +27,7 @@ from qlora_trainer.data.read.rows import Row as DataRow
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
 from qlora_trainer.data.tokenize.chunks import TokenizedRows
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.training.distributed.device import processor
 
 EPOCHS = 2
@@ -127,7 +127,7 @@ def answers(model: Any, tokenizer_folder: Path, prompts: Sequence[str], longest:
         inputs = tokenizer(
             list(prompts[first : first + BATCH]), return_tensors="pt", padding=True, add_special_tokens=False
         )
-        with torch.no_grad(), torch.autocast("cpu", dtype=COMPUTE_DTYPE):
+        with torch.no_grad(), torch.autocast("cpu", dtype=BASE_DTYPE):
             output = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],

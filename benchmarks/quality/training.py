@@ -10,7 +10,7 @@ from qlora_api.spec.resolved import ResolvedTraining
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.loss import batch_loss
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.training.distributed.device import seed_step
 from qlora_trainer.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from qlora_trainer.training.schedule import Schedule
@@ -53,5 +53,5 @@ def mean_loss(subject: Subject, data: PreparedDataset) -> float:
 
 def _loss(network: Any, batch: Batch) -> Tensor:
     """Summed loss of a batch, as the product's loop computes it."""
-    with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
+    with torch.autocast("cpu", dtype=BASE_DTYPE, cache_enabled=False):
         return batch_loss(network, batch)

@@ -33,7 +33,7 @@ from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures
@@ -140,7 +140,7 @@ def two_steps(config: LlamaConfig, device: str, lora: ResolvedLora) -> Trained:
     for _ in range(2):
         started = time.monotonic()
         for _ in range(MICRO_BATCHES):
-            with torch.autocast(device, dtype=COMPUTE_DTYPE, cache_enabled=False):
+            with torch.autocast(device, dtype=BASE_DTYPE, cache_enabled=False):
                 loss = batch_loss(model.get_base_model(), batch) / (MICRO_BATCHES * batch.target_count)
             loss.backward()
             assert bool(torch.isfinite(loss))

@@ -9,7 +9,6 @@ from qlora_trainer.core import cpu
 from qlora_trainer.model.base import chosen_layers, layout, load
 from qlora_trainer.model.kernels.fused_lora import FusedLora
 from qlora_trainer.model.nf4 import quantization
-from qlora_trainer.training import run
 
 _WORDS = ("list", "the", "pods", "of", "every", "node", "and", "scale", "my", "shop", "to", "three", "replicas", "now")
 
@@ -22,11 +21,12 @@ def random_words(random: Random, most: int) -> str:
 def compute_in_float32(monkeypatch: pytest.MonkeyPatch, *, fused: bool = True) -> None:
     """Let the trainer compute in float32, and the loss in several chunks although the data are small.
 
-    With each LoRA layer: the fused one, by default for 16 bit only, or PEFT's, for dropout and DoRA.
+    With each LoRA layer: the fused one, or PEFT's, for dropout and DoRA. The base is not rounded to 16 bit, which the
+    reference does not do.
     """
-    for module in (load, chosen_layers, quantization, run):
-        monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
+    for module in (load, chosen_layers, quantization):
+        monkeypatch.setattr(module, "BASE_DTYPE", torch.float32)
     monkeypatch.setattr(layout.BaseLayout, "_dtype", lambda _layout, _name: "F32")
-    if fused:
-        monkeypatch.setattr(FusedLora, "_is_plain", lambda _layer, _x: torch.is_grad_enabled())
+    if not fused:
+        monkeypatch.setattr(FusedLora, "_is_plain", lambda _layer, _x: False)
     monkeypatch.setattr(cpu, "loss_chunk_tokens", lambda _device_type: 16)

@@ -10,6 +10,8 @@ from typing import Any
 # As steps do (process.py), which these tests also call in this process. Before anything loads bitsandbytes.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# The same on every processor. Tests that are of float32 set it.
+os.environ["QLORA_CPU_COMPUTE"] = "bfloat16"
 
 import pytest
 import torch

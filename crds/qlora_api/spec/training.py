@@ -17,7 +17,7 @@ ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za
 class QuantizationSpec(ApiModel):
     """How the base model is quantized: 4 bits per weight (arXiv 2305.14314).
 
-    Computation is always in bfloat16.
+    Computation is in bfloat16, on a CPU without it in float32.
     """
 
     type: Literal["nf4", "fp4"] = Field(default="nf4", description="4-bit data type: NormalFloat (nf4) or float (fp4).")

@@ -12,7 +12,7 @@ from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
 from qlora_trainer.model.adapter.attach import adapter_parameters
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.support.models.adapted import adapted
 from tests.support.models.sequences import random_sequence
@@ -33,7 +33,7 @@ FAMILIES = [
 
 def loss_of(model: Any, sequence: PackedSequence) -> Tensor:
     """The loss as the loop computes it."""
-    with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
+    with torch.autocast("cpu", dtype=BASE_DTYPE, cache_enabled=False):
         return batch_loss(model.get_base_model(), Batch.from_sequences([sequence], torch.device("cpu")))
 
 

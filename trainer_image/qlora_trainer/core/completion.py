@@ -18,6 +18,7 @@ from qlora_api.spec.output import TrackingStatus
 from qlora_api.spec.resolved import ResolvedSpec, open_settings, resolve
 from qlora_api.status import DatasetStatus, MemoryStatus, Share, Timestamp
 from qlora_api.usage import WorkStatus
+from qlora_trainer.core.cpu import ComputeType
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
@@ -221,6 +222,7 @@ class TrainRecord(ObservedModel):
     micro_batch_size: int | None = Field(
         None, description="The lower value after the GPU ran out of memory; not set if it never did."
     )
+    compute_type: ComputeType = Field("bfloat16", description="The type of matmuls; float32 on a CPU without bfloat16.")
     quantized_parameters: int | None = Field(None, description="Weights of the base that are stored in 4-bit.")
     bits_per_parameter: float | None = Field(None, description="Bits that one of them takes, constants included.")
     quantized_layers: tuple[QuantizedLayers, ...] = Field((), description="The layers that hold them, by kind.")

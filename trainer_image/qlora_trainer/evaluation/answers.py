@@ -22,7 +22,7 @@ from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.data.render.answer_span import asks_for_reasoning
 from qlora_trainer.history.samples import MAX_NEW_TOKENS, Sample, Samples
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.computation import computing
 from qlora_trainer.model.protocols import AdaptedModel
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class Answering:
 
         input_ids = torch.tensor([prompt.tokens], device=self._device)
         without = nullcontext() if adapter else self._model.disable_adapter()
-        with without, torch.no_grad(), torch.autocast(self._device.type, dtype=COMPUTE_DTYPE):
+        with without, torch.no_grad(), computing(self._model, self._device.type, cache=True):
             output = self._model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),

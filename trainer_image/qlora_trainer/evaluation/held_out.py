@@ -8,6 +8,7 @@ from qlora_trainer.core.completion import Comparison
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.loss import batch_loss
+from qlora_trainer.model.nf4.computation import computing
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
 
 MAX_TOKENS = 4096
@@ -43,10 +44,10 @@ def read_compared(data: PreparedDataset, sequences: int, device: torch.device, *
 
 @torch.no_grad()
 def mean_loss(model: Decoder, batches: Iterable[Batch]) -> float:
-    """Mean target loss of all batches, in 16 bit as in training, in eval mode."""
+    """Mean target loss of all batches, computed as in training."""
     summed, targets = 0.0, 0
     for batch in batches:
-        with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16):
+        with computing(model, batch.input_ids.device.type, cache=True):
             summed += float(batch_loss(model, batch))
         targets += batch.target_count
     return summed / max(1, targets)

@@ -46,6 +46,7 @@ def finish_run(run: Run, state: RunState) -> TrainRecord:
         peak_memory_bytes=state.peak_memory_bytes,
         ranks=run.ranks.rank_info.size,
         micro_batch_size=state.micro_batch_size,
+        compute_type=run.compute_type,
         quantized_parameters=run.storage.parameters,
         bits_per_parameter=round(run.storage.bits_per_parameter, 4),
         quantized_layers=run.storage.layers,

@@ -13,7 +13,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure
 from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.joint import joint_losses, route
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.computation import computing
 from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, is_done, note_step
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Gradient, Run, report
@@ -135,7 +135,7 @@ def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member,
         first = next(iter(shares.values())).member.run
         model, device = first.adapted_base, first.device
         with route(model, present):
-            with torch.autocast(device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
+            with computing(model, device.type):
                 losses = joint_losses(model, present)
             means = {name: loss / shares[name].weight for name, loss in losses.items()}
             torch.stack(list(means.values())).sum().backward()

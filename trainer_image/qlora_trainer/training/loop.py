@@ -294,6 +294,7 @@ def _save(run: Run, state: RunState) -> None:
                 {
                     "fingerprint": run.job.fingerprint,
                     "threads": run.threads,
+                    "computeType": run.compute_type,
                     "processor": processor(run.job.device),
                     "run": asdict(state),
                     "data": {"epoch": epoch, "sequence": sequence},

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from qlora_api.printable import first_line
-from qlora_trainer.core.context import base_name
+from qlora_trainer.core.context import Device, base_name
+from qlora_trainer.core.cpu import COMPUTE_TYPES, ComputeType
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.records import timestamp
@@ -22,7 +23,7 @@ from qlora_trainer.model.protocols import AdaptedModel, Decoder
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_time, read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
-from qlora_trainer.training.distributed.device import processor, use_device
+from qlora_trainer.training.distributed.device import own_compute_type, processor, use_device
 from qlora_trainer.training.distributed.launch import RankInfo
 from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE, shard_base
@@ -55,6 +56,7 @@ class LoadedBase:
     device: torch.device
     threads: int
     """CPU threads of this process."""
+    compute_type: ComputeType
 
 
 def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:
@@ -70,13 +72,21 @@ def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint 
 def open_base(
     job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, begun: Checkpoint | None
 ) -> LoadedBase:
-    """The job's base. The process keeps the CPU threads of the checkpoint `begun`, of this job or one beside it.
+    """The job's base. The process keeps threads and compute type of the checkpoint `begun`, of this job or one beside.
 
+    Another number or type would make another adapter, however slow this processor is in it.
     Raises StepFailure for a model that cannot keep rows apart, and must train on several together.
     """
     spec, prepared, rank_info = job.spec, job.prepared, process.ranks.rank_info
     threads = _own_threads(rank_info) if begun is None else begun.state.threads
     device = use_device(job.device, threads, rank_info.local_rank)
+    own_type = _own_compute_type(job.device, process.ranks)
+    compute_type = own_type if begun is None else begun.state.compute_type
+    if (own_type, compute_type) == ("float32", "bfloat16"):
+        logger.warning(
+            "the run began in bfloat16, which this processor has no instructions for: it goes on in it, many times "
+            "slower than a new run in float32"
+        )
     loading = job.identity.progress(
         "train",
         process.runtime.now(),
@@ -92,8 +102,14 @@ def open_base(
         # It may be larger than the GPU: shard_base moves it there block by block.
         model = load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
     else:
-        model = load_base(job.base_folder, quantization, job.device, attention=attention)
-    return LoadedBase(model, storage_of(model), device, threads)
+        model = load_base(job.base_folder, quantization, job.device, attention=attention, compute_type=compute_type)
+    return LoadedBase(model, storage_of(model), device, threads, compute_type)
+
+
+def _own_compute_type(device: Device, ranks: Ranks) -> ComputeType:
+    """Choose by the main process's processor. Others, of other nodes, compute alike."""
+    chosen = ranks.broadcast_text("compute", own_compute_type(device))
+    return next(known for known in COMPUTE_TYPES if known == chosen)
 
 
 def _own_threads(rank_info: RankInfo) -> int:
@@ -150,6 +166,7 @@ def open_on_model(
         objective=make_objective(spec.training, data, eval_data, base.device),
         history=_open_history(job, checkpoint) if ranks.is_main else None,
         threads=base.threads,
+        compute_type=base.compute_type,
         storage=base.storage,
         base_check=process.base_check,
         attempts=read_attempts(records) if ranks.is_main else (),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, nine_digits
 from qlora_api.spec.resolved import ResolvedTraining
+from qlora_trainer.core.cpu import ComputeType
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
@@ -16,7 +17,7 @@ from qlora_trainer.history.metrics_log import MetricsLog
 from qlora_trainer.model.adapter.attach import activate_adapter
 from qlora_trainer.model.base.load import Storage
 from qlora_trainer.model.losses.batch import Batch
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.computation import computing
 from qlora_trainer.model.protocols import AdaptedModel
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import Attempt, show_life
@@ -80,6 +81,8 @@ class Run:
     """None in the ranks that do not write."""
     threads: int
     """CPU threads of this rank; a resumed run uses as many, so that it adds in the same order."""
+    compute_type: ComputeType
+    """The type of matmuls; a resumed run computes in the same on every processor."""
     storage: Storage
     base_check: BaseCheck | None
     """Reads the base's files again, in one process of each node."""
@@ -117,9 +120,8 @@ class Run:
         return goodput(state.kept_seconds, spent_seconds(self.attempts, self.runtime.now()))
 
     def sums(self, batch: Batch) -> BatchSums:
-        """The objective's sums of a batch, with matmuls in 16 bit."""
-        # The cache would hold a 16-bit copy of the adapter until the loss is done: at 65B and rank 64, 1.6 GB.
-        with torch.autocast(self.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
+        """The objective's sums of a batch."""
+        with computing(self.model, self.device.type):
             return self.objective.sums(self.model, batch)
 
     def show_life(self) -> None:
@@ -193,6 +195,8 @@ def _short(figure: float | None) -> float | None:
 def _training(run: Run, state: RunState) -> str:
     if run.has_stopped_early(state):
         return f"stopped early: {state.evaluations.without_improvement} evaluations without improvement"
+    if run.compute_type != "bfloat16":
+        return f"training in {run.compute_type}"
     if state.micro_batch_size is None:
         return "training"
     return f"training with microBatchSize {state.micro_batch_size}, lowered because the GPU ran out of memory"

@@ -92,14 +92,15 @@ def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(
 def test_in_float32_output_and_gradients_are_those_of_peft(
     bias: bool, recomputed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layer is used in 16 bit only, where rounding would hide a small mistake."""
+    """No rounding hides a small mistake."""
     asked: list[torch.dtype] = []
+    dequantize = fused_lora._dequantize
 
-    def is_plain(_layer: nn.Module, x: Tensor) -> bool:
-        asked.append(x.dtype)
-        return True
+    def noted(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+        asked.append(dtype)
+        return dequantize(weight, state, dtype)
 
-    monkeypatch.setattr(fused_lora.FusedLora, "_is_plain", is_plain)
+    monkeypatch.setattr(fused_lora, "_dequantize", noted)
     settings: dict[str, Any] = {"bias": bias, "dtype": torch.float32}
     expected = results(adapted(**settings), dtype=torch.float32)
     found = results(fused(recomputed=recomputed, **settings), dtype=torch.float32)

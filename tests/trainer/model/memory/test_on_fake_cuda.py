@@ -20,7 +20,7 @@ from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.memory.backward import backward, gradients, nodes
 from qlora_trainer.model.memory.device import AMPERE, HOPPER, fake_batch, fake_cuda, on_fake_cuda
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from tests.support.families import CASES, FAMILIES
 from tests.support.models.adapted import adapted
 from tests.support.models.sequences import CPU, random_sequence
@@ -91,7 +91,7 @@ class Step:
                 layer.register_forward_pre_hook(lambda _layer, given: self.inputs.append(given[0].dtype))
         with fake_cuda(capability):
             on_fake_cuda(model)
-            with Operations() as self.forward, torch.autocast("cuda", dtype=COMPUTE_DTYPE, cache_enabled=False):
+            with Operations() as self.forward, torch.autocast("cuda", dtype=BASE_DTYPE, cache_enabled=False):
                 loss = batch_loss(model.get_base_model(), fake_batch(batch))
             self.nodes = Counter(type(node).__name__ for node in nodes(loss))
             with Operations() as self.backward:
@@ -233,7 +233,7 @@ def test_the_walk_over_the_graph_gives_the_gradients_of_the_engine(tmp_path: Pat
         torch.nn.init.normal_(parameter, std=0.1)
 
     def loss() -> Tensor:
-        with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
+        with torch.autocast("cpu", dtype=BASE_DTYPE, cache_enabled=False):
             return batch_loss(model.get_base_model(), Batch.from_sequences(SEQUENCES, CPU))
 
     expected = torch.autograd.grad(loss(), list(trained.values()))

@@ -14,7 +14,8 @@ from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use, taken_for_experts
 from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.computation import compute_dtype
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
 
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,8 +40,7 @@ def attach_adapter(
     config = _configuration(base, lora, target_modules)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     _name_origin(config, base, target_modules, base_name, base_revision)
-    for name, parameter in adapter_parameters(model).items():
-        parameter.data = parameter.data.to(tensor_dtype(name, lora))
+    _set_types(model, lora)
     fuse_lora(model, recomputed=gradient_checkpointing)
     if gradient_checkpointing:
         # Without re-entry gradients reach the adapters although the embeddings have none.
@@ -71,8 +71,14 @@ def attach_further_adapter(
     fuse_further_lora(model)
     _name_origin(config, base, target_modules, base_name, base_revision)
     activate_adapter(model, name)
-    for tensor, parameter in adapter_parameters(model).items():
-        parameter.data = parameter.data.to(tensor_dtype(tensor, lora))
+    _set_types(model, lora)
+
+
+def _set_types(model: AdaptedModel, lora: ResolvedLora) -> None:
+    """Store the adapter's parameters in their types. Whole modules compute, as the base's do."""
+    whole = compute_dtype(model)
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data = parameter.data.to(tensor_dtype(name, lora) if _is_lora(name) else whole)
 
 
 def activate_adapter(model: AdaptedModel, name: str) -> None:
@@ -124,7 +130,11 @@ def whole_modules(model: Decoder, lora: ResolvedLora) -> tuple[str, ...]:
 
 def tensor_dtype(name: str, lora: ResolvedLora) -> torch.dtype:
     """The type of a tensor in the adapter's file: 16 bit for whole modules."""
-    return ADAPTER_DTYPES[lora.dtype] if ".lora_" in name else COMPUTE_DTYPE
+    return ADAPTER_DTYPES[lora.dtype] if _is_lora(name) else BASE_DTYPE
+
+
+def _is_lora(name: str) -> bool:
+    return ".lora_" in name
 
 
 def adapter_parameters(model: AdaptedModel) -> dict[str, nn.Parameter]:
@@ -137,7 +147,7 @@ def adapter_parameters(model: AdaptedModel) -> dict[str, nn.Parameter]:
 
 
 def adapter_tensors(model: AdaptedModel) -> dict[str, Tensor]:
-    """The adapter's tensors in main memory, as its file holds them."""
+    """The adapter's tensors in main memory, as they are trained."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
 
 
@@ -153,7 +163,10 @@ def restore_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
 
 def save_adapter(model: AdaptedModel, folder: Path) -> None:
     """Write the adapter's two files into `folder`. Equal adapters give equal bytes."""
-    save_file(adapter_tensors(model), folder / ADAPTER_FILE, metadata={"format": "pt"})
+    tensors = {
+        name: tensor if _is_lora(name) else tensor.to(BASE_DTYPE) for name, tensor in adapter_tensors(model).items()
+    }
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
     if config["target_parameters"]:
         # On a base in 16 bit PEFT loads such an adapter only without dropout, which has no effect in use.

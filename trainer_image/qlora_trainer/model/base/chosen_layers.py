@@ -14,7 +14,7 @@ from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.architecture.text_part import parts_beside_text, without_weights
 from qlora_trainer.model.experts.quantizer import ExpertsConfig
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.model.source.quantization import ORIGINAL
 
@@ -32,7 +32,7 @@ def library_config(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
+        bnb_4bit_compute_dtype=BASE_DTYPE,
         bnb_4bit_quant_storage=storage_dtype,
         llm_int8_skip_modules=list(in_16_bit) or None,
     )
@@ -71,4 +71,4 @@ def require_same_layers(theirs: frozenset[str], ours: frozenset[str]) -> None:
 def unloaded_model(config_folder: Path) -> PreTrainedModel:
     """Build the model of a folder without reading its weights."""
     config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
-    return without_weights(config, dtype=COMPUTE_DTYPE)
+    return without_weights(config, dtype=BASE_DTYPE)

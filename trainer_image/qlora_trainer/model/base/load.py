@@ -15,6 +15,7 @@ from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core import cpu
 from qlora_trainer.core.completion import QuantizedLayers
 from qlora_trainer.core.context import Device
+from qlora_trainer.core.cpu import ComputeType
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.model.architecture.decoder import outer_parameters
 from qlora_trainer.model.architecture.text_part import load_text_part
@@ -23,12 +24,13 @@ from qlora_trainer.model.base.chosen_layers import library_config
 from qlora_trainer.model.experts.compute import EXPERTS, register_experts
 from qlora_trainer.model.experts.loading import load_experts
 from qlora_trainer.model.experts.routers import route_without_autocast
-from qlora_trainer.model.experts.stack import ExpertStack, expert_stacks
+from qlora_trainer.model.experts.stack import ExpertStack, Stack, expert_stacks
 from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
+from qlora_trainer.model.nf4.computation import COMPUTE_DTYPES
 from qlora_trainer.model.nf4.dequantization import correct_dequantization
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE, layer_bytes
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE, layer_bytes
 
 MIN_QUANTIZED_FRACTION = 0.98
 """Least share of the blocks' parameters in 4-bit that `quantization` stands for."""
@@ -40,11 +42,13 @@ def load_base(
     device: Device,
     storage_dtype: torch.dtype = torch.uint8,
     attention: str = ATTENTION,
+    compute_type: ComputeType = "bfloat16",
 ) -> PreTrainedModel:
     """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode. See `load_text_part`.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
-    `storage_dtype` of the packed weights is not uint8 for a base that will be sharded; it changes no value.
+    `storage_dtype` of the packed weights is not uint8 for a base that will be sharded; it changes no value. Nor does
+    `compute_type`, which matmuls are computed in.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not stored as `quantization` specifies.
     """
@@ -55,7 +59,7 @@ def load_base(
     try:
         model, report = load_text_part(
             folder,
-            dtype=COMPUTE_DTYPE,
+            dtype=BASE_DTYPE,
             attn_implementation=attention,
             experts_implementation=EXPERTS,
             device_map={"": torch.cuda.current_device() if device == "cuda" else "cpu"},
@@ -89,10 +93,24 @@ def load_base(
             layer.weight.data = layer.weight.data.reshape(-1).view(storage_dtype).unsqueeze(1)
             layer.weight.quant_storage = storage_dtype
     check_quantization(model, quantization)
+    if compute_type != "bfloat16":
+        _compute_in(model, COMPUTE_DTYPES[compute_type])
     fuse_norms(model)
     fuse_activations(model)
     route_without_autocast(model)
     return model.eval()
+
+
+def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Widen all that is in 16 bit, and make 4-bit layers compute in this type."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+        # A stack's tables are read in 16 bit, which holds their values exactly.
+        if not isinstance(module, Stack):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.dtype == BASE_DTYPE:
+                    tensor.data = tensor.data.to(dtype)
 
 
 def _copy_constants(state: QuantState) -> None:
@@ -110,7 +128,7 @@ def check_quantization(model: PreTrainedModel, quantization: QuantizationSpec) -
         state = layer.weight.quant_state if isinstance(layer.weight, Params4bit) else None
         kind = (None, None) if state is None else (state.quant_type, state.nested)
         found = (*kind, layer.compute_dtype, layer.support_avx512bf16_for_cpu)
-        wanted = (quantization.type, quantization.double_quant, COMPUTE_DTYPE, cpu.REPACKS_4BIT_LAYERS)
+        wanted = (quantization.type, quantization.double_quant, BASE_DTYPE, cpu.REPACKS_4BIT_LAYERS)
         if state is None or found != wanted:
             raise _wrongly_loaded(
                 model, f"{name} has (type, double quantization, computation, repacking) {found}, not {wanted}"

@@ -52,7 +52,7 @@ class FusedLora(Linear4bit):
     routing = Routing()
 
     def forward(self, x: Tensor, *arguments: object, **keywords: object) -> Tensor:
-        """The output x Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in autocast's type.
+        """The output x Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in the base's compute type.
 
         Raises ModelError if segments have different adapters and the layer cannot match tokens with segments.
         """
@@ -98,9 +98,9 @@ class FusedLora(Linear4bit):
             and torch.is_grad_enabled()
             and not self.disable_adapters
             and not self.merged
-            and torch.is_autocast_enabled(device)
             and x.is_floating_point()
-            and torch.get_autocast_dtype(device) == self.get_base_layer().compute_dtype
+            and (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+            == self.get_base_layer().compute_dtype
             and all(map(self._has_plain, names))
         )
 

@@ -21,7 +21,7 @@ from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.kernels.activations import fuse_activations
 from qlora_trainer.model.kernels.attention import register_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
-from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE, BLOCK, OUTER_BLOCK
 from qlora_trainer.model.protocols import AdaptedModel
 
 _IN_4_BIT = "is_loaded_in_4bit"
@@ -37,7 +37,7 @@ def adapted_skeleton(
     """The model on the meta device with its adapter and 4-bit layers."""
     register_attention()
     register_experts()
-    model = text_part(config, dtype=COMPUTE_DTYPE, attn_implementation=family.attention, experts_implementation=EXPERTS)
+    model = text_part(config, dtype=BASE_DTYPE, attn_implementation=family.attention, experts_implementation=EXPERTS)
     kept = {id(model.get_submodule(name)) for name in routing_linears(model)} | {id(model.get_output_embeddings())}
     # transformers does not quantize what a family would have in 32 bit.
     wide = list(model._keep_in_fp32_modules or ())
@@ -72,7 +72,7 @@ class Linear4bitWithoutData(Linear4bit):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.compute_dtype, self.compute_type_is_set = COMPUTE_DTYPE, True
+        self.compute_dtype, self.compute_type_is_set = BASE_DTYPE, True
         self.support_avx512bf16_for_cpu = False
         size = linear.weight.numel()
         weight: Any = nn.Parameter(torch.empty(-(-size // 2), 1, dtype=torch.uint8), requires_grad=False)
@@ -108,7 +108,7 @@ def _quant_state(linear: nn.Linear, size: int, quantization: QuantizationSpec) -
         code=torch.empty(16),
         blocksize=BLOCK,
         quant_type=quantization.type,
-        dtype=COMPUTE_DTYPE,
+        dtype=BASE_DTYPE,
         offset=None if nested is None else torch.empty(()),
         state2=nested,
     )

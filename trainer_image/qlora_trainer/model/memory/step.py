@@ -15,7 +15,7 @@ from qlora_trainer.model.losses.loss import batch_loss, row_losses
 from qlora_trainer.model.losses.preference import dpo
 from qlora_trainer.model.memory.backward import backward
 from qlora_trainer.model.memory.live_bytes import LiveBytes
-from qlora_trainer.model.nf4.quantization import COMPUTE_DTYPE
+from qlora_trainer.model.nf4.computation import computing
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
 
 
@@ -82,7 +82,7 @@ def _bytes(
         at_end: list[tuple[int, int]] = []
         hook = base.get_decoder().register_forward_hook(lambda *_: at_end.append((live.bytes, live.take_peak())))
         try:
-            with torch.autocast(device, dtype=COMPUTE_DTYPE, cache_enabled=False):
+            with computing(model, device):
                 loss = loss_of()
         finally:
             hook.remove()

@@ -110,8 +110,8 @@ class NearestValues:
         torch.bitwise_or(high << 4, low, out=packed.view(-1))
 
 
-COMPUTE_DTYPE = torch.bfloat16
-"""The type that 4-bit layers multiply in. A weight is rounded to it first."""
+BASE_DTYPE = torch.bfloat16
+"""The type that a weight is rounded to before it is quantized, and that it is dequantized to."""
 PIECE = 2**18
 """Weights that are quantized together. Each takes twelve bytes of working memory, which fit in the caches."""
 
@@ -143,7 +143,7 @@ def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Ten
         code=get_4bit_type(quantization.type, device=torch.device("cpu")),
         blocksize=BLOCK,
         quant_type=quantization.type,
-        dtype=COMPUTE_DTYPE,
+        dtype=BASE_DTYPE,
         offset=offset,
         state2=outer,
     )
@@ -157,9 +157,9 @@ def _in_pieces(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     nearest = NearestValues(kind, min(PIECE, whole))
     for first in range(0, whole, PIECE):
         end = min(first + PIECE, whole)
-        rounded = weight[first:end].to(COMPUTE_DTYPE)
+        rounded = weight[first:end].to(BASE_DTYPE)
         nearest.quantize(rounded, packed[first // 2 : end // 2], absmax[first // BLOCK : end // BLOCK])
     if whole < weight.numel():
-        rest = weight[whole:].to(COMPUTE_DTYPE)
+        rest = weight[whole:].to(BASE_DTYPE)
         packed[whole // 2 :], absmax[-1:] = torch.ops.bitsandbytes.quantize_4bit.default(rest, BLOCK, kind, torch.uint8)
     return packed, absmax

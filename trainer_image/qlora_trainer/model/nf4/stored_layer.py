@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_api.printable import shortened
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.protocols import JsonObject
-from qlora_trainer.model.nf4.quantization import BLOCK, COMPUTE_DTYPE, OUTER_BLOCK, dynamic_map
+from qlora_trainer.model.nf4.quantization import BASE_DTYPE, BLOCK, OUTER_BLOCK, dynamic_map
 
 PACKED = ""
 _STORAGE_SIZES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
@@ -94,7 +94,7 @@ class StoredTensor:
                 f"it describes {shortened(repr(found), 200)}, and must describe {wanted} with a dtype of "
                 f"{', '.join(_FLOATS)}"
             )
-        ours = json.dumps(wanted | {"dtype": str(COMPUTE_DTYPE).removeprefix("torch.")}).encode()
+        ours = json.dumps(wanted | {"dtype": str(BASE_DTYPE).removeprefix("torch.")}).encode()
         return torch.frombuffer(bytearray(ours), dtype=torch.uint8)
 
 

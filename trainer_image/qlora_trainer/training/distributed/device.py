@@ -1,5 +1,7 @@
 """The device to train on: its choice, name, random seed and used memory."""
 
+import os
+import platform
 import resource
 from pathlib import Path
 
@@ -8,10 +10,9 @@ import torch
 from bitsandbytes.cextension import lib as bitsandbytes_library
 
 from qlora_trainer.core.context import Device
+from qlora_trainer.core.cpu import BFLOAT16_UNITS, ComputeType, compute_type
 from qlora_trainer.core.failures import bad_configuration
 
-# With these, 16-bit matmuls are computed by other instructions, and add in another order.
-_UNITS = ("avx512_bf16", "amx_bf16")
 _PROCESS_MEMORY = Path("/proc/self/statm")
 FIRST_CAPABILITY = (8, 0)
 """The first compute capability with bfloat16 and PyTorch's kernel for rows."""
@@ -59,12 +60,23 @@ def _version_text(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
+def own_compute_type(device: Device) -> ComputeType:
+    """Choose the type of matmuls on this machine. Raises StepFailure if the environment has another."""
+    if device == "cuda":
+        return "bfloat16"
+    try:
+        return compute_type(platform.machine(), torch.cpu.get_capabilities(), os.environ)
+    except ValueError as error:
+        raise bad_configuration(str(error)) from error
+
+
 def processor(device: Device) -> str:
     """The kind of processor. On another kind, the same run may differ by rounding."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
     found = torch.cpu.get_capabilities()
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *(unit for unit in _UNITS if found.get(unit))])
+    # With these, 16-bit matmuls are computed by other instructions, and add in another order.
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(unit for unit in BFLOAT16_UNITS if found.get(unit))])
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from qlora_api.schema import ObservedModel
 from qlora_api.status import Bytes, Count, Timestamp
+from qlora_trainer.core.cpu import ComputeType
 from qlora_trainer.training.progress.divergence import Stability
 from qlora_trainer.training.progress.evaluations import Evaluations
 
@@ -57,6 +58,7 @@ class SavedState(ObservedModel):
     step: Count
     fingerprint: dict[str, Any] = Field(description="Everything that decides the run's adapter.")
     threads: Annotated[int, Field(ge=1, le=_MOST_THREADS, description="CPU threads of each process.")]
+    compute_type: ComputeType = Field("bfloat16", description="The type of its matmuls.")
     processor: str = Field(description="The kind of processor that computed it.")
     history_bytes: Bytes = Field(description="Length of the metrics up to it.")
     saved_at: Timestamp

@@ -1,0 +1,135 @@
+"""A run computes in float32 where the processor has no bfloat16, and keeps its type on any other processor."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.cpu import ENV_COMPUTE_TYPE, ComputeType, compute_type
+from tests.support.families import tiny_config
+from tests.support.models.mxfp4 import save_gpt_oss
+from tests.support.models.tiny import save_model
+from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
+
+UNITS = {"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "units", "asked", "chosen"),
+    [
+        ("x86_64", UNITS, None, "float32"),
+        ("x86_64", UNITS | {"avx512_bf16": True}, None, "bfloat16"),
+        ("x86_64", UNITS | {"amx_bf16": True}, None, "bfloat16"),
+        ("aarch64", {}, None, "bfloat16"),
+        ("x86_64", UNITS, "bfloat16", "bfloat16"),
+        ("x86_64", UNITS | {"amx_bf16": True}, "float32", "float32"),
+    ],
+    ids=["AVX2", "AVX512-BF16", "AMX", "ARM", "bfloat16 asked for", "float32 asked for"],
+)
+def test_the_processor_chooses_the_type_unless_the_environment_does(
+    architecture: str, units: dict[str, bool], asked: str | None, chosen: ComputeType
+) -> None:
+    environ = {} if asked is None else {ENV_COMPUTE_TYPE: asked}
+    assert compute_type(architecture, units, environ) == chosen
+
+
+def test_another_type_in_the_environment_is_rejected() -> None:
+    with pytest.raises(ValueError, match="QLORA_CPU_COMPUTE is 'fp16': must be bfloat16 or float32, or not set"):
+        compute_type("x86_64", UNITS, {ENV_COMPUTE_TYPE: "fp16"})
+
+
+Asking = Callable[[ComputeType], None]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch) -> Asking:
+    """Set the type that the next new run computes in."""
+    return lambda kind: monkeypatch.setenv(ENV_COMPUTE_TYPE, kind)
+
+
+@pytest.mark.parametrize(
+    ("spec", "begun", "other"),
+    [
+        ({}, "bfloat16", "float32"),
+        ({}, "float32", "bfloat16"),
+        ({"lora": {"dropout": 0.0, "modulesToSave": ["embed_tokens", "lm_head"]}}, "float32", "bfloat16"),
+        ({"training": {"objective": "dpo"}, "lora": {"dropout": 0.0}}, "float32", "bfloat16"),
+    ],
+    ids=["begun in bfloat16", "with dropout", "whole modules", "pairs"],
+)
+def test_a_resumed_run_ends_in_the_bytes_of_one_that_was_never_interrupted(
+    spec: dict[str, Any], begun: ComputeType, other: ComputeType, ask: Asking, tiny_llama: Path, tmp_path: Path
+) -> None:
+    pairs = "objective" in spec.get("training", {})
+    whole, parts = (prepared(tmp_path / name, tiny_llama, spec, pairs=pairs) for name in ("whole", "parts"))
+    ask(begun)
+    record = run(whole)
+    interrupted_at(parts, 2)
+    ask(other)
+
+    resumed = run(parts)
+
+    assert resumed.compute_type == record.compute_type == begun
+    assert adapter_bytes(parts) == adapter_bytes(whole)
+    assert history(parts) == history(whole)
+
+
+def both(root: Path, ask: Asking, make: Callable[[Path], StepContext]) -> list[list[float]]:
+    """Losses of the same run in each type."""
+    losses = []
+    for kind in ("bfloat16", "float32"):
+        ask(kind)
+        context = make(root / kind)
+        assert run(context).compute_type == kind
+        losses.append([line["loss"] for line in history(context) if "loss" in line])
+    return losses
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"lora": {"useDora": True, "dropout": 0.0}},
+        {"lora": {"dtype": "bfloat16", "dropout": 0.0}},
+        {"training": {"objective": "orpo"}},
+        {"training": {"optimizer": "paged_adamw_8bit", "gradientCheckpointing": False}},
+        {"quantization": {"type": "fp4", "doubleQuant": False}},
+    ],
+    ids=["DoRA", "adapter in 16 bit", "ORPO", "8-bit optimizer", "fp4"],
+)
+def test_settings_are_trained_alike_in_both_types(
+    spec: dict[str, Any], ask: Asking, tiny_llama: Path, tmp_path: Path
+) -> None:
+    pairs = "objective" in spec.get("training", {})
+    _alike(*both(tmp_path, ask, lambda root: prepared(root, tiny_llama, spec, pairs=pairs)))
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma3_text", "gemma4_text", "bloom", "bamba", "mixtral", "gpt_oss in MXFP4"]
+)
+def test_families_are_trained_alike_in_both_types(family: str, ask: Asking, tmp_path: Path) -> None:
+    model = (
+        save_gpt_oss(tmp_path / "model") if "MXFP4" in family else save_model(tmp_path / "model", tiny_config(family))
+    )
+    spec = {"lora": {"dropout": 0.0}, "training": {"maxSteps": 2}}
+    one_row = family in ("bamba", "gpt_oss in MXFP4")
+    _alike(*both(tmp_path, ask, lambda root: prepared(root, model, spec, packed=not one_row)))
+
+
+def _alike(in_bfloat16: list[float], in_float32: list[float]) -> None:
+    assert in_float32 != in_bfloat16
+    assert in_float32[:2] == pytest.approx(in_bfloat16[:2], rel=0.02)
+
+
+def test_whole_modules_are_published_in_16_bit_from_both_types(ask: Asking, tiny_llama: Path, tmp_path: Path) -> None:
+    spec = {"lora": {"dropout": 0.0, "modulesToSave": ["lm_head"]}}
+    ask("float32")
+    context = prepared(tmp_path, tiny_llama, spec)
+    run(context)
+    tensors = load_file(context.workspace.trained / "adapter_model.safetensors")
+    assert {name: tensor.dtype for name, tensor in tensors.items() if "lm_head" in name} == {
+        "base_model.model.lm_head.weight": torch.bfloat16
+    }
