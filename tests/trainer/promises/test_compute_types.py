@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.cpu import ENV_COMPUTE_TYPE, ComputeType, compute_type
+from qlora_trainer.core.file_names import SAMPLES_FILE
+from qlora_trainer.history.samples import read_samples
 from tests.support.families import tiny_config
 from tests.support.models.mxfp4 import save_gpt_oss
 from tests.support.models.tiny import save_model
@@ -124,8 +126,10 @@ def _alike(in_bfloat16: list[float], in_float32: list[float]) -> None:
     assert in_float32[:2] == pytest.approx(in_bfloat16[:2], rel=0.02)
 
 
-def test_whole_modules_are_published_in_16_bit_from_both_types(ask: Asking, tiny_llama: Path, tmp_path: Path) -> None:
-    spec = {"lora": {"dropout": 0.0, "modulesToSave": ["lm_head"]}}
+def test_a_run_in_float32_answers_and_writes_whole_modules_in_16_bit(
+    ask: Asking, tiny_llama: Path, tmp_path: Path
+) -> None:
+    spec = {"lora": {"dropout": 0.0, "modulesToSave": ["lm_head"]}, "training": {"samples": 1}}
     ask("float32")
     context = prepared(tmp_path, tiny_llama, spec)
     run(context)
@@ -133,3 +137,6 @@ def test_whole_modules_are_published_in_16_bit_from_both_types(ask: Asking, tiny
     assert {name: tensor.dtype for name, tensor in tensors.items() if "lm_head" in name} == {
         "base_model.model.lm_head.weight": torch.bfloat16
     }
+    samples = read_samples(context.workspace.report / SAMPLES_FILE)
+    assert samples is not None
+    assert len(samples.samples) == 1

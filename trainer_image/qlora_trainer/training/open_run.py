@@ -107,7 +107,12 @@ def open_base(
 
 
 def _own_compute_type(device: Device, ranks: Ranks) -> ComputeType:
-    """Choose by the main process's processor. Others, of other nodes, compute alike."""
+    """Choose by the main process's processor. Others, of other nodes, compute alike.
+
+    A base that is sharded is for GPUs, and its storage is in 16 bit.
+    """
+    if ranks.is_sharded:
+        return "bfloat16"
     chosen = ranks.broadcast_text("compute", own_compute_type(device))
     return next(known for known in COMPUTE_TYPES if known == chosen)
 
