@@ -78,6 +78,9 @@ class Limits:
     """Rank and alpha of the adapter that the run starts from, if it starts from one."""
 
 
+NO_LIMITS = Limits()
+
+
 def choose_length(lengths: Sequence[int], context: int | None) -> Choice:
     """Choose the tokens of a sequence.
 
@@ -109,7 +112,7 @@ def choose_held_out(spec: QLoRAJobSpec, rows: int) -> Choice | None:
 
 
 def choose(
-    spec: QLoRAJobSpec, sequence_length: int, rows: RowFacts, model: ModelFacts, limits: Limits = Limits()
+    spec: QLoRAJobSpec, sequence_length: int, rows: RowFacts, model: ModelFacts, limits: Limits = NO_LIMITS
 ) -> tuple[Choice, ...]:
     """Choose all other settings that the spec leaves open."""
     packing = _packing(spec, rows)

@@ -119,15 +119,13 @@ def show_forecast(plan: MemoryPlan, epoch: Epoch, gpu: GpuOfPlan, console: Conso
 
 def show_steps(spec: ResolvedSpec, epoch: Epoch, traits: Traits, console: Console) -> None:
     """Print the run's steps, learning rate and tokens."""
-    training = spec.training
     console.print()
-    for line in _lines_of_steps(training, epoch, spec.resources.gpu_count, packed=traits.packs(training)):
+    for line in _lines_of_steps(spec, epoch, packed=traits.packs(spec.training)):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _lines_of_steps(training: ResolvedTraining, epoch: Epoch, gpus: int, *, packed: bool) -> Iterator[str]:
-    per_step = training.micro_batch_size * training.gradient_accumulation_steps
-    least = ""
+def _lines_of_steps(spec: ResolvedSpec, epoch: Epoch, *, packed: bool) -> Iterator[str]:
+    training, least = spec.training, ""
     sequences = epoch.sequences
     if sequences is None and epoch.tokens is not None and packed:
         # As if each were full.
@@ -136,25 +134,42 @@ def _lines_of_steps(training: ResolvedTraining, epoch: Epoch, gpus: int, *, pack
         yield f"[bold]Steps[/]: unknown; {_least_data(training, packed=packed)}. --data counts those of the job."
     else:
         sequences = sequences or 0
-        steps = optimizer_steps(sequences, per_step, training.epochs, training.max_steps)
-        remark = few_steps_remark(
-            steps,
-            sequences,
-            micro_batch_size=training.micro_batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            epochs=training.epochs,
-            max_steps=training.max_steps,
-            gpus=gpus,
-        )
+        steps = steps_of(training, sequences)
         yield f"[bold]Steps[/]: {least}{steps:,} = {_origin(training, sequences)}."
-        if not least and training.warmup_steps >= steps:
-            warmup = f"spec.training.warmupSteps is {training.warmup_steps}"
-            yield f"[bold red]The job fails[/]: {warmup}, must be below the number of steps: lower it."
-        if remark is not None:
-            yield f"[yellow]Remark[/]: {escape(remark)}."
+        for label, text in findings(spec, sequences, at_least=bool(least)):
+            yield f"{label}: {escape(text)}."
     yield f"[bold]Learning rate[/]: {training.learning_rate:g}, {training.scheduler}."
     if epoch.tokens is not None:
         yield f"[bold]Tokens[/]: {epoch.tokens:,} in an epoch."
+
+
+def steps_of(training: ResolvedTraining, sequences: int) -> int:
+    """Count the optimizer steps of a run. `sequences`: of an epoch."""
+    per_step = training.micro_batch_size * training.gradient_accumulation_steps
+    return optimizer_steps(sequences, per_step, training.epochs, training.max_steps)
+
+
+def findings(spec: ResolvedSpec, sequences: int, *, at_least: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield a label in color and a sentence for each problem of a run's steps.
+
+    `sequences`: of an epoch, or `at_least` so many.
+    """
+    training = spec.training
+    steps = steps_of(training, sequences)
+    if not at_least and training.warmup_steps >= steps:
+        warmup = f"spec.training.warmupSteps is {training.warmup_steps}"
+        yield "[bold red]The job fails[/]", f"{warmup}, must be below the number of steps: lower it"
+    remark = few_steps_remark(
+        steps,
+        sequences,
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        gpus=spec.resources.gpu_count,
+    )
+    if remark is not None:
+        yield "[yellow]Remark[/]", remark
 
 
 def _origin(training: ResolvedTraining, sequences: int) -> str:

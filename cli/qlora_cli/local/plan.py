@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qlora_api.automatic import NO_LIMITS, Limits
 from qlora_api.choice import Choice
 from qlora_api.contract import TIGHT_EXIT_CODE, ExitCode
 from qlora_api.gpus import GPUS
@@ -44,7 +45,7 @@ from qlora_trainer.model.source.hub_config import FoundConfig, find_hub_config
 from qlora_trainer.steps.planned import assume_settings, find_traits, measure_with, require_settings
 
 FindTraits: TypeAlias = Callable[[LoraSpec], Traits]
-ChooseSettings: TypeAlias = Callable[[QLoRAJobSpec, Traits], tuple[Choice, ...]]
+ChooseSettings: TypeAlias = Callable[[QLoRAJobSpec, Traits, Limits], tuple[Choice, ...]]
 COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
 MEANING = {
     "fits": "the run fits",
@@ -118,6 +119,7 @@ def make_plan(
     measure: Measure | None = None,
     find: FindTraits | None = None,
     choose: ChooseSettings = assume_settings,
+    limits: Limits = NO_LIMITS,
 ) -> MemoryPlan:
     """The plan of a job whose model has this config.json, from a dry run.
 
@@ -127,7 +129,7 @@ def make_plan(
     traits = find_traits(config, spec.lora) if find is None else find(spec.lora)
     require_settings(traits, config, spec)
     gpu_gib = gpu_gib if gpu_gib is not None else spec.resources.gpu_gib
-    settings = choose(spec, traits)
+    settings = choose(spec, traits, limits)
     resolved = resolve(spec, settings)
     require_settings(traits, config, resolved)
     job: MeasuredJob | None = None

@@ -1,7 +1,7 @@
 """Shows the cells of a sweep, the GPU memory of each pod, and the pods at a time."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qlora_api.automatic import Limits
 from qlora_api.contract import ExitCode
 from qlora_api.gpus import GPUS
 from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.schema import Decides
-from qlora_api.spec.resolved import ResolvedSpec, open_settings
+from qlora_api.spec.resolved import ResolvedSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_api.sweep.cells import repeated_cell
 from qlora_api.sweep.halving import HalvingSpec
@@ -103,14 +104,16 @@ def make_sweep_plan(
     _require_rows_apart(document, find(template.lora))
     for cell in found:
         require_settings(find(cell.spec.lora), config, cell.spec)
-    plan_cell = _plan_cells(config, gpu_gib, find, _once(measure, find), choose)
-    known: dict[tuple[object, ...], PodPlan] = {}
+    measure = _once(measure, find)
+    known: dict[object, PodPlan] = {}
     planned = []
     for pod in pods(document.spec, found):
-        key = tuple(_decides_memory(cell) for cell in pod)
+        limits = Limits(group_size=len(pod))
+        alone = tuple(make_plan(cell.name, cell.spec, config, gpu_gib, measure, find, choose, limits) for cell in pod)
+        key = tuple(_decides_memory(plan.spec) for plan in alone)
         if key not in known:
-            known[key] = _pod_plan(pod, config, plan_cell, measure_passes)
-        planned.append(replace(known[key], cells=tuple(pod)))
+            known[key] = _pod_plan(pod, alone, config, measure_passes)
+        planned.append(replace(known[key], cells=tuple(pod), alone=alone))
     return SweepPlan(document, tuple(planned), gpu_gib if gpu_gib is not None else template.resources.gpu_gib)
 
 
@@ -121,25 +124,18 @@ def _require_rows_apart(document: QLoRASweepDocument, traits: Traits) -> None:
         raise bad_configuration(f"spec.cellsPerPod is {together}: {why}: remove cellsPerPod")
 
 
-def _decides_memory(cell: Cell) -> object:
+def _decides_memory(spec: ResolvedSpec) -> object:
     """The same for two cells of a sweep that need the same memory."""
-    spec = cell.spec
-    # Automatic settings follow from the length of the run too.
-    length = (spec.training.epochs, spec.training.max_steps) if open_settings(spec) else ()
-    of_step = tuple(Decides.DRY_RUN.settings(spec.training).items())
-    return of_step, spec.training.gradient_accumulation_steps, spec.lora.model_copy(update={"alpha": None}), length
+    return _decides_dry_run(spec), spec.training.gradient_accumulation_steps
 
 
-def _plan_cells(
-    config: Path, gpu_gib: float | None, find: FindTraits, measure: Measure, choose: ChooseSettings
-) -> Callable[[Cell], MemoryPlan]:
-    return lambda cell: make_plan(cell.name, cell.spec, config, gpu_gib, measure, find, choose)
+def _decides_dry_run(spec: ResolvedSpec) -> object:
+    return tuple(Decides.DRY_RUN.settings(spec.training).items()), spec.lora.model_copy(update={"alpha": None})
 
 
 def _pod_plan(
-    pod: Sequence[Cell], config: Path, plan_cell: Callable[[Cell], MemoryPlan], measure_passes: MeasurePasses
+    pod: Sequence[Cell], alone: tuple[MemoryPlan, ...], config: Path, measure_passes: MeasurePasses
 ) -> PodPlan:
-    alone = tuple(map(plan_cell, pod))
     known = [(plan, plan.job) for plan in alone if plan.job is not None]
     if len(known) < len(alone):
         return PodPlan(tuple(pod), alone, None, next(plan.unknown for plan in alone if plan.job is None))
@@ -167,15 +163,21 @@ def _found_once(config: Path) -> FindTraits:
 
 
 def _once(measure: Measure | None, find: FindTraits) -> Measure:
-    """The dry run, which measures what depends on the same things once only."""
-    found: dict[tuple[str, tuple[StepSize, ...]], MeasuredMemory] = {}
+    """The dry run, which measures, or fails for, what depends on the same things once only."""
+    found: dict[object, MeasuredMemory | DryRunFailed] = {}
 
     def measured(config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
-        key = (digest, tuple(sizes))
+        key = (_decides_dry_run(spec), tuple(sizes))
         if key not in found:
             run = measure or measure_with(find(spec.lora))
-            found[key] = run(config, spec, sizes, digest)
-        return found[key]
+            try:
+                found[key] = run(config, spec, sizes, digest)
+            except DryRunFailed as failure:
+                found[key] = failure
+        result = found[key]
+        if isinstance(result, DryRunFailed):
+            raise result
+        return result
 
     return measured
 
@@ -237,9 +239,14 @@ def _show_remarks(plan: SweepPlan, console: Console) -> None:
     unknown = next((pod for pod in plan.pods if pod.memory is None), None)
     if unknown is not None:
         console.print(f"[bold yellow]unknown[/]: {escape(unknown.unknown)}.")
-    alone = [(cell, each) for pod in plan.pods for cell, each in zip(pod.cells, pod.alone, strict=True)]
-    for text, count in Counter(remark for _, each in alone for remark in each.remarks).items():
-        console.print(f"[yellow]Remark[/] on {count} of {len(alone)} cells: {escape(text)}.")
+    alone = [each for pod in plan.pods for each in pod.alone]
+    show_findings([("[yellow]Remark[/]", text) for each in alone for text in each.remarks], len(alone), console)
+
+
+def show_findings(found: Iterable[tuple[str, str]], cells: int, console: Console) -> None:
+    """Print once what was found of several of `cells` cells: a label in color and a sentence."""
+    for (label, text), count in Counter(found).items():
+        console.print(f"{label} on {count} of {cells} cells: {escape(text)}.", soft_wrap=True)
 
 
 def _totals(plan: SweepPlan) -> Table:

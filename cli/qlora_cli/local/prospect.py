@@ -48,11 +48,11 @@ def show_prospect(
 def _show_choices(given: Given, console: Console) -> str:
     """Print the choices and the steps, or return why they are not known here. Raises StepFailure."""
     # These load libraries that many installations of the client lack.
+    from qlora_cli.local.automatic_settings import show_settings
     from qlora_cli.local.forecast import show_steps
     from qlora_cli.local.plan import find_config, show_remark
     from qlora_cli.local.rows import RowAccess, counted_rows
     from qlora_cli.local.run import missing_data
-    from qlora_cli.local.whole_plan import show_settings
     from qlora_trainer.steps.planned import check_config
 
     if missing := missing_data(given.spec, given.claims, given.config_maps):

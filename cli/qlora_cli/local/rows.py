@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.automatic import Limits
+from qlora_api.automatic import NO_LIMITS, Limits
 from qlora_api.choice import Choice
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, VolumeSource, parse_source
@@ -21,12 +21,14 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.resolved import ResolvedTraining, fill, open_settings
 from qlora_cli.local.forecast import Epoch
+from qlora_cli.local.run import missing_data
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, bad_dataset, model_unavailable
 from qlora_trainer.core.process import hide_gpus
 from qlora_trainer.model.families.family import Traits
 from qlora_trainer.model.source.hub_config import fetching, hub_answers, require_hub_client
+from qlora_trainer.steps.planned import assume_settings
 
 if TYPE_CHECKING:
     from qlora_trainer.data.build import ExaminedData
@@ -203,14 +205,14 @@ class CountedRows:
     of_length: tuple[Choice, ...]
     """The length of a sequence, if the job leaves it open."""
 
-    def choose(self, spec: QLoRAJobSpec, traits: Traits) -> tuple[Choice, ...]:
+    def choose(self, spec: QLoRAJobSpec, traits: Traits, limits: Limits = NO_LIMITS) -> tuple[Choice, ...]:
         """Choose the settings that a job on these rows leaves open. Raises StepFailure if it cannot train on them."""
         from qlora_trainer.data.open_settings import choose_settings
 
         if self.examined.dataset is None or self.examined.rejection:
             raise bad_dataset(self.examined.rejection)
         in_length, dataset = fill(spec, self.of_length), self.examined.dataset
-        limits = Limits(one_row=not traits.keeps_rows_apart(in_length.training.max_sequence_length))
+        limits = replace(limits, one_row=not traits.keeps_rows_apart(in_length.training.max_sequence_length))
         packed = traits.packs(in_length.training)
         return (
             *self.of_length,
@@ -248,6 +250,33 @@ def counted_rows(spec: QLoRAJobSpec, access: RowAccess, context: int | None) -> 
         if found[0].dataset is not None:
             _, of_length = build_in_length(spec, build, context)
         yield CountedRows(found[-1], of_length)
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Counts the rows of jobs, once for all with the same rows. Their files exist until `files` is closed."""
+
+    access: RowAccess
+    files: ExitStack
+    _known: dict[object, CountedRows] = field(default_factory=dict)
+
+    def of(self, spec: QLoRAJobSpec, traits: Traits) -> CountedRows:
+        """Return the rows of a job that differs from that of the access as cells do. Raises StepFailure."""
+        dataset = spec.dataset
+        by_seed = dataset.eval is None or dataset.eval.source is None or dataset.shuffle
+        key = (dataset.model_dump_json(), spec.training.seed if by_seed else None)
+        if key not in self._known:
+            mounts, access = self.access.mounts, replace(self.access, spec=spec)
+            if missing := missing_data(spec, mounts.claims, mounts.config_map_folders):
+                raise bad_configuration("\n".join(missing))
+            counted = counted_rows(spec, access, traits.context_for(spec.training))
+            self._known[key] = self.files.enter_context(counted)
+        return self._known[key]
+
+    def choose(self, spec: QLoRAJobSpec, traits: Traits, limits: Limits) -> tuple[Choice, ...]:
+        """Choose the settings that a job leaves open; assume them if it fails for its rows. Raises StepFailure."""
+        counted = self.of(spec, traits)
+        return (assume_settings if counted.examined.rejection else counted.choose)(spec, traits, limits)
 
 
 def show_lengths(spec: QLoRAJobSpec, counted: CountedRows, console: Console) -> None:

@@ -107,6 +107,13 @@ def test_the_cells_of_a_pod_are_estimated_together(tmp_path: Path) -> None:
     assert "GPUs at a time  2; when a pod has ended, each cell of it asks for one" in text
 
 
+def test_settings_are_chosen_for_as_many_cells_as_a_pod_trains(tmp_path: Path) -> None:
+    left_open = {"microBatchSize": None, "gradientAccumulationSteps": None, "maxSequenceLength": 512}
+    plan = planned(tmp_path, LLAMA_3_8B, cellsPerPod=4, template=template(training=left_open))
+    sizes = [[each.spec.training.micro_batch_size for each in pod.alone] for pod in plan.pods]
+    assert sizes == [[2] * 4, [4] * 2], "of 8 with 512 tokens"
+
+
 def test_a_pod_that_cannot_fit_is_marked_and_ends_the_plan_as_a_job_that_cannot_fit(tmp_path: Path) -> None:
     config = str(written(tmp_path, LLAMA_3_8B))
     content = manifest(cellsPerPod=4, template=template(resources={"gpuMemory": "10Gi"}))

@@ -1,5 +1,6 @@
 """Checks a model by its config.json alone, as prepare does, to plan a job. Loads no torch itself."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -8,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qlora_api.automatic import Limits, ModelFacts, assume
+from qlora_api.automatic import NO_LIMITS, Limits, ModelFacts, assume
 from qlora_api.choice import Choice
 from qlora_api.memory.model_shape import mixes_experts
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
@@ -87,12 +88,12 @@ def listed_sizes(config: Path, lora: LoraSpec) -> ModelFacts | None:
     return None if shape is None or weights is None else ModelFacts(shape.hidden_size, weights.adapter_parameters)
 
 
-def assume_settings(spec: QLoRAJobSpec, traits: Traits) -> tuple[Choice, ...]:
+def assume_settings(spec: QLoRAJobSpec, traits: Traits, limits: Limits = NO_LIMITS) -> tuple[Choice, ...]:
     """Assume what a job leaves open, as long as its rows are not known. Raises StepFailure."""
     left_open = open_settings(spec)
     if not left_open:
         return ()
-    limits = Limits(one_row=not traits.keeps_rows_apart(spec.training.max_sequence_length))
+    limits = dataclasses.replace(limits, one_row=not traits.keeps_rows_apart(spec.training.max_sequence_length))
     return assume(spec, traits.require_sizes(left_open), traits.longest_row, limits)
 
 
