@@ -7,9 +7,10 @@ from rich.console import Console
 
 from qlora_api.choice import Choice
 from qlora_api.schema import replace
+from qlora_api.sweep.cells import what_is_trained
 from qlora_api.sweep.spec import Cell
 from qlora_cli.local.forecast import findings, steps_of
-from qlora_cli.local.plan import MemoryPlan
+from qlora_cli.local.plan import MemoryPlan, show_remark
 from qlora_cli.local.plan_sweep import SweepPlan, show_findings
 from qlora_cli.local.rows import RowCounts, show_lengths
 
@@ -85,6 +86,12 @@ def _show_settings_and_steps(cells: Sequence[_CountedCell], console: Console) ->
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     found = [one for each in cells for one in findings(each.made.spec, each.sequences)]
     show_findings(found, len(cells), console)
+    same: dict[object, list[str]] = {}
+    for each in cells:
+        same.setdefault(what_is_trained(each.made.spec), []).append(each.cell.name)
+    for names in same.values():
+        if len(names) > 1:
+            show_remark(f"{' and '.join(names)} train the same adapter: keep one of them", console)
 
 
 def _shared(settings: Sequence[Sequence[Choice]]) -> list[Choice]:

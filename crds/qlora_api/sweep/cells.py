@@ -69,7 +69,7 @@ def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
     """Return a message that names two equal cells of the sweep, or None if all differ."""
     known: dict[tuple[ApiModel, ...], int] = {}
     for number, cell in enumerate(cells):
-        first = known.setdefault(_what_is_trained(cell.spec), number)
+        first = known.setdefault(what_is_trained(cell.spec), number)
         if first != number:
             later, earlier = (_place(spec, cells, each) for each in (number, first))
             return (
@@ -79,13 +79,15 @@ def repeated_cell(spec: QLoRASweepSpec, cells: Sequence[Cell]) -> str | None:
     return None
 
 
-def _what_is_trained(spec: QLoRAJobSpec) -> tuple[ApiModel, ...]:
-    """Return all settings that can differ between cells, except their places.
+def what_is_trained(spec: QLoRAJobSpec) -> tuple[ApiModel, ...]:
+    """Return all settings of a cell that decide its adapter and can differ from those of others.
 
     The names of layers are a set.
     """
     names = tuple(sorted(set(spec.lora.target_modules)))
-    return replace(spec.lora, target_modules=names), spec.training, spec.dataset
+    # Automatic, it follows from whether microBatchSize is set.
+    training = spec.training.model_copy(update={"auto_micro_batch": None})
+    return replace(spec.lora, target_modules=names), training, spec.dataset
 
 
 def _place(spec: QLoRASweepSpec, cells: Sequence[Cell], number: int) -> str:

@@ -79,6 +79,14 @@ def test_no_cell_is_listed_where_none_differs(plan: Plan) -> None:
     assert "\n  s-00" not in output
 
 
+def test_cells_that_set_what_another_leaves_to_the_rule_train_the_same_adapter(plan: Plan) -> None:
+    chosen = automatic(plan("QLoRAJob", SPEC))
+    numbers = {name: json.loads(chosen[name]) for name in ("epochs", "microBatchSize", "learningRate")}
+    output = plan("QLoRASweep", sweep({}, {"epochs": numbers["epochs"] + 1}, numbers))
+    assert output.count("train the same adapter") == 1
+    assert "\nRemark: s-00 and s-02 train the same adapter: keep one of them.\n" in output
+
+
 def test_a_cell_with_other_data_follows_its_own_rows(plan: Plan) -> None:
     few = {"source": "pvc://data/few.jsonl"}
     output = plan("QLoRASweep", sweep({}, {"dataset": few}, {"dataset": few, "maxSteps": 8}, **ALL))
