@@ -44,7 +44,7 @@ def read_compared(data: PreparedDataset, sequences: int, device: torch.device, *
 
 @torch.no_grad()
 def mean_loss(model: Decoder, batches: Iterable[Batch]) -> float:
-    """Mean target loss of all batches, computed as in training."""
+    """Mean target loss of all batches, in the type that the model computes in."""
     summed, targets = 0.0, 0
     for batch in batches:
         with computing(model, batch.input_ids.device.type, cache=True):

@@ -9,7 +9,7 @@ from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device, base_name
 from qlora_trainer.core.cpu import COMPUTE_TYPES, ComputeType
 from qlora_trainer.core.environment import available_cpus
-from qlora_trainer.core.failures import damaged
+from qlora_trainer.core.failures import bad_configuration, damaged
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.history.metrics_log import MetricsLog
@@ -82,11 +82,8 @@ def open_base(
     device = use_device(job.device, threads, rank_info.local_rank)
     own_type = _own_compute_type(job.device, process.ranks)
     compute_type = own_type if begun is None else begun.state.compute_type
-    if (own_type, compute_type) == ("float32", "bfloat16"):
-        logger.warning(
-            "the run began in bfloat16, which this processor has no instructions for: it goes on in it, many times "
-            "slower than a new run in float32"
-        )
+    if own_type != compute_type:
+        logger.warning("the run goes on in %s, as it began; a new one would be in %s here", compute_type, own_type)
     loading = job.identity.progress(
         "train",
         process.runtime.now(),
@@ -199,6 +196,11 @@ def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
             f"{checkpoint.path} does not fit the job ({first_line(error)}): delete that folder, and the job resumes "
             "from the checkpoint before it, or from its first step"
         ) from error
+    if checkpoint.state.compute_type != run.compute_type:
+        raise bad_configuration(
+            f"{checkpoint.path} was computed in {checkpoint.state.compute_type}, and the jobs that train together with "
+            f"this one compute in {run.compute_type}: train it alone"
+        )
     before, here = checkpoint.state.processor, processor(run.job.device)
     if before != here:
         logger.warning(

@@ -47,8 +47,8 @@ def load_base(
     """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode. See `load_text_part`.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
-    `storage_dtype` of the packed weights is not uint8 for a base that will be sharded; it changes no value. Nor does
-    `compute_type`, which matmuls are computed in.
+    `storage_dtype` of the packed weights is not uint8 for a base that will be sharded; it changes no value.
+    `compute_type`: what weights are dequantized to and matmuls computed in. The bytes of the base are the same.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not stored as `quantization` specifies.
     """
@@ -102,10 +102,10 @@ def load_base(
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Widen all that is in 16 bit, and make 4-bit layers compute in this type."""
+    """Widen all that is in 16 bit, and make 4-bit layers dequantize to this type and compute in it."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.compute_dtype = dtype
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
         # A stack's tables are read in 16 bit, which holds their values exactly.
         if not isinstance(module, Stack):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):

@@ -111,7 +111,7 @@ class NearestValues:
 
 
 BASE_DTYPE = torch.bfloat16
-"""The type that a weight is rounded to before it is quantized, and that it is dequantized to."""
+"""The type that a weight is rounded to before it is quantized, and that it is dequantized to in 16-bit runs."""
 PIECE = 2**18
 """Weights that are quantized together. Each takes twelve bytes of working memory, which fit in the caches."""
 
