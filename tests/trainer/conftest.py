@@ -27,6 +27,7 @@ from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.family import Family
+from qlora_trainer.model.memory import dry_run
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.source.files import CONFIG
 from qlora_trainer.steps import prepare_model
@@ -57,7 +58,10 @@ def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _a_model_is_inspected_and_measured_once() -> Iterator[None]:
-    """Cache what forks find by their input: hundreds of tests prepare the same tiny models."""
+    """Cache what forks find by their input: hundreds of tests prepare the same tiny models.
+
+    Tests replace what inspects and measures.
+    """
     found: dict[tuple[Any, ...], MeasuredMemory] = {}
     families: dict[tuple[Any, ...], Family] = {}
     inspect_within_limits = admission.inspect_model
@@ -66,7 +70,7 @@ def _a_model_is_inspected_and_measured_once() -> Iterator[None]:
         config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
     ) -> MeasuredMemory:
         settings = (part.model_dump_json() for part in (spec.lora, spec.training, spec.quantization))
-        key = (config.read_bytes(), *settings, *sizes, digest, family)
+        key = (vars(dry_run)["within_limits"], config.read_bytes(), *settings, *sizes, digest, family)
         if key not in found:
             found[key] = measure_within_limits(config, spec, sizes, digest, family)
         return found[key]
@@ -74,9 +78,8 @@ def _a_model_is_inspected_and_measured_once() -> Iterator[None]:
     def inspect(folder: Path, lora: ResolvedLora) -> Family:
         if not (folder / CONFIG).is_file():
             return inspect_within_limits(folder, lora)
-        # Tests replace what inspects.
         files = (path.read_bytes() for path in (folder / CONFIG, folder / "tokenizer_config.json") if path.is_file())
-        key = (vars(admission)["_inspect"], *files, lora.model_dump_json())
+        key = (vars(admission)["_inspect"], vars(admission)["within_limits"], *files, lora.model_dump_json())
         if key not in families:
             families[key] = inspect_within_limits(folder, lora)
         return families[key]
