@@ -25,6 +25,8 @@ def test_pytorch_names_the_instructions_so() -> None:
     assert torch.cpu.get_capabilities().keys() >= set(BFLOAT16_UNITS)
 
 
+# After them, a process that another test forks waits for ever: the threads of float32 matmuls are not forked.
+pytestmark = pytest.mark.slow
 UNITS = {"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}
 
 
