@@ -80,9 +80,11 @@ def test_no_cell_is_listed_where_none_differs(plan: Plan) -> None:
 
 
 def test_cells_that_set_what_another_leaves_to_the_rule_train_the_same_adapter(plan: Plan) -> None:
-    chosen = automatic(plan("QLoRAJob", SPEC))
-    numbers = {name: json.loads(chosen[name]) for name in ("epochs", "microBatchSize", "learningRate")}
-    output = plan("QLoRASweep", sweep({}, {"epochs": numbers["epochs"] + 1}, numbers))
+    long = {"epochs": 20}
+    chosen = automatic(plan("QLoRAJob", SPEC | {"training": long}))
+    assert chosen["autoMicroBatch"] == "true", "false if microBatchSize is set"
+    same = long | {name: json.loads(chosen[name]) for name in ("microBatchSize", "learningRate")}
+    output = plan("QLoRASweep", sweep(long, {}, same))
     assert output.count("train the same adapter") == 1
     assert "\nRemark: s-00 and s-02 train the same adapter: keep one of them.\n" in output
 
