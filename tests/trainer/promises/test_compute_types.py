@@ -25,8 +25,6 @@ def test_pytorch_names_the_instructions_so() -> None:
     assert torch.cpu.get_capabilities().keys() >= set(BFLOAT16_UNITS)
 
 
-# After them, a process that another test forks waits for ever: the threads of float32 matmuls are not forked.
-pytestmark = pytest.mark.slow
 UNITS = {"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}
 
 
@@ -126,7 +124,7 @@ def test_settings_are_trained_alike_in_both_types(
     spec: dict[str, Any], ask: Asking, tiny_llama: Path, tmp_path: Path
 ) -> None:
     pairs = "objective" in spec.get("training", {})
-    _alike(*both(tmp_path, ask, lambda root: prepared(root, tiny_llama, spec, pairs=pairs)))
+    _require_alike(*both(tmp_path, ask, lambda root: prepared(root, tiny_llama, spec, pairs=pairs)))
 
 
 @pytest.mark.parametrize(
@@ -138,10 +136,10 @@ def test_families_are_trained_alike_in_both_types(family: str, ask: Asking, tmp_
     )
     spec = {"lora": {"dropout": 0.0}, "training": {"maxSteps": 2}}
     one_row = family in ("bamba", "gpt_oss in MXFP4")
-    _alike(*both(tmp_path, ask, lambda root: prepared(root, model, spec, packed=not one_row)))
+    _require_alike(*both(tmp_path, ask, lambda root: prepared(root, model, spec, packed=not one_row)))
 
 
-def _alike(in_bfloat16: dict[str, float], in_float32: dict[str, float]) -> None:
+def _require_alike(in_bfloat16: dict[str, float], in_float32: dict[str, float]) -> None:
     assert in_float32 != in_bfloat16
     assert in_float32["loss"] == pytest.approx(in_bfloat16["loss"], rel=0.01)
     assert in_float32["gradNorm"] == pytest.approx(in_bfloat16["gradNorm"], rel=0.05)

@@ -211,6 +211,7 @@ def test_those_that_are_trained_already_take_no_part(tiny_llama: Path, tmp_path:
     assert again == expected
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_command_reports_each_job_by_uid_and_their_steps_find_them_trained(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
