@@ -10,13 +10,12 @@ dequantization and 2 % of a step, and matmuls in two halves save 3 %.
 
 from collections.abc import Mapping
 from ctypes.util import find_library
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from qlora_api.contract import CPU_ALLOCATOR, GPU_LOSS_CHUNK_TOKENS
 
 ComputeType = Literal["bfloat16", "float32"]
 """The type that matmuls are computed in."""
-COMPUTE_TYPES: tuple[ComputeType, ...] = ("bfloat16", "float32")
 ENV_COMPUTE_TYPE = "QLORA_CPU_COMPUTE"
 """Overrides the choice by the processor, of a run that has no checkpoint yet."""
 BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16")
@@ -52,9 +51,9 @@ def compute_type(architecture: str, units: Mapping[str, object], environ: Mappin
     """
     asked = environ.get(ENV_COMPUTE_TYPE)
     if asked is not None:
-        if asked not in COMPUTE_TYPES:
-            raise ValueError(f"{ENV_COMPUTE_TYPE} is {asked!r}: must be {' or '.join(COMPUTE_TYPES)}, or not set")
-        return next(known for known in COMPUTE_TYPES if known == asked)
+        if asked not in (known := get_args(ComputeType)):
+            raise ValueError(f"{ENV_COMPUTE_TYPE} is {asked!r}: must be {' or '.join(known)}, or not set")
+        return cast("ComputeType", asked)
     has_units = architecture not in ("x86_64", "AMD64") or any(units.get(unit) for unit in BFLOAT16_UNITS)
     return "bfloat16" if has_units else "float32"
 

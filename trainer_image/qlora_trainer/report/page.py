@@ -155,9 +155,7 @@ def _figures(job: TrainedJob, history: MetricsHistory, merged: MergedStatus | No
         stored = f"{trained.quantized_parameters or 0:,} stored in 4-bit, constants included"
         figures.append(Figure("Bits per weight", f"{trained.bits_per_parameter:.3f}", stored))
     if trained.compute_type != "bfloat16":
-        figures.append(
-            Figure("Computed in", trained.compute_type, "the processor of the first attempt has no bfloat16")
-        )
+        figures.append(Figure("Computed in", trained.compute_type, "as the first attempt chose for its processor"))
     if trained.goodput is not None:
         starts = "in one attempt" if trained.attempts == 1 else f"in {trained.attempts} attempts"
         figures.append(Figure("Goodput", f"{trained.goodput:.1%}", f"of the time {starts} is in the adapter"))

@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device, base_name
-from qlora_trainer.core.cpu import COMPUTE_TYPES, ComputeType
+from qlora_trainer.core.cpu import ComputeType
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import bad_configuration, damaged
 from qlora_trainer.core.records import timestamp
@@ -110,8 +111,7 @@ def _own_compute_type(device: Device, ranks: Ranks) -> ComputeType:
     """
     if ranks.is_sharded:
         return "bfloat16"
-    chosen = ranks.broadcast_text("compute", own_compute_type(device))
-    return next(known for known in COMPUTE_TYPES if known == chosen)
+    return cast("ComputeType", ranks.broadcast_text("compute", own_compute_type(device)))
 
 
 def _own_threads(rank_info: RankInfo) -> int:
