@@ -1,4 +1,4 @@
-"""Counts the optimizer steps of a run, and remarks on few.
+"""Counts the optimizer steps of a run, and remarks on few steps and evaluations.
 
 Trainer and command line share it.
 """
@@ -6,9 +6,11 @@ Trainer and command line share it.
 from collections.abc import Iterator
 from math import ceil
 
+from qlora_api.spec.resolved import ResolvedTraining
+
 FEW_STEPS, VERY_FEW_STEPS = 100, 20
-STEPS = "the run makes "
-"""The beginning of each remark."""
+STEPS, EVALUATIONS = "the run makes ", "spec.training.evalEverySteps"
+"""The beginnings of the remarks."""
 _MANY_EPOCHS = 10
 
 
@@ -17,31 +19,29 @@ def optimizer_steps(sequences: int, sequences_per_step: int, epochs: int | None,
     return max_steps or (epochs or 1) * ceil(sequences / sequences_per_step)
 
 
-def few_steps_remark(
-    steps: int,
-    sequences: int,
-    *,
-    micro_batch_size: int,
-    gradient_accumulation_steps: int,
-    epochs: int | None,
-    max_steps: int | None,
-    gpus: int = 1,
-) -> str | None:
+def remarks_on_steps(training: ResolvedTraining, steps: int, sequences: int, gpus: int) -> tuple[str, ...]:
+    """Return remarks on few optimizer steps and evaluations. The arguments are those of `few_steps_remark`."""
+    found = (few_steps_remark(training, steps, sequences, gpus), too_few_evaluations(training, steps))
+    return tuple(remark for remark in found if remark is not None)
+
+
+def few_steps_remark(training: ResolvedTraining, steps: int, sequences: int, gpus: int) -> str | None:
     """Return a remark on a run of fewer than 100 steps, or None.
 
     `steps`: of the whole run; `sequences`: of one epoch; `gpus`: those that share the micro batches of a step.
     """
     if steps >= FEW_STEPS:
         return None
-    if max_steps is not None:
-        reason, remedy = f"maxSteps: {max_steps}", f"raise maxSteps to {FEW_STEPS} or more"
+    if training.max_steps is not None:
+        reason, remedy = f"maxSteps: {training.max_steps}", f"raise maxSteps to {FEW_STEPS} or more"
     else:
-        passes = epochs or 1
+        micro, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
+        passes = training.epochs or 1
         reason = (
             f"{passes} epoch{'s' * (passes != 1)} × {sequences} sequences / "
-            f"(microBatchSize {micro_batch_size} × gradientAccumulationSteps {gradient_accumulation_steps})"
+            f"(microBatchSize {micro} × gradientAccumulationSteps {accumulation})"
         )
-        remedy = ", ".join(_changes(sequences, micro_batch_size, gradient_accumulation_steps, passes, gpus))
+        remedy = ", ".join(_changes(sequences, micro, accumulation, passes, gpus))
     effect = "an adapter learns next to nothing" if steps < VERY_FEW_STEPS else "many adapters learn too little"
     return f"{STEPS}{steps} optimizer step{'s' * (steps != 1)} ({reason}), so that {effect}: {remedy}"
 
@@ -63,3 +63,25 @@ def _changes(sequences: int, micro_batch_size: int, accumulation: int, epochs: i
     if more > epochs:
         rows = ", or add rows" if more > _MANY_EPOCHS else ""
         yield f"epochs: {more} {'then' if changed else 'makes'} {more * of_epoch(fewer)}{rows}"
+
+
+def too_few_evaluations(training: ResolvedTraining, total_steps: int) -> str | None:
+    """A remark for the user on a run of `total_steps` steps whose settings need more evaluations, or None.
+
+    The run is evaluated at its start and its end in any case. The remark begins with the name of the setting.
+    """
+    every, stopping = training.eval_every_steps, training.early_stopping
+    if every is None:
+        return None
+    between, without_effect = (total_steps - 1) // every, []
+    if training.keep == "best" and not between:
+        without_effect.append("keep: best has only the last adapter to choose from")
+    if stopping is not None and between < stopping.patience:
+        without_effect.append(f"earlyStopping with patience {stopping.patience} ends nothing early")
+    if not without_effect:
+        return None
+    found = f"{between or 'no'} evaluation{'' if between == 1 else 's'}"
+    return (
+        f"{EVALUATIONS} is {every} and the run has {total_steps} steps, with {found} between its start and its end: "
+        f"{' and '.join(without_effect)}; lower evalEverySteps if that is not intended"
+    )

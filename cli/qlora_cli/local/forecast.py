@@ -29,7 +29,7 @@ from qlora_api.gpus import find_gpu
 from qlora_api.kubernetes_values import GPU_MEMORY, gibibytes
 from qlora_api.profile import Profile
 from qlora_api.spec.resolved import ResolvedSpec, ResolvedTraining
-from qlora_api.steps import FEW_STEPS, few_steps_remark, optimizer_steps
+from qlora_api.steps import EVALUATIONS, FEW_STEPS, optimizer_steps, remarks_on_steps
 from qlora_cli.local.plan import MemoryPlan
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.families.family import Traits
@@ -154,22 +154,15 @@ def findings(spec: ResolvedSpec, sequences: int, *, at_least: bool = False) -> I
 
     `sequences`: of an epoch, or `at_least` so many.
     """
-    training = spec.training
+    training, gpus = spec.training, spec.resources.gpu_count
     steps = steps_of(training, sequences)
     if not at_least and training.warmup_steps >= steps:
         warmup = f"spec.training.warmupSteps is {training.warmup_steps}"
         yield "[bold red]The job fails[/]", f"{warmup}, must be below the number of steps: lower it"
-    remark = few_steps_remark(
-        steps,
-        sequences,
-        micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-        gpus=spec.resources.gpu_count,
-    )
-    if remark is not None:
-        yield "[yellow]Remark[/]", remark
+    for remark in remarks_on_steps(training, steps, sequences, gpus):
+        # More steps have more evaluations.
+        if not (at_least and remark.startswith(EVALUATIONS)):
+            yield "[yellow]Remark[/]", remark
 
 
 def _origin(training: ResolvedTraining, sequences: int) -> str:

@@ -5,16 +5,17 @@ from typing import Any
 import pytest
 
 from qlora_api.steps import few_steps_remark, optimizer_steps
+from tests.support.resolved import resolved_training
 
-DEFAULTS: dict[str, Any] = {"micro_batch_size": 1, "gradient_accumulation_steps": 16, "epochs": None, "max_steps": None}
 NOTHING, LITTLE = "an adapter learns next to nothing", "many adapters learn too little"
 
 
 def remark(sequences: int, **settings: Any) -> str | None:
-    chosen = DEFAULTS | settings
-    per_step = chosen["micro_batch_size"] * chosen["gradient_accumulation_steps"]
-    steps = optimizer_steps(sequences, per_step, chosen["epochs"], chosen["max_steps"])
-    return few_steps_remark(steps, sequences, **chosen)
+    gpus = settings.pop("gpus", 1)
+    training = resolved_training(**settings)
+    per_step = training.micro_batch_size * training.gradient_accumulation_steps
+    steps = optimizer_steps(sequences, per_step, training.epochs, training.max_steps)
+    return few_steps_remark(training, steps, sequences, gpus)
 
 
 EPOCH = "(1 epoch × {} sequences / (microBatchSize 1 × gradientAccumulationSteps 16)), so that"

@@ -86,6 +86,19 @@ def test_a_plan_names_the_steps_and_their_origin(
         assert line in output
 
 
+def test_evaluations_that_leave_settings_without_effect_are_remarked_on_where_the_steps_are_known(
+    tmp_path: Path,
+) -> None:
+    def shown(length: dict[str, int], *options: str) -> str:
+        training = TRAINING | {"evalEverySteps": 12, "keep": "best"} | length
+        return planned(tmp_path, with_value(JOB, "spec.training", training), *options).output
+
+    words = "Remark: spec.training.evalEverySteps is 12 and the run has 12 steps, with no evaluations between its start"
+    assert words in shown({"maxSteps": 12})
+    assert "Remark: spec.training.evalEverySteps" not in shown({"maxSteps": 13})
+    assert "Remark: spec.training.evalEverySteps" not in shown({"epochs": 1}, "--tokens=1000"), "perhaps more steps"
+
+
 def test_speed_and_price_may_come_from_a_profile_of_any_release(tmp_path: Path) -> None:
     spec = {"image": "trainer", "gpuTflops": 0.01, "gpuHourPrice": "2.50", "currency": "EUR", "newer": True}
     profile = tmp_path / "profile.yaml"

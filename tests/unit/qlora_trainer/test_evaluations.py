@@ -4,7 +4,8 @@ import pytest
 
 from qlora_api.spec.resolved import ResolvedTraining
 from qlora_api.spec.training import EarlyStoppingSpec
-from qlora_trainer.training.progress.evaluations import expected_end, too_few_evaluations
+from qlora_api.steps import too_few_evaluations
+from qlora_trainer.training.progress.evaluations import expected_end
 from tests.support.resolved import resolved_training
 
 Curve = list[tuple[int, float]]

@@ -11,7 +11,7 @@ from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedTraining
 from qlora_api.status import DatasetStatus
-from qlora_api.steps import STEPS, few_steps_remark
+from qlora_api.steps import EVALUATIONS, STEPS, remarks_on_steps
 from qlora_api.usage import WorkStatus
 from qlora_trainer.core.completion import PrepareRecord, asked_sha256
 from qlora_trainer.core.context import Mounts
@@ -26,7 +26,6 @@ from qlora_trainer.model.base.artifact import is_present
 from qlora_trainer.model.base.cache import is_whole
 from qlora_trainer.model.memory.fit import MemoryFit
 from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
-from qlora_trainer.training.progress.evaluations import EVALUATIONS, too_few_evaluations
 from qlora_trainer.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -62,16 +61,7 @@ def check_steps(training: ResolvedTraining, gpus: int, data_folder: Path) -> tup
             f"it never trains at learningRate: set warmupSteps below {steps}, or train for more than "
             f"{training.warmup_steps} steps (a higher epochs or maxSteps, or a lower gradientAccumulationSteps)"
         )
-    few = few_steps_remark(
-        steps,
-        len(data) // max(1, len(data.epoch_offsets) - 1),
-        micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-        gpus=gpus,
-    )
-    remarks = tuple(remark for remark in (few, too_few_evaluations(training, steps)) if remark is not None)
+    remarks = remarks_on_steps(training, steps, len(data) // max(1, len(data.epoch_offsets) - 1), gpus)
     for remark in remarks:
         logger.warning("%s", remark)
     return remarks

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from qlora_api.spec.resolved import ResolvedTraining
 from qlora_api.spec.training import EarlyStoppingSpec
 
-EVALUATIONS = "spec.training.evalEverySteps"
-
 
 @dataclass(frozen=True)
 class Evaluations:
@@ -71,25 +69,3 @@ def expected_end(training: ResolvedTraining, planned_steps: int, curve: Iterable
             end = step
             break
     return end, adapter_to_keep(training, evaluations, end, None).step
-
-
-def too_few_evaluations(training: ResolvedTraining, total_steps: int) -> str | None:
-    """A remark for the user on a run of `total_steps` steps whose settings need more evaluations, or None.
-
-    The run is evaluated at its start and its end in any case. The remark begins with the name of the setting.
-    """
-    every, stopping = training.eval_every_steps, training.early_stopping
-    if every is None:
-        return None
-    between, without_effect = (total_steps - 1) // every, []
-    if training.keep == "best" and not between:
-        without_effect.append("keep: best has only the last adapter to choose from")
-    if stopping is not None and between < stopping.patience:
-        without_effect.append(f"earlyStopping with patience {stopping.patience} ends nothing early")
-    if not without_effect:
-        return None
-    found = f"{between or 'no'} evaluation{'' if between == 1 else 's'}"
-    return (
-        f"{EVALUATIONS} is {every} and the run has {total_steps} steps, with {found} between its start and its end: "
-        f"{' and '.join(without_effect)}; lower evalEverySteps if that is not intended"
-    )
