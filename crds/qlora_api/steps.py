@@ -33,7 +33,7 @@ def few_steps_remark(training: ResolvedTraining, steps: int, sequences: int, gpu
     if steps >= FEW_STEPS:
         return None
     if training.max_steps is not None:
-        reason, remedy = f"maxSteps: {training.max_steps}", f"raise maxSteps to {FEW_STEPS} or more"
+        reason, remedy = f"maxSteps: {training.max_steps}", f"maxSteps: {FEW_STEPS} or more makes enough"
     else:
         micro, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
         passes = training.epochs or 1
@@ -43,7 +43,8 @@ def few_steps_remark(training: ResolvedTraining, steps: int, sequences: int, gpu
         )
         remedy = ", ".join(_changes(sequences, micro, accumulation, passes, gpus))
     effect = "an adapter learns next to nothing" if steps < VERY_FEW_STEPS else "many adapters learn too little"
-    return f"{STEPS}{steps} optimizer step{'s' * (steps != 1)} ({reason}), so that {effect}: {remedy}"
+    # Another run: this one may have begun, and keeps its settings then.
+    return f"{STEPS}{steps} optimizer step{'s' * (steps != 1)} ({reason}), so that {effect}: a run with {remedy}"
 
 
 def _changes(sequences: int, micro_batch_size: int, accumulation: int, epochs: int, gpus: int) -> Iterator[str]:
@@ -83,5 +84,5 @@ def too_few_evaluations(training: ResolvedTraining, total_steps: int) -> str | N
     found = f"{between or 'no'} evaluation{'' if between == 1 else 's'}"
     return (
         f"{EVALUATIONS} is {every} and the run has {total_steps} steps, with {found} between its start and its end: "
-        f"{' and '.join(without_effect)}; lower evalEverySteps if that is not intended"
+        f"{' and '.join(without_effect)}; a run with a lower evalEverySteps has more"
     )

@@ -34,14 +34,14 @@ THRICE = "(3 epochs × 3 sequences / (microBatchSize 2 × gradientAccumulationSt
             f"6 optimizer steps {THRICE}",
             "epochs: 50 makes 100, or add rows",
         ),
-        (500, {"max_steps": 19}, "19 optimizer steps (maxSteps: 19), so that", "raise maxSteps to 100 or more"),
+        (500, {"max_steps": 19}, "19 optimizer steps (maxSteps: 19), so that", "maxSteps: 100 or more makes enough"),
     ],
 )
 def test_few_steps_are_reported_with_their_reason_and_remedies(
     sequences: int, settings: dict[str, Any], made: str, remedy: str
 ) -> None:
     effect = LITTLE if int(made.split()[0]) >= 20 else NOTHING
-    assert remark(sequences, **settings) == f"the run makes {made.format(sequences)} {effect}: {remedy}"
+    assert remark(sequences, **settings) == f"the run makes {made.format(sequences)} {effect}: a run with {remedy}"
 
 
 def test_a_hundred_steps_are_not_few() -> None:
@@ -60,7 +60,7 @@ def test_the_promised_steps_are_those_of_the_changed_settings(sequences: int, ep
     found = remark(sequences, epochs=epochs)
     assert found is not None
     changed: dict[str, Any] = {"epochs": epochs}
-    for change in found.rpartition("nothing: " if "nothing: " in found else "little: ")[2].split(", "):
+    for change in found.rpartition(": a run with ")[2].split(", "):
         if change == "or add rows":
             continue
         name, value, _, promised = change.replace(":", "").split()

@@ -73,7 +73,7 @@ def test_a_named_gpu_gives_memory_and_speed(tmp_path: Path) -> None:
                 "Learning rate: 0.0002, constant",
             ],
         ),
-        ({"maxSteps": 30}, [], ["Steps: 30 = spec.training.maxSteps", "raise maxSteps to 100 or more"]),
+        ({"maxSteps": 30}, [], ["Steps: 30 = spec.training.maxSteps", "maxSteps: 100 or more makes enough"]),
     ],
 )
 def test_a_plan_names_the_steps_and_their_origin(

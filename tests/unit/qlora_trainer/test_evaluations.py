@@ -86,7 +86,7 @@ def test_settings_that_need_more_evaluations_than_the_run_has_are_named(
         assert remark is None
         return
     said = f"spec.training.evalEverySteps is 10 and the run has {steps} steps, with {found} between its start and its"
-    assert remark == f"{said} end: {without_effect}; lower evalEverySteps if that is not intended"
+    assert remark == f"{said} end: {without_effect}; a run with a lower evalEverySteps has more"
 
 
 def test_a_run_with_too_few_evaluations_ends_as_in_the_remark() -> None:
