@@ -8,9 +8,10 @@ of QLoRA (arXiv 2305.14314, section 5) for large data, and a learning rate that 
 at 576, and near the rates that QLoRA published for wide models.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import TypeAlias
 
 from qlora_api.choice import Choice
 from qlora_api.spec.job import QLoRAJobSpec
@@ -74,11 +75,15 @@ class Limits:
     """Whether a micro batch must have one row."""
     group_size: int = 1
     """How many jobs are trained together in the same passes, itself included."""
+    micro_batch: int | None = None
+    """Sequences of a pass that the GPU has room for, None for any number."""
     adapter: Mapping[str, int] | None = None
     """Rank and alpha of the adapter that the run starts from, if it starts from one."""
 
 
 NO_LIMITS = Limits()
+Choose: TypeAlias = Callable[[Limits], tuple[Choice, ...]]
+"""Chooses all settings that a job leaves open."""
 
 
 def choose_length(lengths: Sequence[int], context: int | None) -> Choice:
@@ -149,20 +154,6 @@ def assume(spec: QLoRAJobSpec, model: ModelFacts, context: int | None, limits: L
     return tuple(Choice(setting=each.setting, value=each.value, reason=ASSUMED) for each in chosen)
 
 
-def smaller_micro_batch(choices: Sequence[Choice], gpu_gib: float) -> tuple[Choice, ...]:
-    """Divide the chosen micro batch for a GPU of that memory, with the same sequences a step where they are chosen."""
-    values = {each.setting: each for each in choices}
-    micro, steps = int(values[_MICRO_BATCH].value), values.get(_ACCUMULATION)
-    smaller = next(size for size in range(micro // 2, 0, -1) if micro % size == 0)
-    values[_MICRO_BATCH] = Choice.of(_MICRO_BATCH, smaller, f"fits a GPU of {round(gpu_gib, 1):g} GiB")
-    if steps is not None:
-        # Still a multiple of the GPUs.
-        values[_ACCUMULATION] = Choice.of(_ACCUMULATION, int(steps.value) * (micro // smaller), steps.reason)
-    if smaller == 1 and _HALVING in values:
-        values[_HALVING] = Choice.of(_HALVING, False, "")
-    return tuple(values.values())
-
-
 def _lora(spec: QLoRAJobSpec, rows: RowFacts, model: ModelFacts, limits: Limits) -> Iterator[Choice]:
     lora, rank = spec.lora, spec.lora.rank
     if limits.adapter is not None:
@@ -225,7 +216,7 @@ def _epochs_and_batch(spec: QLoRAJobSpec, rows: RowFacts) -> tuple[Choice | None
 def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Iterator[Choice]:
     training, gpus = spec.training, spec.resources.gpu_count
     micro, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
-    of_gpu = ceil(batch / gpus)
+    of_gpu, parts = ceil(batch / gpus), 1
     if micro is None:
         full = max(1, _MICRO_BATCH_TOKENS // (length * limits.group_size))
         of_pass = of_gpu if accumulation is None else max(1, batch // accumulation)
@@ -237,9 +228,13 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
             micro, reason = 1, "the model cannot keep rows apart"
         elif training.sharding == "full":
             micro, reason = 1, "the base is sharded"
+        if limits.micro_batch is not None and limits.micro_batch < micro:
+            # Without a rest: a step keeps its sequences.
+            parts = next(n for n in range(2, micro + 1) if micro % n == 0 and micro // n <= limits.micro_batch)
+            micro, reason = micro // parts, "fits the GPU"
         yield Choice.of(_MICRO_BATCH, micro, reason)
     if accumulation is None:
-        accumulation = gpus * max(1, batch // (gpus * micro))
+        accumulation = gpus * parts * max(1, batch // (gpus * parts * micro))
         yield Choice.of(
             _ACCUMULATION,
             accumulation,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -39,7 +40,7 @@ from qlora_trainer.core.failures import bad_configuration, model_unavailable
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.families.family import Traits
 from qlora_trainer.model.memory.fit import training_shape, weights_of
-from qlora_trainer.model.memory.fitted import settings_that_fit
+from qlora_trainer.model.memory.fitted import limits_that_fit
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
 from qlora_trainer.model.source.hub_config import FoundConfig, find_hub_config
 from qlora_trainer.steps.planned import assume_settings, find_traits, measure_with, require_settings
@@ -129,17 +130,19 @@ def make_plan(
     traits = find_traits(config, spec.lora) if find is None else find(spec.lora)
     require_settings(traits, config, spec)
     gpu_gib = gpu_gib if gpu_gib is not None else spec.resources.gpu_gib
-    settings = choose(spec, traits, limits)
-    resolved = resolve(spec, settings)
+    choose_within = partial(choose, spec, traits)
+    resolved = resolve(spec, settings := choose_within(limits))
     require_settings(traits, config, resolved)
     job: MeasuredJob | None = None
     weights, unknown = None, ""
     measure = measure or measure_with(traits)
     try:
         first = job = MeasuredJob.from_config(config, resolved, _shape(resolved, traits), measure=measure)
-        settings = settings_that_fit(spec, settings, gpu_gib, lambda other: first.estimate(_shape(other, traits)))
-        if (fitting := resolve(spec, settings)) != resolved:
-            resolved = fitting
+        fitting = limits_that_fit(
+            spec, choose_within, limits, gpu_gib, lambda other: first.estimate(_shape(other, traits))
+        )
+        if fitting != limits:
+            resolved = resolve(spec, settings := choose_within(fitting))
             job = MeasuredJob.from_config(config, resolved, _shape(resolved, traits), measure=measure)
     except DryRunFailed as failure:
         weights, unknown = weights_of(config, _shape(resolved, traits)), str(failure)

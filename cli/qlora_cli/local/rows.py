@@ -207,17 +207,14 @@ class CountedRows:
 
     def choose(self, spec: QLoRAJobSpec, traits: Traits, limits: Limits = NO_LIMITS) -> tuple[Choice, ...]:
         """Choose the settings that a job on these rows leaves open. Raises StepFailure if it cannot train on them."""
-        from qlora_trainer.data.open_settings import choose_settings
+        from qlora_trainer.data.open_settings import settings_chooser
 
         if self.examined.dataset is None or self.examined.rejection:
             raise bad_dataset(self.examined.rejection)
         in_length, dataset = fill(spec, self.of_length), self.examined.dataset
         limits = replace(limits, one_row=not traits.keeps_rows_apart(in_length.training.max_sequence_length))
-        packed = traits.packs(in_length.training)
-        return (
-            *self.of_length,
-            *choose_settings(in_length, dataset, traits.require_sizes(open_settings(in_length)), limits, packed=packed),
-        )
+        sizes, packed = traits.require_sizes(open_settings(in_length)), traits.packs(in_length.training)
+        return settings_chooser(in_length, self.of_length, dataset, sizes, packed=packed)(limits)
 
     def epoch(self, training: ResolvedTraining, *, packed: bool) -> Epoch:
         """The data of an epoch. `packed`: whether a sequence may have several rows."""

@@ -17,7 +17,6 @@ from qlora_api.automatic import (
     choose,
     choose_held_out,
     choose_length,
-    smaller_micro_batch,
 )
 from qlora_api.choice import Choice, sentence
 from qlora_api.spec.job import QLoRAJobSpec
@@ -260,26 +259,35 @@ def test_a_job_that_needs_held_out_rows_gets_some_of_few(training: dict[str, Any
 
 
 def test_a_smaller_gpu_gets_the_same_steps_in_more_passes() -> None:
-    spec = job(resources={"gpus": 2}, training={"gradientAccumulationSteps": None})
-    first = resolved = resolve(spec, settings := chosen(spec, [60] * 20_000))
-    sizes = [resolved.training.micro_batch_size]
-    while resolved.training.micro_batch_size > 1:
-        settings = smaller_micro_batch(settings, 8.0)
-        resolved = resolve(spec, settings)
-        sizes.append(resolved.training.micro_batch_size)
-        assert batch(resolved) == batch(first)
-        assert resolved.training.gradient_accumulation_steps % 2 == 0
-        assert resolved.training.auto_micro_batch == (sizes[-1] > 1)
-    assert sizes == [8, 4, 2, 1]
-    assert "microBatchSize 1 (fits a GPU of 8 GiB)" in (sentence(settings) or "")
+    spec = job(resources={"gpus": 2})
+    choices = [chosen(spec, [60] * 20_000, limits=Limits(micro_batch=size)) for size in (None, 7, 3, 1)]
+    found = [resolve(spec, each) for each in choices]
+    assert [each.training.micro_batch_size for each in found] == [8, 4, 2, 1]
+    assert {batch(each) for each in found} == {16}
+    assert {each.training.gradient_accumulation_steps % 2 for each in found} == {0}
+    assert [each.training.auto_micro_batch for each in found] == [True, True, True, False]
+    assert "microBatchSize 1 (fits the GPU)" in (sentence(choices[-1]) or "")
 
 
-def test_an_odd_micro_batch_is_divided_without_a_rest() -> None:
-    settings = (
-        Choice.of("training.microBatchSize", 15, ""),
-        Choice.of("training.gradientAccumulationSteps", 2, "sequences a step: 30"),
-    )
-    assert [each.value for each in smaller_micro_batch(settings, 8.0)] == ["5", "6"]
+@pytest.mark.parametrize(("room", "micro_batch"), [(None, 14), (14, 14), (13, 7), (4, 2), (1, 1)])
+def test_a_micro_batch_is_divided_without_a_rest(room: int | None, micro_batch: int) -> None:
+    spec = job(training={"maxSteps": 200})
+    decided = resolve(spec, chosen(spec, [120] * 1_000, limits=Limits(micro_batch=room)))
+    assert (decided.training.micro_batch_size, batch(decided)) == (micro_batch, 14)
+
+
+def test_warm_up_and_evaluations_follow_the_steps_of_a_smaller_micro_batch() -> None:
+    """The job sets the passes of a step, so that smaller ones make more steps."""
+    spec = job(training={"gradientAccumulationSteps": 2})
+    found = []
+    for room in (None, 2):
+        choices = chosen(spec, [120] * 1_000, limits=Limits(micro_batch=room))
+        decided = resolve(spec, choices)
+        steps = steps_of(decided, facts([120] * 1_000, 128))
+        found.append(steps)
+        assert f"warmupSteps {round(0.05 * steps)} (5% of {steps} steps)" in (sentence(choices) or "")
+        assert decided.training.eval_every_steps == steps // 3
+    assert found[1] > 3 * found[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"dataset": {"eval": {"fraction": 0}}}, {"training": {"maxSteps": 1}}])
@@ -326,6 +334,7 @@ LIMITS = st.builds(
     Limits,
     one_row=st.booleans(),
     group_size=st.integers(1, 16),
+    micro_batch=st.none() | st.integers(1, 64),
     adapter=st.none() | st.just({"rank": 12, "alpha": 24}),
 )
 

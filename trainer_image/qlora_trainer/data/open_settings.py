@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy
 
-from qlora_api.automatic import Limits, ModelFacts, choose, choose_length
+from qlora_api.automatic import Choose, ModelFacts, choose, choose_length
 from qlora_api.choice import Choice
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import fill
@@ -28,15 +28,16 @@ def build_in_length(
     return dataset, (chosen,)
 
 
-def choose_settings(
-    spec: QLoRAJobSpec, dataset: Dataset, model: ModelFacts, limits: Limits, *, packed: bool
-) -> tuple[Choice, ...]:
-    """Choose all settings that the job leaves open but the length of a sequence, which `build_in_length` chooses.
+def settings_chooser(
+    spec: QLoRAJobSpec, of_length: tuple[Choice, ...], dataset: Dataset, model: ModelFacts, *, packed: bool
+) -> Choose:
+    """Return how all settings that the job leaves open are chosen.
 
-    `packed`: whether a sequence may have several rows.
+    `spec`: filled with `of_length` of `build_in_length`. `packed`: whether a sequence may have several rows.
     """
     length = spec.training.max_sequence_length
     if length is None:
         raise AssertionError("the length of a sequence is set or chosen")
     held_out = () if dataset.chosen_share is None else (dataset.chosen_share,)
-    return (*held_out, *choose(spec, length, dataset.facts(length, spec.training.seed, packed=packed), model, limits))
+    facts = dataset.facts(length, spec.training.seed, packed=packed)
+    return lambda limits: (*of_length, *held_out, *choose(spec, length, facts, model, limits))

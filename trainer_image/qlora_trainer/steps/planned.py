@@ -123,4 +123,4 @@ def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tupl
 
     shape = partial(training_shape, target_modules=targets, mixture_of_experts=experts)
     gpu_gib = gpu_gib or spec.resources.gpu_gib
-    return traits, fit_settings(spec, assume_settings(spec, traits), gpu_gib, shape, measure)
+    return traits, fit_settings(spec, partial(assume_settings, spec, traits), NO_LIMITS, gpu_gib, shape, measure)

@@ -33,7 +33,7 @@ from qlora_trainer.core.filesystem import is_full, partial_path, remove, remove_
 from qlora_trainer.core.paths import confine
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.dataset import Dataset
-from qlora_trainer.data.open_settings import build_in_length, choose_settings
+from qlora_trainer.data.open_settings import build_in_length, settings_chooser
 from qlora_trainer.data.render.template_source import job_template
 from qlora_trainer.evaluation.scorable import require_readable
 from qlora_trainer.model.adapter.initial import get_initial_adapter
@@ -195,9 +195,10 @@ def _prepare(
         adapter=None if initial is None else {"rank": initial.lora.rank, "alpha": initial.lora.alpha},
     )
     packed = family.packs(in_length.training)
-    chosen = choose_settings(in_length, dataset, family.require_sizes(open_settings(in_length)), limits, packed=packed)
+    facts = family.require_sizes(open_settings(in_length))
+    choose = settings_chooser(in_length, of_length, dataset, facts, packed=packed)
     report("measuring the memory that training needs")
-    fitted = fit_model(model, spec, (*of_length, *chosen), context.group_size)
+    fitted = fit_model(model, spec, choose, limits)
     records.note(memory=fitted.memory.status)
     fitted.memory.require()
     sequences = write_sequences(dataset, fitted, workspace.data, report)

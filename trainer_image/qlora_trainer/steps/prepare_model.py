@@ -1,11 +1,12 @@
 """Decides by the model's small files, and then by the rows, whether and how a job is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
 
+from qlora_api.automatic import Choose, Limits
 from qlora_api.choice import Choice
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, decided_lora, resolve
@@ -105,19 +106,20 @@ def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> Family:
     return family
 
 
-def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, settings: Sequence[Choice], group_size: int) -> FittedModel:
+def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: Limits) -> FittedModel:
     """Return the model with the chosen settings, the micro batch lowered until it fits the GPU.
 
     Raises StepFailure if the model cannot be trained so.
     """
     family = model.family
-    require_settings(family, model.folder / CONFIG, resolve(spec, settings))
+    require_settings(family, model.folder / CONFIG, resolve(spec, choose(limits)))
     fitted = fit_settings(
         spec,
-        settings,
+        choose,
+        limits,
         spec.resources.gpu_gib,
         partial(training_shape, target_modules=family.target_modules, mixture_of_experts=family.mixture_of_experts),
-        lambda resolved: measure_memory(model.folder, resolved, family, group_size),
+        lambda resolved: measure_memory(model.folder, resolved, family, limits.group_size),
     )
     if spec.training.learning_rate is not None:
         advise_learning_rate(fitted.memory.parameters or 0, spec.training.learning_rate)

@@ -1,10 +1,10 @@
 """Fits chosen settings to the memory of a GPU."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
-from qlora_api.automatic import smaller_micro_batch
+from qlora_api.automatic import Choose, Limits
 from qlora_api.choice import Choice
 from qlora_api.memory.advice import verdict
 from qlora_api.memory.estimate import MemoryEstimate
@@ -16,24 +16,24 @@ from qlora_trainer.model.memory.fit import MemoryFit
 from qlora_trainer.model.memory.job_memory import measured_estimate
 
 
-def settings_that_fit(
+def limits_that_fit(
     spec: QLoRAJobSpec,
-    settings: Sequence[Choice],
+    choose: Choose,
+    limits: Limits,
     gpu_gib: float | None,
     estimate: Callable[[ResolvedSpec], MemoryEstimate],
-) -> tuple[Choice, ...]:
-    """Divide the chosen micro batch until the run fits the GPU, or it is 1.
+) -> Limits:
+    """Limit the chosen micro batch until the run fits the GPU, or it is 1. The other settings follow it.
 
     `gpu_gib`: memory of the GPU, None if it is not known.
     """
-    chosen = tuple(settings)
     if spec.training.micro_batch_size is not None or gpu_gib is None:
-        return chosen
-    while (resolved := resolve(spec, chosen)).training.micro_batch_size > 1:
+        return limits
+    while (size := (resolved := resolve(spec, choose(limits))).training.micro_batch_size) > 1:
         if verdict(estimate(resolved), gpu_gib) == "fits":
             break
-        chosen = smaller_micro_batch(chosen, gpu_gib)
-    return chosen
+        limits = replace(limits, micro_batch=size // 2)
+    return limits
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class FittedSettings:
 
 def fit_settings(
     spec: QLoRAJobSpec,
-    settings: Sequence[Choice],
+    choose: Choose,
+    limits: Limits,
     gpu_gib: float | None,
     shape: Callable[[ResolvedSpec], TrainingShape],
     measure: Callable[[ResolvedSpec], MemoryFit],
@@ -57,17 +58,16 @@ def fit_settings(
 
     `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one.
     """
-    chosen = tuple(settings)
     while True:
-        resolved = resolve(spec, chosen)
+        resolved = resolve(spec, chosen := choose(limits))
         memory = measure(resolved)
         if memory.measured is None:
             break
         estimate = partial(_estimate, memory.measured, shape)
-        smaller = settings_that_fit(spec, chosen, gpu_gib, estimate)
-        if smaller == chosen:
+        fitting = limits_that_fit(spec, choose, limits, gpu_gib, estimate)
+        if fitting == limits:
             break
-        chosen = smaller
+        limits = fitting
     return FittedSettings(resolved, chosen, memory)
 
 
