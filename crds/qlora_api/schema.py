@@ -64,7 +64,7 @@ class ObservedModel(ApiModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def replace(model: Model, **changes: Any) -> Model:
+def replace(model: Model, /, **changes: Any) -> Model:
     """Copy the model with these fields changed, and without validation.
 
     `crds/mypy_replace.py` gives mypy the names and types of the fields.
@@ -72,7 +72,7 @@ def replace(model: Model, **changes: Any) -> Model:
     return model.model_copy(update=changes)
 
 
-def replace_known(model: Model, **changes: Any) -> Model:
+def replace_known(model: Model, /, **changes: Any) -> Model:
     """Copy the model as `replace` does, and keep the fields whose change is None."""
     return model.model_copy(update={name: value for name, value in changes.items() if value is not None})
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qlora_api.schema import ApiModel, replace
+from qlora_api.schema import ApiModel, replace, replace_known
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 
 MODEL = {"model": {"source": "hf://org/model"}}
@@ -41,3 +42,9 @@ def test_a_change_of_a_spec_names_the_way_to_a_copy() -> None:
     with pytest.raises(AttributeError, match=r"a TrainingSpec is frozen: replace\(…, learning_rate=…\) of qlora_api"):
         spec.learning_rate = 1e-4  # type: ignore[misc]
     assert replace(spec, learning_rate=1e-4).learning_rate == 1e-4
+
+
+def test_a_copy_may_have_another_model() -> None:
+    spec = QLoRAJobSpec.model_validate({**MODEL, **ROWS})
+    other = BaseModelSpec(source="hf://org/other")
+    assert replace(spec, model=other).model == replace_known(spec, model=other).model == other
