@@ -71,6 +71,7 @@ def _load(path: Path) -> tuple[Document, str]:
         return model.model_validate_json(content, strict=True, by_alias=True, by_name=False), content
     except ValidationError as error:
         problems = [problem for problem in error.errors(include_url=False) if not follows_from_another(problem)]
+        problems.sort(key=lambda problem: _line(document, problem["loc"]))
         raise ManifestError(*(_describe(path, document, problem, model) for problem in problems)) from error
 
 

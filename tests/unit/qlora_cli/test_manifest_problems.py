@@ -45,6 +45,15 @@ def test_a_wrong_field_is_the_only_problem_and_reported_with_its_remedy(
     assert "[a-z" not in problem
 
 
+def test_problems_are_in_the_order_of_the_lines(tmp_path: Path) -> None:
+    spec = {"queue": "team-a", **JOB["spec"], "resources": {"gpus": 0}}
+    (tmp_path / "job.json").write_text(json.dumps({**JOB, "spec": spec}, indent=1))
+    with pytest.raises(ManifestError) as rejected:
+        load_manifest(tmp_path / "job.json")
+    fields = [found.split(": ")[1] for found in str(rejected.value).splitlines()]
+    assert fields == ["spec.queue", "spec.resources.gpus"]
+
+
 @pytest.mark.parametrize("model", [QLoRAJobDocument, QLoRASweepDocument])
 def test_each_pattern_of_the_schema_has_words(model: type[QLoRAJobDocument | QLoRASweepDocument]) -> None:
     def patterns(schema: Any) -> Iterator[str]:
