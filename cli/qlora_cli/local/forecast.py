@@ -107,7 +107,7 @@ def gpu_of_profile(
 def show_forecast(plan: MemoryPlan, epoch: Epoch, gpu: GpuOfPlan, console: Console) -> None:
     """Print the run's steps, learning rate and tokens, and its time if the GPU's speed is given."""
     assumed = {each.name for each in plan.settings if each.reason == ASSUMED}
-    if assumed & _DECIDE_STEPS:
+    if assumed & _DECIDE_STEPS and plan.spec.training.max_steps is None:
         console.print("\n[bold]Steps[/]: the rows decide on the automatic settings: --data shows these and the steps.")
     else:
         show_steps(plan.spec, epoch, plan.traits, console)

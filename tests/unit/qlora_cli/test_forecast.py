@@ -127,6 +127,9 @@ def test_unknown_figures_are_left_out(tmp_path: Path) -> None:
     assert "Steps: the rows decide on the automatic settings" in left_open
     assert "Forecast: unknown: the rows decide on the epochs" in left_open
     assert "Forecast" not in planned(tmp_path, JOB, "--tokens=100").output
+    few = planned(tmp_path, with_value(MINIMAL, "spec.training", {"maxSteps": 9})).output
+    assert "Steps: 9 = spec.training.maxSteps" in few
+    assert "Remark: the run makes 9 optimizer steps" in few
 
 
 def test_without_an_inspection_the_active_weights_of_experts_are_unknown(tmp_path: Path) -> None:
