@@ -76,6 +76,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         QUANTIZED,
         ORIGINAL,
     ),
+    "of-a-later-release": (
+        {"model_type": "gemma5"},
+        "of this trainer does not have: choose a model",
+        "or use a release of the trainer that has it",
+    ),
     "too-short": (
         {"model_type": "llama", **SHAPE, "max_position_embeddings": 32},
         "spec.training.maxSequenceLength is 64, but the model (model_type 'llama') has positions for 32 tokens",

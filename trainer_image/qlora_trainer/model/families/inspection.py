@@ -6,8 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import cast
 
+import transformers
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import RopeParameters
 
 from qlora_api.automatic import ModelFacts
@@ -201,6 +202,11 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise bad_configuration(f"{path} names no model_type: it is not the configuration of a transformers model")
     _require_safe(path, raw)
     source_quantization(raw, str(path))
+    if raw["model_type"] not in CONFIG_MAPPING:
+        raise bad_configuration(
+            f"{path} has model_type {raw['model_type']!r}, which transformers {transformers.__version__} of this "
+            f"trainer does not have: {ALTERNATIVE}, or use a release of the trainer that has it"
+        )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UNUSABLE as error:
