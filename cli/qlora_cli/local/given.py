@@ -80,7 +80,7 @@ def _job_of_rows(file: str, model: str | None, claims: Mapping[str, Path], confi
     if model is not None and "://" not in model and Path(model).is_dir():
         folders[_MODEL_CLAIM] = Path(model)
         base = f"pvc://{_MODEL_CLAIM}"
-    elif base.startswith((".", "/", "~")):
+    elif base.startswith((".", "/", "~")) or ("://" not in base and "/" in base and Path(base).parent.is_dir()):
         raise ManifestError(f"--model: {base} is not a folder: name one, or an address such as hf://ORG/NAME")
     body = {
         "apiVersion": API_VERSION,

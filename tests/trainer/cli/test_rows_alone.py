@@ -116,7 +116,7 @@ def test_what_holds_no_rows_is_rejected(tmp_path: Path, tiny_llama: Path, name: 
     assert words in done.output
 
 
-def test_a_missing_folder_of_a_model_is_reported_as_missing(tmp_path: Path) -> None:
+def test_a_missing_folder_of_a_model_is_reported_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path / "train.jsonl", [ROW])
     spec = {"model": {"source": "pvc://models/tiny"}, "dataset": {"source": "pvc://data/train.jsonl"}}
     document = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
@@ -127,6 +127,9 @@ def test_a_missing_folder_of_a_model_is_reported_as_missing(tmp_path: Path) -> N
     alone = qlora("data", tmp_path / "train.jsonl", "--model", tmp_path / "tiny")
     assert alone.exit_code == ExitCode.BAD_CONFIGURATION
     assert f"--model: {tmp_path / 'tiny'} is not a folder: name one, or an address such as hf:" in alone.output
+    monkeypatch.chdir(tmp_path.parent)
+    relative = f"{tmp_path.name}/tiny"
+    assert f"--model: {relative} is not a folder" in qlora("data", tmp_path / "train.jsonl", "--model", relative).output
 
 
 def test_rows_in_json_may_have_a_column_that_a_manifest_has(tmp_path: Path) -> None:
