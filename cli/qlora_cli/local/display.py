@@ -39,6 +39,7 @@ class ConsoleDisplay:
         self._job = f"{job}: " if job else ""
         self._bar = bar or progress_bar(console)
         self._task: TaskID | None = None
+        self._printed = ""
 
     def begin(self, step: StepName) -> None:
         """Start the step's bar, without a total until the number of steps is known."""
@@ -52,8 +53,11 @@ class ConsoleDisplay:
         if self._task is not None:
             total = record.total_steps or None
             self._bar.update(self._task, total=total, completed=record.training_step, details=escape(details))
-        if not self._console.is_terminal:
-            self._console.print(f"{self._job}{record.step}: {details}", markup=False, soft_wrap=True)
+        line = f"{self._job}{record.step}: {details}"
+        # A record of other news, such as a saved checkpoint, has the same figures.
+        if not self._console.is_terminal and line != self._printed:
+            self._console.print(line, markup=False, soft_wrap=True)
+            self._printed = line
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
         """Remove the bar and print the step's result."""

@@ -1,14 +1,19 @@
 """A local run as a person or a program reads it: one line, records, and its end."""
 
+import io
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from qlora_api.contract import ProgressRecord
-from qlora_cli.local.display import RecordDisplay, describe
+from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, describe
 from qlora_cli.output import ended_by_signals
+
+COMMON = {"jobUid": "job", "podUid": "pod", "step": "train", "time": "2026-01-02T03:04:05Z"}
 
 
 @pytest.mark.parametrize(
@@ -45,8 +50,15 @@ from qlora_cli.output import ended_by_signals
     ],
 )
 def test_a_record_becomes_a_line_of_its_fields(fields: dict[str, Any], line: str) -> None:
-    common = {"jobUid": "job", "podUid": "pod", "step": "train", "time": "2026-01-02T03:04:05Z"}
-    assert describe(ProgressRecord.model_validate(common | fields)) == line
+    assert describe(ProgressRecord.model_validate(COMMON | fields)) == line
+
+
+def test_a_line_is_not_repeated_where_no_terminal_is(tmp_path: Path) -> None:
+    out = io.StringIO()
+    display = ConsoleDisplay(Console(file=out, width=100), tmp_path)
+    for step in (1, 1, 2, 1):
+        display.progress(ProgressRecord.model_validate(COMMON | {"trainingStep": step, "totalSteps": 9}))
+    assert out.getvalue().splitlines() == ["train: train 1/9", "train: train 2/9", "train: train 1/9"]
 
 
 def test_a_step_without_a_result_is_described_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
