@@ -42,7 +42,7 @@ def few_steps_remark(training: ResolvedTraining, steps: int, sequences: int, gpu
             f"(microBatchSize {micro} × gradientAccumulationSteps {accumulation})"
         )
         remedy = ", ".join(_changes(sequences, micro, accumulation, passes, gpus))
-    effect = "an adapter learns next to nothing" if steps < VERY_FEW_STEPS else "many adapters learn too little"
+    effect = "most adapters learn next to nothing" if steps < VERY_FEW_STEPS else "many adapters learn too little"
     # Another run: this one may have begun, and keeps its settings then.
     return f"{STEPS}{steps} optimizer step{'s' * (steps != 1)} ({reason}), so that {effect}: a run with {remedy}"
 

@@ -7,7 +7,7 @@ import pytest
 from qlora_api.steps import few_steps_remark, optimizer_steps
 from tests.support.resolved import resolved_training
 
-NOTHING, LITTLE = "an adapter learns next to nothing", "many adapters learn too little"
+NOTHING, LITTLE = "most adapters learn next to nothing", "many adapters learn too little"
 
 
 def remark(sequences: int, **settings: Any) -> str | None:
