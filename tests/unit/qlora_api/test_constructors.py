@@ -20,6 +20,7 @@ ROWS = {"dataset": {"source": "hf://org/rows"}}
         (TrainingSpec, {"learnig_rate": 1e-4}, "learnig_rate\n  unknown field; did you mean learning_rate?"),
         (QLoRAJobSpec, {**MODEL, **ROWS, "learning_rate": 1}, "unknown field; it is training.learning_rate"),
         (TrainingSpec, {"learning_rate": 2}, "learning_rate\n  found 2, must be less than or equal to 1"),
+        (QLoRAJobSpec, {**MODEL, **ROWS, "training": {"learningRate": 2}}, "found 2, must be less than or equal to 1"),
         (LoraSpec, {"rank": "many"}, 'rank\n  found "many", must be a whole number'),
         (LoraSpec, {"target_modules": "q_proj"}, 'target_modules\n  found "q_proj", must be a list'),
         (QLoRAJobSpec, {**MODEL, "dataset": LoraSpec()}, "dataset\n  found a LoraSpec, must be a DatasetSpec"),
