@@ -25,7 +25,8 @@ def blocks() -> Iterator[str]:
         yield from _described(inspect.getdoc(kind) or "")
         if dataclasses.is_dataclass(kind):
             yield _fields(kind)
-        for method, function in vars(kind).items():
+        for method in vars(kind):
+            function = getattr(kind, method)
             if inspect.isfunction(function) and (method == "__init__" or not method.startswith("_")):
                 yield from _method(method, function, kind)
 

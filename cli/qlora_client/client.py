@@ -231,8 +231,8 @@ class QLoRAClient:
         """
         self._cluster.delete(JOBS, name, self._get(name).uid)
 
+    @staticmethod
     def plan(
-        self,
         spec: QLoRAJobSpec,
         *,
         config: Path | str | None = None,
@@ -241,7 +241,7 @@ class QLoRAClient:
         tokens: int | None = None,
         gpu_hour_price: str | None = None,
     ) -> Plan:
-        """The expected needs of a job, before it is created; nothing is sent to the cluster.
+        """The expected needs of a job, before it is created; `QLoRAClient.plan` takes no cluster.
 
         Args:
             spec: The job. With spec.resources.gpuMemory the plan has a verdict.

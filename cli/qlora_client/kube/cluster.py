@@ -38,7 +38,7 @@ _SILENT_SECONDS = 60
 """Seconds without a byte until a stream is closed: its connection may have died."""
 _MERGE_PATCH = "application/merge-patch+json"
 _GONE = 410
-_KUBECONFIG = "set KUBECONFIG, or name one with --kubeconfig"
+_KUBECONFIG = "set KUBECONFIG, or name one with --kubeconfig, in Python with config_file"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
 """Of an object. The server reads a slash as the end of it, also one that is escaped: `demo/status` would be `demo`."""
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")

@@ -264,6 +264,11 @@ def test_without_the_trainer_a_plan_has_a_forecast_and_no_memory(
     assert plan.forecast is not None
 
 
+def test_a_plan_takes_no_cluster(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+    assert QLoRAClient.plan(SPEC, config=config, gpu="l4").memory.verdict == "fits"
+
+
 def test_a_plan_names_the_missing_inputs_of_a_forecast(
     scripted: Script, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
