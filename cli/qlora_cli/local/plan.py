@@ -175,7 +175,7 @@ def find_config(model: BaseModelSpec, mounts: Mounts) -> FoundConfig:
                 f"spec.model.source is {model.source}: give a folder for the claim with --volume {source.claim}=DIR, "
                 "or the model's config.json with --config FILE"
             )
-        config = mounts.volume(source) / "config.json"
+        config = mounts.folder(source) / "config.json"
         if not config.is_file():
             raise model_unavailable(f"{config} does not exist: {model.source} holds no transformers model")
         return FoundConfig(config)

@@ -117,7 +117,7 @@ def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
                 f"spec.model.source is {model.source}: give a folder for the claim with --volume {source.claim}=DIR, "
                 f"or {advice.removeprefix('give ')}"
             )
-        folder = mounts.volume(source)
+        folder = mounts.folder(source)
         if not folder.is_dir():
             raise model_unavailable(f"{folder} does not exist: correct {model.source}, or {advice}")
         return folder

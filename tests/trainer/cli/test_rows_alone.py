@@ -116,7 +116,9 @@ def test_what_holds_no_rows_is_rejected(tmp_path: Path, tiny_llama: Path, name: 
     assert words in done.output
 
 
-def test_a_missing_folder_of_a_model_is_reported_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_linked_model_folder_is_rejected(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_rows(tmp_path / "train.jsonl", [ROW])
     spec = {"model": {"source": "pvc://models/tiny"}, "dataset": {"source": "pvc://data/train.jsonl"}}
     document = {"apiVersion": "qlora.dev/v1beta1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
@@ -124,6 +126,12 @@ def test_a_missing_folder_of_a_model_is_reported_as_missing(tmp_path: Path, monk
     done = qlora("data", tmp_path / "job.yaml", "--volume", f"models={tmp_path}", "--volume", f"data={tmp_path}")
     assert done.exit_code == ExitCode.MODEL_UNAVAILABLE
     assert f"Error: {tmp_path / 'tiny'} does not exist: correct pvc://models/tiny, or give the folder" in done.output
+    (tmp_path / "tiny").symlink_to(tiny_llama)
+    for command in (("data", tmp_path / "job.yaml"), ("plan", tmp_path / "job.yaml")):
+        linked = qlora(*command, "--volume", f"models={tmp_path}", "--volume", f"data={tmp_path}")
+        assert linked.exit_code == ExitCode.UNSAFE_ARTIFACT
+        assert "pvc://models/tiny is a link that leads out of its volume" in linked.output
+    (tmp_path / "tiny").unlink()
     alone = qlora("data", tmp_path / "train.jsonl", "--model", tmp_path / "tiny")
     assert alone.exit_code == ExitCode.BAD_CONFIGURATION
     assert f"--model: {tmp_path / 'tiny'} is not a folder: name one, or an address such as hf:" in alone.output

@@ -15,7 +15,7 @@ from qlora_api.spec.job import QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.status import StepName
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.failures import bad_configuration, unreachable, unsafe_artifact
 from qlora_trainer.core.records import timestamp
 
 Device = Literal["cuda", "cpu"]
@@ -50,6 +50,13 @@ class Mounts:
         if not root.is_dir():
             raise unreachable(f"volume claim {source.claim!r} is not mounted at {root}")
         return root / source.path if source.path else root
+
+    def folder(self, source: VolumeSource) -> Path:
+        """The path of a pvc:// address. Raises StepFailure UNSAFE_ARTIFACT if it leads out of its volume."""
+        path, root = self.volume(source), self.volume(VolumeSource(source.claim))
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise unsafe_artifact(f"{source} is a link that leads out of its volume: put the files themselves there")
+        return path
 
     def name(self, source: VolumeSource) -> str:
         """The pvc:// address for messages, or the path of a file that was given by it."""
