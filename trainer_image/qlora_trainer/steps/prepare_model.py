@@ -15,7 +15,7 @@ from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
 from qlora_trainer.history.trackers import require_installed
 from qlora_trainer.model.base.layout import BaseLayout
-from qlora_trainer.model.families.admission import advise_learning_rate, check_model, require_settings
+from qlora_trainer.model.families.admission import check_model, require_settings
 from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
@@ -121,8 +121,6 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: 
         partial(training_shape, target_modules=family.target_modules, mixture_of_experts=family.mixture_of_experts),
         lambda resolved: measure_memory(model.folder, resolved, family, limits.group_size),
     )
-    if spec.training.learning_rate is not None:
-        advise_learning_rate(fitted.memory.parameters or 0, spec.training.learning_rate)
     warn_if_not_served(fitted.spec)
     return FittedModel(model, fitted.spec, fitted.settings, fitted.memory)
 

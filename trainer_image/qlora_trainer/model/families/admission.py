@@ -18,8 +18,6 @@ _CONFIG = "config.json"
 _INSPECTION_SECONDS = 600
 # By its name: importers of this module do not load torch.
 _INSPECTION = "qlora_trainer.model.families.inspection"
-_LARGE_MODEL_PARAMETERS = 13_500_000_000
-_LARGE_MODEL_LEARNING_RATE = 1e-4
 
 
 def check_model(folder: Path, spec: QLoRAJobSpec) -> Family:
@@ -61,9 +59,3 @@ def _inspect(folder: Path, lora: LoraSpec) -> Family:
     importlib.import_module("torch").set_num_threads(1)
     family: Family = importlib.import_module(_INSPECTION).inspect_published(folder, lora)
     return family
-
-
-def advise_learning_rate(parameters: int, learning_rate: float) -> None:
-    """Log advice if the learning rate is high for a model of so many parameters."""
-    if parameters > _LARGE_MODEL_PARAMETERS and learning_rate > _LARGE_MODEL_LEARNING_RATE:
-        logger.warning("spec.training.learningRate is %g; 1e-4 is advised above 13B parameters", learning_rate)
