@@ -38,6 +38,8 @@ _PREFERENCE_RATE = 10
 _WARMUP, _MOST_WARMUP = 0.05, 100
 _EVALUATIONS, _MOST_EVALUATIONS = 3, 50
 ASSUMED = "assumed; the rows decide"
+_OF_MODEL = frozenset({"training.learningRate", "training.scheduler", "lora.alpha"})
+"""Settings that do not follow from the rows."""
 SIZED = frozenset({"lora.rank", "training.learningRate"})
 """Settings that follow from the sizes of the model."""
 _MICRO_BATCH, _ACCUMULATION = "training.microBatchSize", "training.gradientAccumulationSteps"
@@ -120,7 +122,7 @@ def choose(
     spec: QLoRAJobSpec, sequence_length: int, rows: RowFacts, model: ModelFacts, limits: Limits = NO_LIMITS
 ) -> tuple[Choice, ...]:
     """Choose all other settings that the spec leaves open."""
-    packing = _packing(spec, rows)
+    packing = _packing(spec, rows, limits)
     if packing is not None and packing.parsed is False:
         rows = replace(rows, sequences=rows.rows)
     epochs, batch = _epochs_and_batch(spec, rows)
@@ -151,7 +153,11 @@ def assume(spec: QLoRAJobSpec, model: ModelFacts, context: int | None, limits: L
     many = RowFacts(_EPOCHS[0][0], _STEPS * _LARGEST_BATCH, loss_tokens=0, held_out=held_out)
     given = [Choice.of("training.maxSequenceLength", length, "")] if spec.training.max_sequence_length is None else []
     chosen = (*given, *choose(spec, length, many, model, limits))
-    return tuple(Choice(setting=each.setting, value=each.value, reason=ASSUMED) for each in chosen)
+    return tuple(each if each.setting in _OF_MODEL else _assumed(each) for each in chosen)
+
+
+def _assumed(choice: Choice) -> Choice:
+    return Choice(setting=choice.setting, value=choice.value, reason=ASSUMED)
 
 
 def _lora(spec: QLoRAJobSpec, rows: RowFacts, model: ModelFacts, limits: Limits) -> Iterator[Choice]:
@@ -178,11 +184,13 @@ def _lora(spec: QLoRAJobSpec, rows: RowFacts, model: ModelFacts, limits: Limits)
         yield Choice.of("lora.alpha", _usual_alpha(spec), "the learning rate then suits every rank")
 
 
-def _packing(spec: QLoRAJobSpec, rows: RowFacts) -> Choice | None:
+def _packing(spec: QLoRAJobSpec, rows: RowFacts, limits: Limits) -> Choice | None:
     """Choose whether sequences have several rows, if it is open. The sequences of `rows` have, where they can."""
     training = spec.training
     if training.packing is not None:
         return None
+    if limits.one_row:
+        return Choice.of("training.packing", False, "the model cannot keep rows apart")
     passes = training.epochs or _MOST_EPOCHS
     few = training.max_steps is None and passes * _steps_of_epoch(spec, rows.sequences) < FEW_STEPS
     if few and rows.rows > rows.sequences:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_api.automatic import (
+    ASSUMED,
     Limits,
     ModelFacts,
     RowFacts,
@@ -177,6 +178,7 @@ def test_each_gpu_gets_as_many_micro_batches_of_a_step(gpus: int) -> None:
 
 def test_a_micro_batch_has_one_row_where_rows_cannot_be_kept_apart() -> None:
     decided = resolve(job(), chosen(job(), [120] * 20_000, limits=Limits(one_row=True)))
+    assert decided.training.packing is False
     assert (decided.training.micro_batch_size, batch(decided)) == (1, 16)
 
 
@@ -293,8 +295,11 @@ def test_warm_up_and_evaluations_follow_the_steps_of_a_smaller_micro_batch() -> 
 @pytest.mark.parametrize("settings", [{}, {"dataset": {"eval": {"fraction": 0}}}, {"training": {"maxSteps": 1}}])
 def test_a_plan_without_the_rows_assumes_many(settings: dict[str, Any]) -> None:
     spec = job(**settings)
-    decided = resolve(spec, assume(spec, OF_8B, 1024, ALONE))
+    choices = assume(spec, OF_8B, 1024, ALONE)
+    decided = resolve(spec, choices)
     assert decided.training.max_sequence_length == 1024
+    reasons = {each.name: each.reason for each in choices}
+    assert (reasons["learningRate"], reasons["rank"]) == ("for a width of 4096", ASSUMED)
     assert batch(decided) == 16
 
 
