@@ -19,6 +19,7 @@ _ONE_NODE = (
     "pd.csi.storage.gke.io",
     "rancher.io/local-path",
 )
+_CPU_FEATURE, _BFLOAT16 = "feature.node.kubernetes.io/cpu-cpuid.", ("AVX512BF16", "AMXBF16")
 
 
 def check_profiles(facts: Facts) -> list[Check]:
@@ -95,7 +96,7 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
         reasons = "; ".join(dict.fromkeys(f"{node['metadata']['name']} {_unusable(node, profile)}" for node in labeled))
         return Check(title, "problem", f"no pod can go to any node of its nodeSelector: {reasons}")
     if profile.gpu_resource is None:
-        return _without_gpu(title, name, profile, len(usable))
+        return _without_gpu(title, name, profile, usable)
     counts = [int((node.get("status") or {}).get("allocatable", {}).get(profile.gpu_resource, 0)) for node in usable]
     if not sum(counts):
         return Check(
@@ -111,14 +112,24 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
     )
 
 
-def _without_gpu(title: str, name: str, profile: Profile, count: int) -> Check:
+def _without_gpu(title: str, name: str, profile: Profile, nodes: Sequence[Object]) -> Check:
     if profile.device == "cuda":
         return Check(
             title,
             "warning",
             "it trains on cuda and requests no GPU: set spec.gpuResource, unless its nodes give every pod their GPUs",
         )
-    return Check(title, "ok", f"it trains on the CPU of {count} node{'s' if count > 1 else ''}")
+    types = ", ".join(dict.fromkeys(map(_compute_type, nodes)))
+    return Check(title, "ok", f"it trains on the CPU of {len(nodes)} node{'s' if len(nodes) > 1 else ''}, in {types}")
+
+
+def _compute_type(node: Object) -> str:
+    """The type that a CPU computes in, by the node's labels; those of CPU features are Node Feature Discovery's."""
+    labels = node["metadata"].get("labels") or {}
+    if labels.get("kubernetes.io/arch") == "arm64" or any(labels.get(f"{_CPU_FEATURE}{each}") for each in _BFLOAT16):
+        return "bfloat16"
+    has_features = any(label.startswith(_CPU_FEATURE) for label in labels)
+    return "float32" if has_features else "bfloat16 or, without instructions for it, float32"
 
 
 def _unusable(node: Object, profile: Profile) -> str:

@@ -266,9 +266,24 @@ def test_a_taint_that_the_profile_tolerates() -> None:
     assert found.verdict == "ok"
 
 
-def test_a_profile_for_the_cpu_needs_no_gpu() -> None:
+FEATURE = "feature.node.kubernetes.io/cpu-cpuid."
+
+
+@pytest.mark.parametrize(
+    ("labels", "types"),
+    [
+        ({}, "bfloat16 or, without instructions for it, float32"),
+        ({"kubernetes.io/arch": "arm64"}, "bfloat16"),
+        ({f"{FEATURE}AVX512BF16": "true"}, "bfloat16"),
+        ({f"{FEATURE}AVX2": "true"}, "float32"),
+    ],
+)
+def test_a_profile_for_the_cpu_needs_no_gpu_and_names_its_type(labels: dict[str, str], types: str) -> None:
     cpu = {key: value for key, value in PROFILE.items() if key != "gpuResource"} | {"device": "cpu"}
-    assert check("Profile default: nodes", profiles=[stored(cpu)]).verdict == "ok"
+    cpus = node()
+    cpus["metadata"]["labels"] = {**cpus["metadata"]["labels"], **labels}
+    found = check("Profile default: nodes", profiles=[stored(cpu)], nodes=[cpus])
+    assert (found.verdict, found.message) == ("ok", f"it trains on the CPU of 1 node, in {types}")
 
 
 @pytest.mark.parametrize(
