@@ -15,6 +15,7 @@ import torch
 from qlora_api.contract import ProgressRecord, WorkspaceLayout, decode_record
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import load_document
+from qlora_trainer.core.cpu import ENV_COMPUTE_TYPE
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.losses.joint import joint_losses
@@ -30,12 +31,17 @@ from tests.support.training import StopAtStep, adapter_bytes, context_of, histor
 from tests.trainer.conftest import MakeContext
 
 
-def test_each_ends_as_alone(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compute_type", ["bfloat16", "float32"])
+def test_each_ends_as_alone(
+    compute_type: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_COMPUTE_TYPE, compute_type)
     jobs = contexts(tmp_path / "together", tiny_llama)
     for job, alone, result in zip(jobs, contexts(tmp_path / "alone", tiny_llama), together(jobs), strict=True):
         expected = run(alone)
         assert isinstance(result, TrainRecord)
-        same = ("fingerprint", "training_step", "total_steps", "base_sha256")
+        assert expected.compute_type == compute_type
+        same = ("fingerprint", "training_step", "total_steps", "base_sha256", "compute_type")
         assert {name: getattr(result, name) for name in same} == {name: getattr(expected, name) for name in same}
         assert result.loss == pytest.approx(expected.loss, rel=1e-2)
         assert result.eval_loss == pytest.approx(expected.eval_loss, rel=1e-2)

@@ -1,5 +1,6 @@
 """Several processes that train one adapter: their joint result is that of one process."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.spec.training import ResourcesSpec
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.cpu import ENV_COMPUTE_TYPE
 from qlora_trainer.core.failures import StepFailure, unreachable
 from qlora_trainer.training.distributed.launch import RankInfo
 from qlora_trainer.training.distributed.ranks import Ranks
@@ -35,6 +37,23 @@ def test_two_processes_match_one(tmp_path: Path, tiny_llama: Path, together: tup
     record = read_completion(two.workspace.completion("train"), TrainRecord)
     assert record is not None
     assert record.ranks == 2
+
+
+def _compute_in_float32_on_the_first() -> None:
+    os.environ[ENV_COMPUTE_TYPE] = "float32" if os.environ["RANK"] == "0" else "bfloat16"
+
+
+def test_processes_on_different_processors_compute_as_the_first_does(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (
+        prepared(tmp_path / str(gpus), tiny_llama, merged(EXACT, {"resources": {"gpus": gpus}}), packed=False)
+        for gpus in (1, 2)
+    )
+    train_ranks(two, _compute_in_float32_on_the_first)
+    monkeypatch.setenv(ENV_COMPUTE_TYPE, "float32")
+    assert run(one).compute_type == "float32"
+    same_numbers(two, one, 1e-6)
 
 
 @pytest.mark.parametrize("sharding", ["none", pytest.param("full", marks=pytest.mark.slow)])
