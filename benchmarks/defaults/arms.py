@@ -92,7 +92,7 @@ def automatic(task: Task, facts: Facts) -> tuple[Settings, tuple[Choice, ...]]:
     return Settings(
         epochs=training.epochs or 1,
         batch=training.micro_batch_size * training.gradient_accumulation_steps,
-        packed=True,
+        packed=training.packing,
         length=length,
         learning_rate=training.learning_rate,
         scheduler=training.scheduler,
