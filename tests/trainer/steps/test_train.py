@@ -174,6 +174,42 @@ def test_a_stop_before_the_first_step_loses_nothing(workspace: Prepare) -> None:
     assert not context.workspace.checkpoints.exists()
 
 
+class StopInStep(Recorded):
+    """Requests a stop while the step after the first one has micro batches left."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        super().__init__()
+        self._stop, self.reports = stop, 0
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        super().progress(record, force=force)
+        self.reports += record.training_step == 1 and record.activity == "training"
+        # The first is that of the step before, the second that of a micro batch.
+        if self.reports == 2:
+            self._stop.set()
+
+
+@pytest.mark.parametrize("objective", ["supervised", "dpo"])
+def test_a_stop_within_a_step_drops_it_and_loses_no_other(objective: str, tiny_llama: Path, tmp_path: Path) -> None:
+    spec = {"training": {"gradientAccumulationSteps": 8, "maxSteps": 3, "objective": objective}}
+    pairs = objective == "dpo"
+    whole, parts = (
+        prepared(tmp_path / name, tiny_llama, spec, pairs=pairs, packed=False) for name in ("whole", "parts")
+    )
+    run(whole)
+    records = StopInStep(stop := StopRequest())
+
+    with pytest.raises(Interrupted) as caught:
+        run(parts, stop=stop, records=records)
+
+    # The third is that of the checkpoint.
+    assert (caught.value.training_step, records.reports) == (1, 3)
+    assert [path.name for path in parts.workspace.checkpoints.iterdir()] == ["step-1"]
+    run(parts)
+    assert adapter_bytes(parts) == adapter_bytes(whole)
+    assert history(parts) == history(whole)
+
+
 def test_a_finished_run_is_not_repeated_but_a_changed_adapter_is_restored(workspace: Prepare) -> None:
     context = workspace()
     record, adapter = run(context), adapter_bytes(context)

@@ -127,8 +127,9 @@ class _Share:
 
 
 def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member, Gradient]]:
-    """Return gradients of members' next steps, and add those that fail to `failed`."""
-    for number in range(max((len(share.batches) for share in shares.values()), default=0)):
+    """Return gradients of members' next steps, none of steps that a stop drops, and add those that fail to `failed`."""
+    longest = max((len(share.batches) for share in shares.values()), default=0)
+    for number in range(longest):
         present = {name: share.batches[number] for name, share in shares.items() if number < len(share.batches)}
         if not present:
             break
@@ -141,6 +142,10 @@ def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member,
             torch.stack(list(means.values())).sum().backward()
         for name, mean in means.items():
             shares[name].means += mean.detach()
+        if number + 1 < longest and first.is_stopping():
+            for share in shares.values():
+                share.member.run.optimizer.zero_grad(set_to_none=True)
+            return []
         for name, share in tuple(shares.items()):
             try:
                 report(share.member.run, share.member.state, "training")

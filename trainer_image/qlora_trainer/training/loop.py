@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device
@@ -107,6 +107,10 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     started = run.runtime.monotonic()
     gradient = _gradient(run, state)
     while gradient is None:
+        # The step has reached no weight.
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.is_stopping():
+            return state
         state = _halve_micro_batches(run, state)
         gradient = _gradient(run, state)
     state = apply_gradient(run, state, gradient)
@@ -153,40 +157,48 @@ def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> 
 
 
 def _gradient(run: Run, state: RunState) -> Gradient | None:
-    """Compute the gradients of the next step, or None if micro batches must be halved."""
+    """Compute the gradients of the next step, or None to drop it: to stop, or to halve micro batches."""
     seed_step(run.progress.schedule.seed, state.step, run.ranks.rank_info.rank)
     micro_batches = run.progress.schedule.micro_batches(state.step)
-    batches = _share(run, run.data, micro_batches)
+    share = _share(run, run.data, micro_batches)
+    # A batch that does not count lets the other ranks gather a sharded base.
+    batches = [(batch, counts) for batch, counts in share if counts or run.ranks.is_sharded]
     # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
     counted = [batch for batch, counts in batches if counts]
     of_ranks = run.ranks.gather(sum(map(run.objective.weight, counted)), sum(batch.tokens for batch in counted))
     weight, tokens = max(1, sum(counts[0] for counts in of_ranks)), sum(counts[1] for counts in of_ranks)
-    means, short = torch.zeros(1 + len(run.objective.measures), device=run.device), False
+    means = torch.zeros(1 + len(run.objective.measures), device=run.device)
     run.objective.before("train", micro_batches)
-    try:
-        for batch, counts in batches:
-            sums = run.sums(batch)
-            (sums.loss * float(counts) / weight).backward()
-            means += sums.values() * float(counts) / weight
-            report(run, state, "training")
-    except RuntimeError as error:
-        if not (is_out_of_gpu_memory(error) and _can_halve(run)):
-            raise
-        logger.warning("step %d ran out of memory and is repeated", state.step + 1, exc_info=True)
-        short = True
-    # Also where no rank may halve: a lost rank is noticed here immediately, and by NCCL's sum after half an hour.
-    if run.ranks.any(short):
-        return None
+    for left, (batch, counts) in zip(range(len(share))[::-1], share, strict=True):
+        has_part = counts or run.ranks.is_sharded
+        short = has_part and not _add_gradients(run, state, batch, counts, weight, means)
+        # After the last one, a stop lets the step end. A lost rank is noticed here immediately, and by NCCL's sum after
+        # half an hour.
+        if run.ranks.any(short or (left > 0 and run.runtime.stop.is_requested)):
+            return None
     run.objective.after(run.ranks)
     run.ranks.sum_gradients(run.parameters.values(), means)
     return Gradient(means, weight, tokens, batches)
 
 
+def _add_gradients(run: Run, state: RunState, batch: Batch, counts: bool, weight: int, means: Tensor) -> bool:
+    """Add a micro batch's part of the gradients, and of `means`; returns whether the memory was enough."""
+    try:
+        sums = run.sums(batch)
+        (sums.loss * float(counts) / weight).backward()
+        means += sums.values() * float(counts) / weight
+    except RuntimeError as error:
+        if not (is_out_of_gpu_memory(error) and _can_halve(run)):
+            raise
+        logger.warning("step %d ran out of memory and is repeated", state.step + 1, exc_info=True)
+        return False
+    report(run, state, "training")
+    return True
+
+
 def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch]) -> list[tuple[Batch, bool]]:
-    """This rank's batches, with whether they count."""
-    # One that does not count lets the other ranks gather a sharded base.
-    rounds = run.ranks.rounds(micro_batches)
-    return [(read_batch(data, item, run.device), counts) for item, counts in rounds if counts or run.ranks.is_sharded]
+    """This rank's batch in each round, with whether it counts."""
+    return [(read_batch(data, item, run.device), counts) for item, counts in run.ranks.rounds(micro_batches)]
 
 
 def _can_halve(run: Run) -> bool:
@@ -195,8 +207,7 @@ def _can_halve(run: Run) -> bool:
 
 
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
-    """Prepare the same step, which has reached no weight, in half the micro batch."""
-    run.optimizer.zero_grad(set_to_none=True)
+    """Prepare the same step in half the micro batch."""
     # The pass that was given up left cycles, whose tensors are memory in use until they are found.
     gc.collect()
     if run.device.type == "cuda":
