@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
@@ -101,6 +102,22 @@ def test_the_run_learns_to_prefer_the_chosen_answers_and_reports_it(tmp_path: Pa
     said = records.written[-1]
     assert (said["accuracy"], said["evalAccuracy"]) == (pytest.approx(last["accuracy"]), 1.0)
     assert said["rewardMargin"] == pytest.approx(last["rewardMargin"])
+
+
+def test_the_reference_is_computed_as_the_policy_is(tmp_path: Path, tiny_llama: Path) -> None:
+    """With weights of normalizations as trained models have them, other kernels would give other bits."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * ("norm" in name)
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    context = job(tmp_path / "workspace", model, {"training": {"maxSteps": 1, "evalEverySteps": 1}})
+    run(context)
+    before, first = history(context)[:2]
+    assert before["evalLoss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert (first["rewardMargin"], first["accuracy"]) == (0.0, 0.5)
 
 
 def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: Path, tiny_llama: Path) -> None:

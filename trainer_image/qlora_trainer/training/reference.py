@@ -38,7 +38,7 @@ class ReferenceLosses(Objective):
         known = self._known[self._split][list(pairs.numbers)].to(self._device, non_blocking=True)
         if not self._missing:
             return known
-        computed = self._found[pairs.numbers] = _without_adapter(model, batch)
+        computed = self._found[pairs.numbers] = _without_adapter(model, batch, as_in_training=self._split == "train")
         return torch.where(known.isnan(), computed, known)
 
     def after(self, ranks: Ranks) -> None:
@@ -70,8 +70,9 @@ class ReferenceLosses(Objective):
         return list(chain.from_iterable(data.row_numbers(index) for index in micro_batch))
 
 
-def _without_adapter(model: AdaptedModel, batch: Batch) -> Tensor:
-    # By PEFT's layers, where the loss to compare comes from `FusedLora`. With a new adapter of plain LoRA, with B 0,
-    # both are the same bits on a CPU. On a GPU, where they take other kernels, they may differ in rounding.
-    with torch.no_grad(), model.disable_adapter():
-        return row_losses(model.get_base_model(), batch)
+def _without_adapter(model: AdaptedModel, batch: Batch, *, as_in_training: bool) -> Tensor:
+    # Operations choose their kernels by whether gradients are enabled; nothing of the base has one, so none is kept.
+    # With a new adapter of plain LoRA, with B 0, the policy's losses are the same bits on a CPU. On a GPU, where LoRA
+    # layers take other kernels, they may differ in rounding.
+    with torch.set_grad_enabled(as_in_training), model.disable_adapter():
+        return row_losses(model.get_base_model(), batch).detach()
