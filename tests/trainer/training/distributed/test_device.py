@@ -59,10 +59,12 @@ def rejection(local_rank: int = 0) -> str:
 
 
 @pytest.mark.parametrize("card", [A10, H100, ("A100", (8, 0))], ids=lambda card: card[0])
-def test_a_gpu_with_bfloat16_is_taken(card: tuple[str, tuple[int, int]], cards: Cards) -> None:
+def test_a_gpu_with_bfloat16_is_taken_and_adds_in_float32(card: tuple[str, tuple[int, int]], cards: Cards) -> None:
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     cards.see(T4, card)
     assert use_device("cuda", torch.get_num_threads(), 1) == torch.device("cuda")
     assert cards.chosen == [1]
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
 
 
 @pytest.mark.parametrize("card", [T4, V100], ids=lambda card: card[0])

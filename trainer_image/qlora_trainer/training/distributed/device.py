@@ -26,6 +26,8 @@ def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
     if device == "cuda":
         require_gpu(local_rank)
         torch.cuda.set_device(local_rank)
+        # cuBLAS may split the many tokens of a LoRA gradient into parts, and would add these in bfloat16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.set_num_threads(threads)
     return torch.device(device)
 
