@@ -158,7 +158,7 @@ def make_plan(
         unknown=unknown,
         weights=weights,
         traits=traits,
-        remarks=tuple(traits.remarks(resolved.training)),
+        remarks=tuple(traits.remarks(spec.training)),
     )
 
 

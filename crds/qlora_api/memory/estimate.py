@@ -12,7 +12,9 @@ from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
 
 GIB = 2**30
-_CONTEXT_BYTES = 600_000_000
+_CONTEXT_BYTES, _LEAST_CONTEXT_BYTES = 600_000_000, 300_000_000
+UNSURE_CONTEXT_BYTES = _CONTEXT_BYTES - _LEAST_CONTEXT_BYTES
+"""The part of the context that a GPU may need less of."""
 # NF4 with one 32-bit constant per block of 64; double quantization makes it an 8-bit constant plus a 32-bit one per
 # 256 blocks (arXiv 2305.14314, section 3): 4.5 and 4.127 bits per parameter.
 _WEIGHT_BITS = 4
@@ -22,8 +24,8 @@ _CONSTANT_BITS_SINGLE = 32 / 64
 _CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
-LOW_FACTOR = 0.80
-"""The least share of the expected peak, without the pageable part, that a run needs."""
+_LEAST_WORK = 0.95
+"""The least share of gradients and activations that a run needs: a dry run of them is that exact."""
 _HIGH_FACTOR = 1.25
 
 
@@ -79,15 +81,14 @@ class MemoryEstimate:
 
     @property
     def low(self) -> int:
-        """The lower bound: 0.80 × `expected` after pageable state has moved to the host.
-
-        docs/trainer/measurements.md has the published peaks that both bounds are from.
-        """
-        return math.floor(LOW_FACTOR * (self.expected - self.pageable_optimizer))
+        """The lower bound: half of the context, 0.95 × gradients and activations, and all else that cannot be paged."""
+        work = sum(each.size for each in self.components() if each.at_peak and each.name in _WORK)
+        fixed = self.expected - self.pageable_optimizer - work - UNSURE_CONTEXT_BYTES
+        return math.floor(fixed + _LEAST_WORK * work)
 
     @property
     def high(self) -> int:
-        """The upper bound, rarely exceeded: 1.25 × `expected`."""
+        """The upper bound: 1.25 × `expected`, by the published peaks of docs/trainer/measurements.md."""
         return math.ceil(_HIGH_FACTOR * self.expected)
 
 
@@ -104,6 +105,7 @@ _LABELS: Mapping[str, str] = {
     "logits": "Logits and their gradient",
     "answers": "Answers that are scored",
 }
+_WORK = frozenset({"gradients", "checkpoints", "layer_working_set", "logits", "answers"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

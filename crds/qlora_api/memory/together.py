@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from qlora_api.memory.estimate import LOW_FACTOR, MemoryEstimate
+from qlora_api.memory.estimate import UNSURE_CONTEXT_BYTES, MemoryEstimate
 from qlora_api.status import MemoryStatus
 
 
@@ -56,5 +56,6 @@ def add_up(shares: Sequence[ShareOfMemory]) -> JointPeak:
     """
     shared = min(share.shared for share in shares)
     expected = shared + sum(share.expected - share.shared for share in shares)
-    low = LOW_FACTOR * shared + sum(share.low - LOW_FACTOR * share.shared for share in shares)
-    return JointPeak(expected, math.floor(low))
+    # The context is shared, of which each share has as much as it surely needs.
+    own = sum(share.low - max(0, share.shared - UNSURE_CONTEXT_BYTES) for share in shares)
+    return JointPeak(expected, max(0, shared - UNSURE_CONTEXT_BYTES) + own)
