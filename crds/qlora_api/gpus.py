@@ -10,6 +10,10 @@ bfloat16, so no job can be trained on it.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+FIRST_CAPABILITY = (8, 0)
+"""The first compute capability with bfloat16 and PyTorch's kernel for rows."""
+OLDEST_DRIVER = 580
+"""Major version of the oldest driver for CUDA 13, which the trainer's image has (NVIDIA's table of compatibility)."""
 _MIB_PER_GIB = 1024
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_trainer.training.distributed.device import FIRST_CAPABILITY
+from qlora_api.gpus import FIRST_CAPABILITY
 
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 DRIVER_DEVICE = Path("/dev/nvidiactl")

@@ -4,8 +4,19 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import ValidationError
 
+from qlora_api.gpus import FIRST_CAPABILITY, OLDEST_DRIVER
 from qlora_api.profile import Profile
-from qlora_client.doctor.facts import Check, Facts, NamedProfile, Object, Unknown, has_labels, profiles_of, untolerated
+from qlora_client.doctor.facts import (
+    Check,
+    Facts,
+    NamedProfile,
+    Object,
+    Unknown,
+    Verdict,
+    has_labels,
+    profiles_of,
+    untolerated,
+)
 
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 # Of the large clouds and of nodes' disks: their volumes are attached to one node at a time.
@@ -105,11 +116,27 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
             f"none of its nodes ({len(usable)}) offers {profile.gpu_resource}: install the vendor's device plugin, or "
             f"change spec.gpuResource of QLoRAProfile {name}",
         )
+    if unfit := {node["metadata"]["name"]: why for node in usable if (why := _unfit_gpu(node))}:
+        reasons = "; ".join(f"{node} with {why}" for node, why in unfit.items())
+        verdict: Verdict = "problem" if len(unfit) == len(usable) else "warning"
+        return Check(title, verdict, f"train cannot use {reasons}: name other nodes in spec.nodeSelector of {name}")
     with_gpus = [count for count in counts if count]
     nodes_text = f"{len(with_gpus)} node{'s' if len(with_gpus) > 1 else ''}"
     return Check(
         title, "ok", f"{nodes_text} with {sum(counts)} {profile.gpu_resource} in all, and {max(counts)} on the largest"
     )
+
+
+def _unfit_gpu(node: Object) -> str:
+    """Why the trainer's image cannot use the node's GPUs, by the labels of NVIDIA's feature discovery, or empty."""
+    labels = node["metadata"].get("labels") or {}
+    capability = tuple(labels.get(f"nvidia.com/gpu.compute.{part}", "") for part in ("major", "minor"))
+    if all(map(str.isdecimal, capability)) and tuple(map(int, capability)) < FIRST_CAPABILITY:
+        return f"compute capability {'.'.join(capability)}, and {'.'.join(map(str, FIRST_CAPABILITY))} is needed"
+    driver = labels.get("nvidia.com/cuda.driver-version.major", labels.get("nvidia.com/cuda.driver.major", ""))
+    if driver.isdecimal() and int(driver) < OLDEST_DRIVER:
+        return f"driver {driver}, and {OLDEST_DRIVER} is needed"
+    return ""
 
 
 def _without_gpu(title: str, name: str, profile: Profile, nodes: Sequence[Object]) -> Check:

@@ -240,6 +240,14 @@ def test_the_image_of_a_profile(image: str, verdict: str, message: str) -> None:
 
 
 TAINT = {"key": "dedicated", "effect": "NoSchedule"}
+COMPUTE, DRIVER = "nvidia.com/gpu.compute", "nvidia.com/cuda.driver"
+OF_T4 = {f"{COMPUTE}.major": "7", f"{COMPUTE}.minor": "5"}
+OF_A10 = {f"{COMPUTE}.major": "8", f"{COMPUTE}.minor": "6", f"{DRIVER}-version.major": "580"}
+
+
+def labeled(labels: dict[str, str]) -> dict[str, Any]:
+    found = node()
+    return found | {"metadata": {**found["metadata"], "labels": {**found["metadata"]["labels"], **labels}}}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +261,10 @@ TAINT = {"key": "dedicated", "effect": "NoSchedule"}
         ([node(taints=[TAINT])], "problem", "gpu-1 has the taint dedicated, which the profile does not tolerate"),
         ([node(taints=[{"key": "nvidia.com/gpu", "effect": "NoSchedule", "value": "present"}])], "ok", "1 node"),
         ([node(taints=[TAINT | {"effect": "PreferNoSchedule"}])], "ok", "1 node"),
+        ([labeled(OF_T4)], "problem", "gpu-1 with compute capability 7.5, and 8.0 is needed"),
+        ([labeled(OF_A10), node("gpu-2")], "ok", "2 nodes"),
+        ([labeled({f"{DRIVER}-version.major": "550"}), node("gpu-2")], "warning", "gpu-1 with driver 550, and 580 is"),
+        ([labeled({f"{DRIVER}.major": "550"})], "problem", "train cannot use gpu-1 with driver 550"),
         (DENIED, "unknown", "ClusterRole"),
     ],
 )
@@ -280,9 +292,7 @@ FEATURE = "feature.node.kubernetes.io/cpu-cpuid."
 )
 def test_a_profile_for_the_cpu_needs_no_gpu_and_names_its_type(labels: dict[str, str], types: str) -> None:
     cpu = {key: value for key, value in PROFILE.items() if key != "gpuResource"} | {"device": "cpu"}
-    cpus = node()
-    cpus["metadata"]["labels"] = {**cpus["metadata"]["labels"], **labels}
-    found = check("Profile default: nodes", profiles=[stored(cpu)], nodes=[cpus])
+    found = check("Profile default: nodes", profiles=[stored(cpu)], nodes=[labeled(labels)])
     assert (found.verdict, found.message) == ("ok", f"it trains on the CPU of 1 node, in {types}")
 
 

@@ -9,13 +9,12 @@ import numpy
 import torch
 from bitsandbytes.cextension import lib as bitsandbytes_library
 
+from qlora_api.gpus import FIRST_CAPABILITY
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.cpu import BFLOAT16_UNITS, ComputeType, compute_type
 from qlora_trainer.core.failures import bad_configuration
 
 _PROCESS_MEMORY = Path("/proc/self/statm")
-FIRST_CAPABILITY = (8, 0)
-"""The first compute capability with bfloat16 and PyTorch's kernel for rows."""
 
 
 def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
