@@ -82,7 +82,7 @@ def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, n
         return status
     if ending is not None and (is_own_failure(ending) or ending.missed_peers):
         return _with_failure(charge_running(status, observed, now), job, ending)
-    if is_stopped_on_purpose(child, job, ending or _running_since(step)):
+    if is_stopped_on_purpose(child, job, ending or _running_since(status)):
         return status
     if ending is not None and ending.lost_peer:
         # No pod may ever report the cause: the lost connection is the only evidence.
@@ -101,8 +101,19 @@ def _charge_node_0(
     """
     for pod in pods:
         if pod.node == 0:
-            status = _charge(status, job, pod)
+            status = _without_start(_charge(status, job, pod), pod)
     return _charge_vanished(status, child, pods, now) if _has_vanished(status, pods) else status
+
+
+def _without_start(status: QLoRAJobStatus, pod: Pod) -> QLoRAJobStatus:
+    """Drop the start of a pod that has ended in its first second.
+
+    Else the operator counts it again, until now, once it is gone.
+    """
+    step, end = status.step, pod.termination.finished if pod.termination else None
+    if step is None or pod.uid != step.running_pod or step.running_since is None or end is None:
+        return status
+    return status if end > parse_time(step.running_since) else replace(status, step=replace(step, running_since=None))
 
 
 def _charge_earlier(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
@@ -164,8 +175,10 @@ def is_stopped_on_purpose(child: ChildJob | None, job: QLoRAJob, pod: Pod | date
     return pod < child.resumed if isinstance(pod, datetime) else pod.stopped_by(child.resumed)
 
 
-def _running_since(step: StepStatus) -> datetime | None:
-    return parse_time(step.running_since) if step.running_since else None
+def _running_since(status: QLoRAJobStatus) -> datetime | None:
+    # A pod without a start has ended in its first second, where the counted time ends.
+    since = (status.step.running_since if status.step else None) or status.active_until
+    return parse_time(since) if since else None
 
 
 def _count_vanished(
@@ -175,7 +188,7 @@ def _count_vanished(
     step = status.step
     if step is None or step.running_since is None or not _has_vanished(status, pods):
         return status
-    on_purpose = is_stopped_on_purpose(child, job, _running_since(step))
+    on_purpose = is_stopped_on_purpose(child, job, _running_since(status))
     counted = replace(step, counted_pod=step.running_pod)
     status = _charge_vanished(status, child, pods, now)
     return replace(status, disruptions=status.disruptions + (0 if on_purpose else 1), step=counted)

@@ -284,6 +284,14 @@ def test_the_time_of_node_0_counts_however_the_attempt_ends(bodies: list[dict[st
     assert follow(job_in(status), *bodies, now=after(1)).active_seconds <= seconds + 1
 
 
+def test_a_node_0_that_ends_in_its_first_second_counts_no_time_once_it_is_gone() -> None:
+    status = follow(job_in(), RUNS, running(node(0), since=-60), node(1))
+    stopped = deleted(ended(node(0), INTERRUPTED, start=-60, end=-60), -60)
+    for left in ([stopped, deleted(node(1), -60)], [deleted(node(1), -60)], []):
+        status = follow(job_in(status, suspend=True), *left)
+        assert status.active_seconds == 0
+
+
 def test_a_node_0_that_saves_late_reports_its_checkpoint_and_its_time() -> None:
     ran = follow(job_in(), RUNS, running(node(0), since=-3000), running(node(1), since=-3000))
     status = follow(job_in(ran), RUNS, running(node(0), since=-3000), ended(node(1), INTERRUPTED))

@@ -58,6 +58,14 @@ def test_a_pod_that_saves_after_its_job_was_resumed_was_stopped_by_the_queue() -
     assert counts(follow(job_in(), resumed, *saved)) == (0, 0, 1)
 
 
+def test_a_node_0_that_a_queue_stops_in_its_first_second_was_stopped_by_the_queue() -> None:
+    started = follow(job_in(), RUNS, running(node(0), since=-310), node(1))
+    stopped = deleted(ended(node(0), INTERRUPTED, start=-310, end=-310), -310)
+    status = follow(job_in(started), _suspended(child("train", Suspended="JobSuspended")), stopped)
+    status = follow(job_in(status), _resumed(RUNS, -300))
+    assert (counts(status), status.active_seconds) == ((0, 0, 1), 0)
+
+
 def test_pods_killed_while_a_queue_stops_them_cost_another_job_and_nothing_else() -> None:
     killed = ended(node(1), 137) | {"metadata": deleted(node(1), -120)["metadata"]}
     failed = _suspended(child("train", Suspended="JobSuspended", Failed="BackoffLimitExceeded"))
