@@ -84,12 +84,13 @@ def idle_seconds(
 ) -> int | None:
     """Return the seconds that the running step has made no progress.
 
-    Returns None up to the limit of the job.
+    Returns None up to the limit of the job, and for a pod that was asked to stop: it saves a checkpoint.
     """
     step = status.step
     if step is None or step.name not in _REPORTING or step.progressed_at is None or job.stops:
         return None
-    if not any(pod.running and pod.uid == step.running_pod for pod in observed.pods_of(step.job_uid)):
+    running = (pod for pod in observed.pods_of(step.job_uid) if pod.running and pod.deletion_requested is None)
+    if not any(pod.uid == step.running_pod for pod in running):
         return None
     # A log that cannot be read adds nothing, and does not revoke the finding of an earlier one.
     known = log_read or _is_stalled(job.status, step)

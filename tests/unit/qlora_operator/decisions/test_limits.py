@@ -12,6 +12,7 @@ from tests.support.builders import (
     NOW,
     after,
     child,
+    condition,
     conditions_of,
     deleted,
     ended,
@@ -117,6 +118,14 @@ def test_a_suspended_job_without_progress_has_not_failed() -> None:
     spec: dict[str, Any] = {"retry": {"onNoProgress": "restart"}, "suspend": True}
     status = look(watched(), 3600, log_read=True, **spec)
     assert (status.failures, conditions_of(status)["Progressing"]) == (0, "True")
+
+
+def test_a_pod_that_a_drain_stops_is_interrupted_and_not_without_progress() -> None:
+    spec: dict[str, Any] = {"retry": {"onNoProgress": "restart", "maxFailures": 0}}
+    drained = running(pod("train"), since=-60)
+    drained["status"]["conditions"] = [condition("DisruptionTarget", "True", reason="EvictionByEvictionAPI")]
+    status = look(watched(**spec), 3600, child("train"), deleted(drained, 3590), log_read=True, **spec)
+    assert (status.phase, status.failures, status.disruptions) == ("Training", 0, 1)
 
 
 def test_a_deleted_job_is_not_replaced_before_its_pods_count() -> None:
