@@ -140,8 +140,8 @@ def _observed(status: QLoRAJobStatus, facts: Facts, before: UsageStatus, *, curr
     """The entries of the pods that are observed, as they are now."""
     listed = {entry.uid: entry for entry in before.pods}
     owners = _owners(facts.observed, status.step, facts.job.status.step)
-    # The UID of a Job that was deleted is in the stored status for the last time.
-    left = owners - _owners(facts.observed, status.step)
+    # A Job that was deleted, or that the step has left and is about to delete, may be known for the last time.
+    left = owners - {status.step.job_uid if status.step is not None else ""}
     room = _MOST_PODS - sum(entry.end is None for entry in before.pods)
     crowded = len(before.pods) + len(facts.observed.pods) > _MOST_LISTED
     for pod in facts.observed.pods:

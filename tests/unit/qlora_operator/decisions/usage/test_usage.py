@@ -267,6 +267,15 @@ def test_a_pod_whose_job_is_deleted_before_it_was_seen_counts() -> None:
     assert usage_of(then(stored, body, at=3510)).gpu_seconds == 2 * 3510
 
 
+def test_a_node_that_starts_when_its_job_is_given_up_counts() -> None:
+    nodes: dict[str, Any] = {"resources": {"gpus": 2, "nodes": 2}}
+    starting, lost_node = scheduled(node(0), -2), evicted(ended(scheduled(node(1), -2), 143, start=-2, end=-1))
+    stored = then(status_in("train"), child("train"), starting, lost_node, **nodes)
+    assert present(stored.step).job_uid == "", "its Job is about to be deleted, and then names it no more"
+    stopped = deleted(ended(starting, 143, start=1, end=30), 5)
+    assert usage_of(then(stored, stopped, at=40, **nodes)).gpu_seconds == 2 * (32 + 1)
+
+
 def test_a_status_has_room_for_all_pods_with_the_jobs_labels() -> None:
     crowd = [running(train_pod(number), since=-90) for number in range(400)]
     status = follow(make_job(status_in("train"), **SPEC), child("train"), *crowd)
