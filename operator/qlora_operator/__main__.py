@@ -268,6 +268,7 @@ class Operator:
                 accounts=self._accounts,
                 store=self._store,
                 enqueue=self._request_sweep,
+                enqueue_cell=self._request,
                 note_usage=self._store.jobs.note_sweep,
             ).reconcile,
             monotonic=time.monotonic,

@@ -114,6 +114,7 @@ class SweepReconciler:
     accounts: Accounts = field(default_factory=Accounts)
     store: Store = field(default_factory=Store)
     enqueue: Callable[[Key, float], None] = lambda _key, _after: None
+    enqueue_cell: Callable[[Key], None] = lambda _key: None
     note_usage: Callable[[Key, str, str, int], None] = lambda _key, _uid, _profile, _seconds: None
     """Notes the sweep's GPU seconds so far, with its key, UID and profile."""
     _denials: dict[Key, _Denial] = field(default_factory=dict)
@@ -139,6 +140,7 @@ class SweepReconciler:
 
     async def _reconcile(self, key: Key) -> float | None:
         found = await self.cluster.get_sweep(*key)
+        self._note(key, found)
         body = None if found is None or is_managed_elsewhere(found) else found
         self.metrics.sweeps.show(key, body)
         sweep = None if body is None else await self._readable(key, body)
@@ -177,6 +179,13 @@ class SweepReconciler:
         expiry = await self._end(sweep, status, jobs, followed.pods)
         pause = self.blocked.next(key) if followed.blocked and done.blocked is None else None
         return min((each for each in (done.again, followed.again, pause, expiry) if each is not None), default=None)
+
+    def _note(self, key: Key, found: Object | None) -> None:
+        """Note the sweep, and request the cells that a change concerns."""
+        # Its watch may never show the change, and then the cells would wait for ever.
+        body = found or {"metadata": {"namespace": key[0], "name": key[1]}}
+        for cell in self.store.sweeps.note(body, deleted=found is None):
+            self.enqueue_cell((key[0], cell))
 
     async def _end(
         self,

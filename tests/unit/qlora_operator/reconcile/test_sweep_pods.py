@@ -10,6 +10,7 @@ import pytest
 from qlora_api.contract import encode_record
 from qlora_api.naming import SWEEP_UID_LABEL
 from qlora_operator.decisions.sweeps.sweep import sweep_of_child
+from qlora_operator.keys import Key
 from qlora_operator.kube.client import Cluster
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.job import Reconciler
@@ -73,7 +74,11 @@ class Passes:
         cluster = Cluster(self.api)
         progress = ProgressReader(cluster.read_log, _seconds(), concurrent=4)
         logs = ProgressReader(cluster.read_log, _seconds(), concurrent=4)
-        self._sweep = SweepReconciler(cluster, PROFILES, lambda: NOW, progress=progress)
+        self.woken: list[Key] = []
+        """The cells that passes over the sweep have requested."""
+        self._sweep = SweepReconciler(
+            cluster, PROFILES, lambda: NOW, progress=progress, store=self.store, enqueue_cell=self.woken.append
+        )
         self._cell = Reconciler(cluster, PROFILES, logs, Metrics(), lambda: NOW, starts(), self.store)
 
     @property
@@ -87,9 +92,13 @@ class Passes:
 
     def sweep(self) -> tuple[dict[str, Any], float | None]:
         """The stored pod after a pass over the sweep, and the seconds until the next."""
-        again = asyncio.run(self._sweep.reconcile(("team", "rates")))
+        again = asyncio.run(self.reconcile_sweep())
         self.store.sweeps.note(self.stored)
         return self.stored["status"]["pods"][0], again
+
+    async def reconcile_sweep(self) -> float | None:
+        """Make a pass over the sweep, which no watch shows."""
+        return await self._sweep.reconcile(("team", "rates"))
 
     def put_cell(self, body: dict[str, Any], **metadata: Any) -> None:
         """Store the cell with this metadata."""
@@ -178,6 +187,19 @@ def test_a_cell_decides_to_train_alone_by_the_sweep_as_it_is_now(annotations: di
     assert passes.jobs() == []
     passes.store_pods({"number": 0, "step": STEP, "alone": list(NAMES)})
     passes.store.sweeps.note(passes.stored)
+    passes.cell(FIRST)
+    assert passes.jobs() == [f"{FIRST}-train-1"]
+
+
+def test_a_cell_does_not_wait_for_ever_for_a_sweep_whose_change_no_watch_has_shown() -> None:
+    passes = Passes()
+    passes.store_pods({"number": 0, "step": STEP, "waiting": list(NAMES)})
+    passes.store.sweeps.note(passes.stored)
+    passes.store_pods({"number": 0, "step": STEP, "alone": list(NAMES)})
+    passes.cell(FIRST)
+    assert passes.jobs() == []
+    asyncio.run(passes.reconcile_sweep())
+    assert ("team", FIRST) in passes.woken
     passes.cell(FIRST)
     assert passes.jobs() == [f"{FIRST}-train-1"]
 

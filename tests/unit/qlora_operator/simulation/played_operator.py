@@ -41,7 +41,7 @@ class PlayedOperator:
         progress = ProgressReader(cluster.read_log, self._seconds, concurrent=8)
         starts = Starts(cluster.profiles_in_use, self._ask, self._seconds)
         self._job = Reconciler(cluster, profiles, progress, _METRICS, clock, starts, store)
-        self._sweep = SweepReconciler(cluster, profiles, clock, progress, _METRICS, store=store)
+        self._sweep = SweepReconciler(cluster, profiles, clock, progress, _METRICS, store=store, enqueue_cell=self._ask)
         self._resync = Resync(cluster, (), self._ask, store=store, interval=_RESYNC_SECONDS, monotonic=self._seconds)
         # Shown jobs are counted in other tests: here that would take a tenth of the time.
         hooks = Hooks(self._ask, self._resync.monitor, _ignore, lambda: None, store, self._ask_sweep)
