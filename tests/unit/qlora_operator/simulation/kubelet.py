@@ -45,6 +45,8 @@ class Run:
     """When a watch has shown its end."""
     is_known: bool = False
     """Whether its Job has ended after it, and so was there to show it: only then its failure surely counts."""
+    is_covered: bool = False
+    """Whether a user has deleted its Job before an interruption of it was counted."""
     hangs: bool = False
     disrupted: bool = False
     """Whether it was stopped from outside, and not by its Job."""

@@ -1,5 +1,6 @@
 """A namespace with its users, its cluster and its operator, in virtual time."""
 
+import itertools
 from typing import Any
 
 from qlora_api.naming import STEP_LABEL
@@ -112,8 +113,14 @@ class World:
 
     def delete_child(self, job: Object) -> None:
         """A user deletes the Job: what its pods have done may not count."""
-        for run in self.kubelet.runs.values():
-            run.is_known &= run.job != job["metadata"]["name"]
+        owner = self.api.get("qlorajobs", controller(job)["name"]) or {"status": {}}
+        counted = (owner["status"].get("step") or {}).get("countedPod")
+        runs = [run for run in self.kubelet.runs.values() if run.job == job["metadata"]["name"]]
+        for run in runs:
+            run.is_known = False
+        # An interruption that is not counted yet looks like a part of the deletion.
+        for run in itertools.takewhile(lambda run: run.uid != counted, reversed(runs)):
+            run.is_covered = True
         self.api.remove("jobs", job["metadata"]["name"])
 
     # --- nodes
