@@ -78,7 +78,8 @@ class Accounts:
         seen = [run for run in self._kubelet.runs.values() if run.uids == (uid,) and run.uid in self._seen]
         last = {run.job: run for run in seen}
         lost = [run for run in seen if run.disrupted and run.nodes == 1 and run.uid not in self._late]
-        return [run for run in lost if last[run.job] is not run and not run.is_covered]
+        # One that has finished in spite of its eviction has lost nothing.
+        return [run for run in lost if last[run.job] is not run and not run.is_covered and run.code != 0]
 
     def _check_sweep(self, sweep: Object) -> None:
         name, status = sweep["metadata"]["name"], sweep["status"]
