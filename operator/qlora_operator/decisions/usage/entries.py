@@ -6,6 +6,7 @@ from qlora_api.contract import ResultRecord
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.usage import PodEnd, PodUsage
+from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import ChildJob, Observed, Pod, QLoRAJob, format_time, parse_time
 from qlora_operator.decisions.pods.attempts import LONGEST_WITHOUT_NEWS, is_stopped_on_purpose
@@ -77,8 +78,17 @@ def _end_of(pod: Pod, job: QLoRAJob, observed: Observed) -> PodEnd:
     if pod.exited_well:
         return "completed"
     if pod.interrupted or pod.lost_peer:
-        return "suspension" if is_stopped_on_purpose(owner_of(pod, observed), job, pod) else "disruption"
+        child = owner_of(pod, observed)
+        deleted = pod.deletion_requested is not None and pod.disruption is None and is_given_up(child, job)
+        return "suspension" if deleted or is_stopped_on_purpose(child, job, pod) else "disruption"
     return "failure"
+
+
+def is_given_up(child: ChildJob | None, job: QLoRAJob) -> bool:
+    """Whether the operator deletes this train Job: its watch may show that after the end of the pods."""
+    step = job.status.step
+    left = step is not None and step.name == "train" and child is not None and child.name != step.job_name
+    return left or is_finished(job.status)
 
 
 def _with_startup(entry: PodUsage) -> PodUsage:

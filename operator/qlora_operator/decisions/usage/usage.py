@@ -31,6 +31,7 @@ from qlora_operator.decisions.usage.entries import (
     entry_after,
     entry_from,
     has_node_since,
+    is_given_up,
     is_over,
     last_counted,
     owner_of,
@@ -210,7 +211,8 @@ def _vanished(status: QLoRAJobStatus, facts: Facts, before: UsageStatus) -> Iter
         until = min(facts.now, seen + LONGEST_WITHOUT_NEWS, *later)
         seconds = max(0, int((until - parse_time(entry.since)).total_seconds()))
         jobs = (child for child in facts.observed.children if f"{entry.name}-".startswith(f"{child.name}-"))
-        on_purpose = is_stopped_on_purpose(next(jobs, None), facts.job, parse_time(since))
+        child = next(jobs, None)
+        on_purpose = is_given_up(child, facts.job) or is_stopped_on_purpose(child, facts.job, parse_time(since))
         end: PodEnd = "suspension" if on_purpose else "disruption"
         yield with_end(replace(entry, seconds=seconds), end, status, None)
 

@@ -26,6 +26,7 @@ from tests.support.builders import (
     running,
     seen,
     status_in,
+    step_status,
     stored_again,
     time,
 )
@@ -152,6 +153,22 @@ def test_time_in_no_checkpoint_is_lost_to_the_cause_of_the_pods_end(
     # A repeated pass, also by an operator that has just started, changes nothing.
     again = follow(make_job(QLoRAJobStatus.model_validate(status.dump()), **(SPEC | spec)), *bodies, now=after(500))
     assert again.usage == status.usage
+
+
+@pytest.mark.parametrize("pods", [[deleted(ended(train_pod(), 137, start=-90, end=20), 0)], []], ids=["ended", "gone"])
+def test_a_pod_of_a_failed_job_is_stopped_and_not_interrupted(pods: list[Any]) -> None:
+    job = {"activeDeadlineSeconds": 60} | SPEC
+    stored = then(watched(), child("train"), running(train_pod(), since=-90), **job)
+    # The operator has deleted its Job, and the watch of Jobs has not shown that yet.
+    status = then(stored, child("train"), *pods, at=20, **job)
+    assert [entry.end for entry in usage_of(status).pods] == ["suspension"]
+
+
+def test_a_pod_of_a_job_that_is_restarted_is_stopped_and_not_interrupted() -> None:
+    stored = watched().model_copy(update={"step": step_status("train", 2)})
+    stopped = deleted(ended(train_pod(), 137, start=-90, end=20), 0)
+    status = then(stored, child("train"), stopped, child("train", 2), at=20)
+    assert [entry.end for entry in usage_of(status).pods] == ["suspension"]
 
 
 @pytest.mark.parametrize(
