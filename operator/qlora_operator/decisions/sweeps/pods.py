@@ -5,6 +5,7 @@ train step, which reports the result of the pod, or continues alone from the che
 keeps it for good: no cell trains in two places.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,7 +26,7 @@ from qlora_api.naming import (
 )
 from qlora_api.profile import Profile
 from qlora_api.schema import replace
-from qlora_api.status import QLoRAJobStatus, StepStatus
+from qlora_api.status import QLoRAJobStatus, Resolved, StepStatus
 from qlora_api.sweep.spec import Cell, pods
 from qlora_api.sweep.status import SweepPodStatus
 from qlora_operator.decisions.manifests.objects import build_job
@@ -117,16 +118,24 @@ def as_job(
 
     Returns None if no cell of it can be read. Its records have the UID of the first of its cells.
     """
-    uids = _uids(sweep, jobs)
     found = (jobs[name].job for name in names if name in jobs)
     cell = next((job for job in found if job is not None and job.status.resolved is not None), None)
     if cell is None or cell.status.resolved is None:
         return None
     running = any(_state(jobs.get(name)) == "ready" for name in pod.cells)
-    spec = replace(sweep.spec.template.spec, suspend=sweep.spec.suspend or not running, cleanup_after_seconds=None)
-    stored = {name: getattr(pod, name) for name in (*_COUNTED, "step", "usage")}
     # The cell compares its GPU hours with the limit.
-    resolved = replace(cell.status.resolved, gpu_hours=None)
+    job = _as_job(sweep, pod, jobs, replace(cell.status.resolved, gpu_hours=None), stops=not running)
+    priority = cell.queue_priority_class_name
+    return dataclasses.replace(job, queue_name=cell.queue_name, queue_priority_class_name=priority)
+
+
+def _as_job(
+    sweep: QLoRASweep, pod: SweepPodStatus, jobs: Mapping[str, CellJob], resolved: Resolved, *, stops: bool
+) -> QLoRAJob:
+    """Return the pod as a job that has fixed these values."""
+    uids = _uids(sweep, jobs)
+    spec = replace(sweep.spec.template.spec, suspend=sweep.spec.suspend or stops, cleanup_after_seconds=None)
+    stored = {name: getattr(pod, name) for name in (*_COUNTED, "step", "usage")}
     return QLoRAJob(
         namespace=sweep.namespace,
         name=name_of(sweep, pod),
@@ -136,8 +145,6 @@ def as_job(
         deleting=False,
         spec=spec,
         status=QLoRAJobStatus(resolved=resolved, **stored),
-        queue_name=cell.queue_name,
-        queue_priority_class_name=cell.queue_priority_class_name,
     )
 
 
@@ -160,20 +167,8 @@ def next_pod(
     if job is None:
         # All cells that it could train are gone.
         deletions = tuple(DeleteJob(child.name, child.uid) for child in unfinished)
-        return PodPlan(_with_reason(pod, cells, None, Reason("", "")), deletions)
-    trains = tuple(uid for name in pod.cells if (uid := _uids(sweep, jobs).get(name)))
-    known = Facts(
-        job=job,
-        observed=observed,
-        profiles=facts.profiles,
-        now=facts.now,
-        progress=facts.progress,
-        progress_beside=facts.progress_beside,
-        log_read=facts.log_read,
-        queue=facts.queue,
-        trains=trains,
-        gone=_gone(pod, trains, jobs),
-    )
+        return PodPlan(_with_reason(_counted(sweep, pod, jobs, facts), cells, None, Reason("", "")), deletions)
+    known = _known(sweep, pod, jobs, job, facts)
     at_rest = not unfinished and not observed.live_pods
     if pod.ended:
         pod = replace(pod, usage=count_usage(job.status, known).usage)
@@ -190,6 +185,38 @@ def next_pod(
         if chosen.cells != pod.cells or chosen.alone != pod.alone or not chosen.cells:
             return PodPlan(chosen, store_first=chosen.cells != pod.cells or chosen.alone != pod.alone)
     return _follow(pod, cells, known, may_create=at_rest)
+
+
+def _counted(sweep: QLoRASweep, pod: SweepPodStatus, jobs: Mapping[str, CellJob], facts: PodFacts) -> SweepPodStatus:
+    """Count the GPU time of a pod without cells, which has its GPUs until it has ended."""
+    profile = facts.profiles.get(sweep.spec.template.spec.scheduling.profile_name)
+    if profile is None:
+        return pod
+    # No cell is left that has fixed a profile, and counting needs nothing else.
+    of_today = Resolved(
+        contract_version=1, profile=profile, claim_name="", claim_created=False, workspace_path="", document=""
+    )
+    job = _as_job(sweep, pod, jobs, of_today, stops=True)
+    return replace(pod, usage=count_usage(job.status, _known(sweep, pod, jobs, job, facts)).usage)
+
+
+def _known(
+    sweep: QLoRASweep, pod: SweepPodStatus, jobs: Mapping[str, CellJob], job: QLoRAJob, facts: PodFacts
+) -> Facts:
+    """The facts about the pod as a job."""
+    trains = tuple(uid for name in pod.cells if (uid := _uids(sweep, jobs).get(name)))
+    return Facts(
+        job=job,
+        observed=facts.observed,
+        profiles=facts.profiles,
+        now=facts.now,
+        progress=facts.progress,
+        progress_beside=facts.progress_beside,
+        log_read=facts.log_read,
+        queue=facts.queue,
+        trains=trains,
+        gone=_gone(pod, trains, jobs),
+    )
 
 
 def build_pod_job(sweep: QLoRASweep, name: str, action: CreateJob, cells: Sequence[QLoRAJob]) -> Manifest:

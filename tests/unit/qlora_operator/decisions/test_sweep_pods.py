@@ -213,6 +213,16 @@ def test_the_running_pod_goes_on_for_the_others(doing: str) -> None:
     assert found.then(at=40).actions == (CreateJob("train", 2),)
 
 
+def test_a_pod_whose_cells_are_all_deleted_counts_until_its_end() -> None:
+    found = started()
+    before = found.gpu_seconds()
+    found.cells.clear()
+    assert found.then(child("train"), running(pod("train"))).actions == (DeleteJob(CHILD, f"uid-{CHILD}"),)
+    found.then(deleted(ended(pod("train"), 143, end=30), requested=0), at=40)
+    (entry,) = present(present(found.stored).usage).pods
+    assert (entry.end, found.gpu_seconds() - before) == ("suspension", 30)
+
+
 def test_the_next_job_is_created_after_the_one_before_is_deleted() -> None:
     found = started()
     found.cells[FIRST] = cell_body("suspended", FIRST)
