@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -18,8 +18,10 @@ from qlora_trainer.core.context import load_document
 from qlora_trainer.core.cpu import ENV_COMPUTE_TYPE
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.model.errors import ModelError
+from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.joint import joint_losses
 from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.training import joint_training
 from qlora_trainer.training.checkpoints.attempts import only_attempt, read_attempts
 from qlora_trainer.training.joint_training import Ended, Member, run_together
 from tests.support.manifests import merged
@@ -48,6 +50,29 @@ def test_each_ends_as_alone(
         steps = [(line["step"], sorted(line)) for line in history(alone)]
         assert [(line["step"], sorted(line)) for line in history(job)] == steps
         assert apart(job, alone) < 0.02
+
+
+def test_a_joint_pass_that_runs_out_of_memory_is_repeated_in_parts(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, jobs = contexts(tmp_path / "undisturbed", tiny_llama), contexts(tmp_path / "short", tiny_llama)
+    together(undisturbed)
+    passes, after = count(1), list[int]()
+
+    def limited(model: Any, batches: Mapping[str, Batch]) -> Any:
+        number = next(passes)
+        if number > 6:
+            after.append(len(batches))
+        elif number == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return joint_losses(model, batches)
+
+    monkeypatch.setattr(joint_training, "joint_losses", limited)
+    together(jobs)
+    assert set(after) == {1}
+    for job, expected in zip(jobs, undisturbed, strict=True):
+        assert [line["step"] for line in history(job)] == [line["step"] for line in history(expected)]
+        assert apart(job, expected) < 0.02
 
 
 def test_jobs_that_leave_settings_open_are_trained_together(make_context: MakeContext, tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ Each run has its own adapter, optimizer, schedule, evaluations and checkpoints, 
 to the rounding of the base's matmuls, whose order of additions depends on how many tokens are multiplied at once.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qlora_trainer.core.failures import Interrupted, StepFailure
+from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_memory
 from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.nf4.computation import computing
-from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, is_done, note_step
+from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, free_memory, is_done, note_step
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Gradient, Run, report
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,7 +41,7 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
     A member that fails, also because its files cannot be read or written, does not stop the others. Raises Interrupted
     when a stop is requested, after every member that still trains has been saved as alone.
     """
-    training = list(members)
+    training, apart = list(members), False
     while training:
         interrupted: list[Interrupted] = []
         for member in tuple(training):
@@ -61,7 +64,8 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
             continue
         if interrupted:
             raise interrupted[0]
-        for failed in _step(training):
+        ended, apart = _step(training, apart=apart)
+        for failed in ended:
             training.remove(failed[0])
             yield failed
             _leave(failed[0])
@@ -77,10 +81,10 @@ def _leave(member: Member) -> None:
 _Failed = list[tuple[Member, StepFailure]]
 
 
-def _step(members: Sequence[Member]) -> _Failed:
-    """One optimizer step of each member. Returns those that failed."""
+def _step(members: Sequence[Member], *, apart: bool) -> tuple[_Failed, bool]:
+    """One optimizer step of each member. Returns those that failed, and whether to keep the passes of members apart."""
     if not members:
-        return []
+        return [], apart
     first, applied = members[0].run, list[tuple[Member, Gradient]]()
     started = first.runtime.monotonic()
     shares: dict[str, _Share] = {}
@@ -94,7 +98,20 @@ def _step(members: Sequence[Member]) -> _Failed:
             shares[member.adapter] = _Share(member, batches, weight, torch.zeros(1, device=run.device))
         except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
-    for member, gradient in _gradients(shares, failed):
+    gradients: list[tuple[Member, Gradient]] | None = None
+    try:
+        gradients = _gradients(shares, failed, apart=apart)
+    except RuntimeError as error:
+        if apart or len(shares) < 2 or not is_out_of_gpu_memory(error):
+            raise
+        logger.warning("the jobs' joint pass ran out of memory: each goes on in passes of its own", exc_info=True)
+    # Not in the clause above, whose exception keeps tensors of the pass.
+    if gradients is None:
+        apart = True
+        _drop(shares)
+        free_memory(first.device)
+        gradients = _gradients(shares, failed, apart=True)
+    for member, gradient in gradients:
         try:
             member.state = apply_gradient(member.run, member.state, gradient)
             applied.append((member, gradient))
@@ -106,7 +123,7 @@ def _step(members: Sequence[Member]) -> _Failed:
             member.state = note_step(member.run, member.state, gradient, cost)
         except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
-    return failed
+    return failed, apart
 
 
 @dataclass
@@ -126,25 +143,24 @@ class _Share:
         return Gradient(self.means, self.weight, tokens, [(batch, True) for batch in self.batches])
 
 
-def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member, Gradient]]:
+def _drop(shares: Mapping[str, _Share]) -> None:
+    """Drop the gradients of a step that has reached no weight."""
+    for share in shares.values():
+        share.member.run.optimizer.zero_grad(set_to_none=True)
+        share.means.zero_()
+
+
+def _gradients(shares: dict[str, _Share], failed: _Failed, *, apart: bool) -> list[tuple[Member, Gradient]]:
     """Return gradients of members' next steps, none of steps that a stop drops, and add those that fail to `failed`."""
     longest = max((len(share.batches) for share in shares.values()), default=0)
     for number in range(longest):
         present = {name: share.batches[number] for name, share in shares.items() if number < len(share.batches)}
         if not present:
             break
-        first = next(iter(shares.values())).member.run
-        model, device = first.adapted_base, first.device
-        with route(model, present):
-            with computing(model, device.type):
-                losses = joint_losses(model, present)
-            means = {name: loss / shares[name].weight for name, loss in losses.items()}
-            torch.stack(list(means.values())).sum().backward()
-        for name, mean in means.items():
-            shares[name].means += mean.detach()
-        if number + 1 < longest and first.is_stopping():
-            for share in shares.values():
-                share.member.run.optimizer.zero_grad(set_to_none=True)
+        for part in [{name: batch} for name, batch in present.items()] if apart else [present]:
+            _pass(shares, part)
+        if number + 1 < longest and next(iter(shares.values())).member.run.is_stopping():
+            _drop(shares)
             return []
         for name, share in tuple(shares.items()):
             try:
@@ -153,3 +169,15 @@ def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member,
                 del shares[name]
                 failed.append((share.member, as_failure(error)))
     return [(share.member, share.gradient()) for share in shares.values()]
+
+
+def _pass(shares: Mapping[str, _Share], batches: Mapping[str, Batch]) -> None:
+    """Add the gradients of these members' batches, in one pass of the model."""
+    run = shares[next(iter(batches))].member.run
+    with route(run.adapted_base, batches):
+        with computing(run.adapted_base, run.device.type):
+            losses = joint_losses(run.adapted_base, batches)
+        means = {name: loss / shares[name].weight for name, loss in losses.items()}
+        torch.stack(list(means.values())).sum().backward()
+    for name, mean in means.items():
+        shares[name].means += mean.detach()

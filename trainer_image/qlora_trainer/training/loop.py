@@ -208,14 +208,19 @@ def _can_halve(run: Run) -> bool:
 
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
     """Prepare the same step in half the micro batch."""
-    # The pass that was given up left cycles, whose tensors are memory in use until they are found.
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(run.device)
     run.progress.schedule = run.progress.schedule.with_micro_batch_size(run.progress.schedule.micro_batch_size // 2)
     state = replace(state, micro_batch_size=run.progress.schedule.micro_batch_size)
     report(run, state, "training", force=True)
     return state
+
+
+def free_memory(device: torch.device) -> None:
+    """Free the memory of a pass that was given up."""
+    # It left cycles, whose tensors are memory in use until they are found.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
