@@ -126,7 +126,7 @@ test-tools: $(VENV)/.synced ## Install and build what the tests need, which inst
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; on a machine without one they are skipped, with the reason
-	@$(PYTEST) tests/gpu
+	@$(PYTEST) --timeout=900 tests/gpu
 
 .PHONY: fuzz
 fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; inputs that break one are kept in fuzz-crashes/

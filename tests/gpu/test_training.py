@@ -96,7 +96,7 @@ def test_the_estimate_matches_the_peak(tmp_path: Path, billion: Files, figures: 
     peak = record(files, "train")["peakMemoryBytes"] + 0.6e9
     figures.add("1B, 2 × 2048 tokens: memory", peak / GIB, "GiB")
     figures.add("1B, 2 × 2048 tokens: estimate", estimated / GIB, "GiB")
-    assert peak == pytest.approx(estimated, rel=0.15)
+    assert peak == pytest.approx(estimated, rel=0.15, abs=GIB / 2)
 
 
 @pytest.mark.gpu(gib=10)
