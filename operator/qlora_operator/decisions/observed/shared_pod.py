@@ -88,6 +88,11 @@ def trained_by(status: QLoRAJobStatus, shared: SharedPod | None) -> str:
     return shared.sweep if shared is not None and found is not None and shared.pod is not None else ""
 
 
+def may_be_trained(status: QLoRAJobStatus, shared: SharedPod | None) -> bool:
+    """Whether the sweep has chosen the cell for a Job, of which a pod may still stop."""
+    return shared is not None and bool(shared.child) and waits_for_sweep(status, shared) is not None
+
+
 def _names(pod: SweepPodStatus) -> tuple[str, ...]:
     return (*pod.cells, *pod.waiting, *pod.alone)
 

@@ -12,7 +12,7 @@ from qlora_operator.decisions.observed.conditions import is_finished
 from qlora_operator.decisions.observed.endings import fail, failure_of
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason
-from qlora_operator.decisions.observed.shared_pod import trained_by
+from qlora_operator.decisions.observed.shared_pod import may_be_trained
 from qlora_operator.decisions.pods.attempts import charge_running
 from qlora_operator.decisions.usage.usage import (
     count_usage,
@@ -53,7 +53,7 @@ def enforce_budget(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     allowed, step = allowed_seconds(job, status), status.step
     if is_finished(status) or allowed is None or step is None or step.name not in _STOPPED_STEPS:
         return status
-    if not gpus_of_a_pod(job, status) or trained_by(status, facts.shared):
+    if not gpus_of_a_pod(job, status) or may_be_trained(status, facts.shared):
         # The pod of the sweep continues for its other cells: its end alone shows which cells it has trained.
         return status
     pods = facts.observed.pods_of(step.job_uid)

@@ -264,6 +264,11 @@ def test_a_cell_that_has_used_its_gpu_hours_fails_when_its_pod_has_ended() -> No
     assert (spent.phase, present(spent.usage).gpu_seconds > 1800) == ("Training", True)
     assert budget_at(replace(found.cell(FIRST), status=spent), spent, Observed(), NOW) is None
     found.store_status(FIRST, spent)
+    # Its Job was deleted: as long as its pod saves, no clean-up of the cell may begin.
+    stopped = replace(found)
+    stopped.then(deleted(observed[1], requested=0))
+    assert present(stopped.stored).step.attempt == 2
+    assert cell_status_of(stopped, FIRST).phase == "Queued"
     for _ in range(2):
         found.then(*done())
     failed = cell_status_of(found, FIRST)
