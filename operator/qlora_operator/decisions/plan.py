@@ -166,7 +166,7 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
         return False  # it waits for a place among the jobs of its profile
     if is_to_be_announced(job, status) or is_claim_to_be_deleted(job, status):
         return False
-    if still_counts(job):
+    if still_counts(job) or observed.live_pods:
         return False  # a pod that has been asked to stop has its GPU until it has saved a checkpoint
     # The clean-up's own Job goes after the clean-up is stored.
     cleaning = observed.child(clean_job_name(job)) if is_true(status, "CleanedUp") else None

@@ -314,6 +314,16 @@ def test_a_failed_job_counts_its_pod_until_that_has_stopped() -> None:
     assert is_settled(make_job(status, **job), seen(stopped))
 
 
+def test_a_failed_job_counts_a_pod_that_gets_its_node_when_it_is_stopped() -> None:
+    job = {"retry": {"maxDisruptions": 0}} | SPEC
+    stored = then(watched(), child("train"), train_pod(2, at=-1), **job)
+    assert stored.phase == "Failed"
+    late = scheduled(pod("train", 1, 3), 1)
+    assert not is_settled(make_job(stored, **job), seen(deleted(running(late, since=2), 2)))
+    status = then(stored, deleted(ended(late, 143, start=2, end=7), 2), at=10, **job)
+    assert usage_of(status).gpu_seconds - usage_of(stored).gpu_seconds >= 2 * 6
+
+
 def test_a_failed_job_counts_its_pod_although_its_end_was_not_seen() -> None:
     job = {"activeDeadlineSeconds": 60} | SPEC
     stored = then(watched(), child("train"), running(train_pod(), since=-90), **job)
