@@ -129,7 +129,8 @@ def _lines_of_steps(spec: ResolvedSpec, epoch: Epoch, *, packed: bool) -> Iterat
     sequences = epoch.sequences
     if sequences is None and epoch.tokens is not None and packed:
         # As if each were full.
-        sequences, least = ceil(epoch.tokens / training.max_sequence_length), "at least "
+        sequences = ceil(epoch.tokens / training.max_sequence_length)
+        least = "at least " if training.max_steps is None else ""
     if training.max_steps is None and sequences is None:
         yield f"[bold]Steps[/]: unknown; {_least_data(training, packed=packed)}. --data counts those of the job."
     else:

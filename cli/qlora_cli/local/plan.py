@@ -30,6 +30,7 @@ from qlora_api.memory.advice import (
 from qlora_api.memory.estimate import GIB, MemoryEstimate, without_activations
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
+from qlora_api.schema import replace
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import BaseModelSpec
@@ -158,7 +159,9 @@ def make_plan(
         unknown=unknown,
         weights=weights,
         traits=traits,
-        remarks=tuple(traits.remarks(spec.training)),
+        remarks=tuple(
+            traits.remarks(replace(spec.training, max_sequence_length=resolved.training.max_sequence_length))
+        ),
     )
 
 

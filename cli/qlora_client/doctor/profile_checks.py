@@ -116,11 +116,13 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
             f"none of its nodes ({len(usable)}) offers {profile.gpu_resource}: install the vendor's device plugin, or "
             f"change spec.gpuResource of QLoRAProfile {name}",
         )
-    if unfit := {node["metadata"]["name"]: why for node in usable if (why := _unfit_gpu(node))}:
-        reasons = "; ".join(f"{node} with {why}" for node, why in unfit.items())
-        verdict: Verdict = "problem" if len(unfit) == len(usable) else "warning"
-        return Check(title, verdict, f"train cannot use {reasons}: name other nodes in spec.nodeSelector of {name}")
     with_gpus = [count for count in counts if count]
+    offering = [node for node, count in zip(usable, counts, strict=True) if count]
+    if unfit := {node["metadata"]["name"]: why for node in offering if (why := _unfit_gpu(node))}:
+        reasons = "; ".join(f"{node} with {why}" for node, why in unfit.items())
+        verdict: Verdict = "problem" if len(unfit) == len(offering) else "warning"
+        remedy = f"name other nodes in spec.nodeSelector of QLoRAProfile {name}, or upgrade an old driver"
+        return Check(title, verdict, f"train cannot use {reasons}: {remedy}")
     nodes_text = f"{len(with_gpus)} node{'s' if len(with_gpus) > 1 else ''}"
     return Check(
         title, "ok", f"{nodes_text} with {sum(counts)} {profile.gpu_resource} in all, and {max(counts)} on the largest"
@@ -128,7 +130,10 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
 
 
 def _unfit_gpu(node: Object) -> str:
-    """Why the trainer's image cannot use the node's GPUs, by the labels of NVIDIA's feature discovery, or empty."""
+    """Return why the trainer's image cannot use the node's GPUs, or an empty text.
+
+    By the labels of NVIDIA's GPU Feature Discovery; nothing is known without them.
+    """
     labels = node["metadata"].get("labels") or {}
     capability = tuple(labels.get(f"nvidia.com/gpu.compute.{part}", "") for part in ("major", "minor"))
     if all(map(str.isdecimal, capability)) and tuple(map(int, capability)) < FIRST_CAPABILITY:
@@ -151,7 +156,10 @@ def _without_gpu(title: str, name: str, profile: Profile, nodes: Sequence[Object
 
 
 def _compute_type(node: Object) -> str:
-    """The type that a CPU computes in, by the node's labels; those of CPU features are Node Feature Discovery's."""
+    """Return the type that the node's CPU computes in.
+
+    By Kubernetes' label of the architecture, and those of Node Feature Discovery.
+    """
     labels = node["metadata"].get("labels") or {}
     if labels.get("kubernetes.io/arch") == "arm64" or any(labels.get(f"{_CPU_FEATURE}{each}") for each in _BFLOAT16):
         return "bfloat16"

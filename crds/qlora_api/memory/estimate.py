@@ -12,7 +12,7 @@ from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
 
 GIB = 2**30
-_CONTEXT_BYTES, _LEAST_CONTEXT_BYTES = 600_000_000, 300_000_000
+_CONTEXT_BYTES, _LEAST_CONTEXT_BYTES = 600_000_000, 350_000_000
 UNSURE_CONTEXT_BYTES = _CONTEXT_BYTES - _LEAST_CONTEXT_BYTES
 """The part of the context that a GPU may need less of."""
 # NF4 with one 32-bit constant per block of 64; double quantization makes it an 8-bit constant plus a 32-bit one per
@@ -24,8 +24,8 @@ _CONSTANT_BITS_SINGLE = 32 / 64
 _CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
-_LEAST_WORK = 0.95
-"""The least share of gradients and activations that a run needs: a dry run of them is that exact."""
+_LEAST_WORK = 0.80
+"""The least share of gradients and activations that a run needs: rows may be shorter, and experts have fewer tokens."""
 _HIGH_FACTOR = 1.25
 
 
@@ -81,7 +81,7 @@ class MemoryEstimate:
 
     @property
     def low(self) -> int:
-        """The lower bound: half of the context, 0.95 × gradients and activations, and all else that cannot be paged."""
+        """The lower bound: pages on the host, 0.35 GB of context, 0.80 × gradients and activations."""
         work = sum(each.size for each in self.components() if each.at_peak and each.name in _WORK)
         fixed = self.expected - self.pageable_optimizer - work - UNSURE_CONTEXT_BYTES
         return math.floor(fixed + _LEAST_WORK * work)

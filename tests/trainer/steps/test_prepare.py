@@ -349,9 +349,10 @@ def test_the_result_has_the_amount_of_computation(jobs: Jobs) -> None:
     assert record.work.flops == 6 * record.work.parameters * record.work.tokens
 
 
-def test_the_result_lists_deviations_from_the_spec(jobs: Jobs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [{"packing": True}, {"packing": None}], ids=str)
+def test_the_result_lists_deviations_from_the_spec(packing: dict[str, bool | None], jobs: Jobs, tmp_path: Path) -> None:
     model = save_model(tmp_path / "stablelm" / "model", StableLmConfig(**SHAPE, initializer_range=0.1))
-    result = run(jobs.make(), tmp_path, model).result
+    result = run(jobs.make({"training": packing}), tmp_path, model).result
     assert result.outcome == "succeeded"
     assert "; no packing: rows in one sequence would affect each other in this stablelm" in result.message
 

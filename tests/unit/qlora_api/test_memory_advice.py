@@ -31,7 +31,7 @@ def settings(steps: Iterable[Advice]) -> list[str]:
 def test_the_verdict_turns_exactly_at_its_bounds() -> None:
     memory = OF_65B(TrainingShape())
     enough = memory.expected * 1.07 / (0.98 * GIB)
-    least = memory.low / (0.98 * GIB)
+    least = memory.low / (0.985 * GIB)
     assert verdict(memory, enough * 1.0001) == "fits"
     assert verdict(memory, enough * 0.9999) == "tight"
     assert verdict(memory, least * 1.0001) == "tight"

@@ -264,6 +264,7 @@ def labeled(labels: dict[str, str]) -> dict[str, Any]:
         ([labeled(OF_T4)], "problem", "gpu-1 with compute capability 7.5, and 8.0 is needed"),
         ([labeled(OF_A10), node("gpu-2")], "ok", "2 nodes"),
         ([labeled({f"{DRIVER}-version.major": "550"}), node("gpu-2")], "warning", "gpu-1 with driver 550, and 580 is"),
+        ([labeled(OF_T4), node("cpu-1", gpus=0)], "problem", "gpu-1 with compute capability 7.5"),
         ([labeled({f"{DRIVER}.major": "550"})], "problem", "train cannot use gpu-1 with driver 550"),
         (DENIED, "unknown", "ClusterRole"),
     ],

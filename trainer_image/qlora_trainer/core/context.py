@@ -52,9 +52,13 @@ class Mounts:
         return root / source.path if source.path else root
 
     def folder(self, source: VolumeSource) -> Path:
-        """The path of a pvc:// address. Raises StepFailure UNSAFE_ARTIFACT if it leads out of its volume."""
+        """Return the path of a pvc:// address of a folder.
+
+        Raises StepFailure UNSAFE_ARTIFACT if it is a link that leads out of its volume, UNREACHABLE if not mounted.
+        """
         path, root = self.volume(source), self.volume(VolumeSource(source.claim))
-        if not path.resolve().is_relative_to(root.resolve()):
+        # A link to itself is no folder.
+        if path.is_dir() and not path.resolve().is_relative_to(root.resolve()):
             raise unsafe_artifact(f"{source} is a link that leads out of its volume: put the files themselves there")
         return path
 

@@ -211,7 +211,7 @@ def _prepare(
     fetching += now() - started
 
     data = sequences.complete(fitted, base.revision, workspace)
-    remarks = (*of_steps, *family.remarks(training), *sequences.remarks)
+    remarks = (*of_steps, *family.remarks(in_length.training), *sequences.remarks)
     if initial is not None:
         initial.complete()
         remark = initial.remark(base_name(spec.model), base.revision)

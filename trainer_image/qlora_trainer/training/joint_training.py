@@ -151,7 +151,11 @@ def _drop(shares: Mapping[str, _Share]) -> None:
 
 
 def _gradients(shares: dict[str, _Share], failed: _Failed, *, apart: bool) -> list[tuple[Member, Gradient]]:
-    """Return gradients of members' next steps, none of steps that a stop drops, and add those that fail to `failed`."""
+    """Compute the gradients of the members' next steps.
+
+    Returns none if a stop drops these steps. Adds members whose files cannot be written to `failed`. `apart`: in a pass
+    for each member.
+    """
     longest = max((len(share.batches) for share in shares.values()), default=0)
     for number in range(longest):
         present = {name: share.batches[number] for name, share in shares.items() if number < len(share.batches)}

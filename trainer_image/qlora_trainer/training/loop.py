@@ -157,7 +157,10 @@ def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> 
 
 
 def _gradient(run: Run, state: RunState) -> Gradient | None:
-    """Compute the gradients of the next step, or None to drop it: to stop, or to halve micro batches."""
+    """Compute the gradients of the next step.
+
+    Returns None to drop it: to stop, or to halve micro batches.
+    """
     seed_step(run.progress.schedule.seed, state.step, run.ranks.rank_info.rank)
     micro_batches = run.progress.schedule.micro_batches(state.step)
     share = _share(run, run.data, micro_batches)
@@ -182,7 +185,10 @@ def _gradient(run: Run, state: RunState) -> Gradient | None:
 
 
 def _add_gradients(run: Run, state: RunState, batch: Batch, counts: bool, weight: int, means: Tensor) -> bool:
-    """Add a micro batch's part of the gradients, and of `means`; returns whether the memory was enough."""
+    """Add a micro batch's part of gradients and `means`.
+
+    Returns whether the memory was enough.
+    """
     try:
         sums = run.sums(batch)
         (sums.loss * float(counts) / weight).backward()
