@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.data.prepared import PreparedDataset, Split
+from qlora_trainer.model.kernels.norms import normalizing
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, PairedRows
 from qlora_trainer.model.losses.loss import row_losses
 from qlora_trainer.model.protocols import AdaptedModel
@@ -71,8 +72,7 @@ class ReferenceLosses(Objective):
 
 
 def _without_adapter(model: AdaptedModel, batch: Batch, *, as_in_training: bool) -> Tensor:
-    # Operations choose their kernels by whether gradients are enabled; nothing of the base has one, so none is kept.
     # With a new adapter of plain LoRA, with B 0, the policy's losses are the same bits on a CPU. On a GPU, where LoRA
     # layers take other kernels, they may differ in rounding.
-    with torch.set_grad_enabled(as_in_training), model.disable_adapter():
-        return row_losses(model.get_base_model(), batch).detach()
+    with torch.no_grad(), normalizing(as_in_training=as_in_training), model.disable_adapter():
+        return row_losses(model.get_base_model(), batch)

@@ -6,6 +6,9 @@ given float32 too. And transformers computes a root mean square in six operation
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -19,6 +22,19 @@ from qlora_trainer.model.protocols import AutogradContext
 _ROWS = 16
 # In float32, two correct ways to compute the same differ by a few roundings of 2^-24.
 _TOLERANCE = 2.0**-20
+
+
+_as_in_training = ContextVar("as_in_training", default=False)
+
+
+@contextmanager
+def normalizing(*, as_in_training: bool) -> Iterator[None]:
+    """Let passes without gradients normalize as those with them do, if asked."""
+    before = _as_in_training.set(as_in_training)
+    try:
+        yield
+    finally:
+        _as_in_training.reset(before)
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -50,7 +66,10 @@ class _LayerNorm(nn.LayerNorm):
 
 
 class _RootMeanSquare(nn.Module):
-    """x / rms(x) · (c + weight), with c 0 or 1. Evaluation is the family's, bit-equal."""
+    """x / rms(x) · (c + weight), with c 0 or 1.
+
+    Without gradients it is the family's, bit-equal, unless `normalizing` asks for that of training.
+    """
 
     weight: Tensor
     added_to_weight: int
@@ -58,7 +77,7 @@ class _RootMeanSquare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalized `x`, in its type."""
-        if not torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+        if not (torch.is_grad_enabled() or _as_in_training.get()) or x.dtype != self.weight.dtype:
             return cast("Tensor", super().forward(x)).to(x.dtype)
         if cpu.fuses_norms(x.device.type):
             return cast("Tensor", _Normalize.apply(x, self.weight.float() + self.added_to_weight, self.epsilon))
