@@ -104,9 +104,9 @@ def _run(results: Results, tasks: list[str], arms: tuple[str, ...], minutes: flo
     os.environ |= library_settings(os.environ)
     import torch
 
-    from benchmarks.defaults.attention import use_short_rows
     from benchmarks.defaults.cell import Place, facts, run_cell
-    from benchmarks.quality.cell import without_chat_template
+    from benchmarks.tuning.attention import use_short_rows
+    from benchmarks.tuning.data import without_chat_template
     from qlora_api.spec.training import LoraSpec
     from qlora_trainer.model.families.inspection import inspect_family
 

@@ -1,9 +1,7 @@
 """Runs one cell: prepares a task's rows, trains by an arm's settings, and measures on rows that no arm has seen."""
 
-import json
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +9,15 @@ from typing import Any
 import numpy
 
 from benchmarks.defaults.arms import Facts, Settings
-from benchmarks.defaults.tasks import Content, Task, sets_of
-from benchmarks.defaults.training import measure, train
+from benchmarks.defaults.tasks import Task, sets_of
+from benchmarks.defaults.training import train_and_keep
 from benchmarks.machine import ROOT, describe_checkout
-from benchmarks.quality.arms import load_subject
+from benchmarks.tuning.data import tokenize, write
+from benchmarks.tuning.subjects import load_subject
+from benchmarks.tuning.training import measure
 from qlora_api.automatic import ModelFacts, RowFacts
-from qlora_api.spec.dataset import Columns
 from qlora_api.spec.resolved import ResolvedLora
-from qlora_trainer.data.packing import one_row_each, pack
-from qlora_trainer.data.prepared import PreparedDataset, write_split
-from qlora_trainer.data.read.rows import Row
-from qlora_trainer.data.render.chat_template import Tokenizer
-from qlora_trainer.data.sampling import RowIndices
-from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
-from qlora_trainer.data.tokenize.chunks import TokenizedRows
+from qlora_trainer.data.packing import pack
 
 _SEED = 0
 _BASE = ResolvedLora(rank=1, alpha=1)
@@ -47,23 +40,9 @@ class Place:
         return self.chat if task.format == "chat" else self.plain
 
 
-def tokenize(task: Task, contents: Sequence[Content], model: Path) -> TokenizedRows:
-    """Tokenize rows as prepare does."""
-    recipe = Recipe(
-        tokenizer=model,
-        vocabulary=json.loads((model / "config.json").read_text())["vocab_size"],
-        format=task.format,
-        columns=Columns(),
-        train_on="completion",
-        longest_allowed=8192,
-    )
-    maker = ChunkMaker(recipe, Tokenizer(model))
-    return TokenizedRows([maker.make([Row(f"row {number}", dict(row), 0) for number, row in enumerate(contents, 1)])])
-
-
 def facts(task: Task, model: Path, sizes: ModelFacts) -> Facts:
     """Count the training rows for the rules."""
-    rows = tokenize(task, sets_of(task).train, model)
+    rows = tokenize(task.format, sets_of(task).train, model)
 
     def count(length: int, held_out: int) -> RowFacts:
         used = numpy.arange(held_out, len(rows))
@@ -79,20 +58,15 @@ def run_cell(task: Task, settings: Settings | None, place: Place) -> dict[str, A
     sets, model = sets_of(task), place.model(task)
     with tempfile.TemporaryDirectory(prefix="qlora-defaults-") as scratch:
         folder = Path(scratch)
-
-        def write(name: str, rows: TokenizedRows, used: RowIndices, packed_to: int | None = None) -> PreparedDataset:
-            chosen = one_row_each(used) if packed_to is None else pack(used, rows.lengths[used], packed_to, _SEED)
-            write_split(folder / name, rows, chosen)
-            return PreparedDataset(folder / name)
-
         lora = _BASE if settings is None else settings.lora()
         subject = load_subject("nf4-dq", model, place.bases, lora, _SEED)
         course: dict[str, Any] = {}
         if settings is not None:
-            rows, held_out = tokenize(task, sets.train, model), settings.held_out_rows
-            data = write("train", rows, numpy.arange(held_out, len(rows)), settings.length if settings.packed else None)
-            kept = write("kept", rows, numpy.arange(held_out)) if settings.eval_every_steps else None
-            trained = train(subject, data, settings.training(task), kept, settings.eval_every_steps)
+            rows, held_out = tokenize(task.format, sets.train, model), settings.held_out_rows
+            length = settings.length if settings.packed else None
+            data = write(folder / "train", rows, numpy.arange(held_out, len(rows)), length)
+            kept = write(folder / "kept", rows, numpy.arange(held_out)) if settings.eval_every_steps else None
+            trained = train_and_keep(subject, data, settings.training(task), kept, settings.eval_every_steps)
             course = {
                 "sequences": len(data),
                 "tokens": data.tokens * settings.epochs,
@@ -101,7 +75,8 @@ def run_cell(task: Task, settings: Settings | None, place: Place) -> dict[str, A
                 "trainLosses": [round(loss, 4) for loss in trained.losses],
             }
         for name, contents in (("validation", sets.validation), ("heldOut", sets.held_out)):
-            measured = measure(subject, write(name, tokenize(task, contents, model), numpy.arange(len(contents))))
+            rows = tokenize(task.format, contents, model)
+            measured = measure(subject, write(folder / name, rows, numpy.arange(len(rows))))
             course[name] = {"loss": round(measured.loss, 5), "score": measured.score, "right": measured.right}
     commit, changed = describe_checkout(ROOT)
     return course | {"processorSeconds": round(time.process_time() - began, 1), "commit": commit, "changed": changed}

@@ -9,9 +9,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from benchmarks.quality.tasks import TASKS as STUDY
-from benchmarks.quality.tasks.classification import KINDS
-from benchmarks.quality.tasks.task import number, pick, shuffled
+from benchmarks.defaults.kinds import KINDS
+from benchmarks.tuning.draws import number, pick, shuffled
 from qlora_api.spec.dataset import RowFormat
 
 Content = Mapping[str, Any]
@@ -72,17 +71,18 @@ def sets_of(task: Task) -> Sets:
     return Sets(rows[:first], rows[first:second], rows[second:])
 
 
-def _of_study(name: str) -> Callable[[Random], Iterator[Content]]:
-    """Return the rows of a task of the study of quality, each prompt once."""
+_MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
+_ORDINALS = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd"}
 
-    def rows(random: Random) -> Iterator[Content]:
-        seen = set[str]()
-        for row in STUDY[name].rows(random):
-            if row.prompt not in seen:
-                seen.add(row.prompt)
-                yield {"prompt": row.prompt, "completion": row.answer}
 
-    return rows
+def _date(random: Random) -> Content:
+    month, day = number(random, 1, 12), number(random, 1, 28)
+    name, ordinal = _MONTHS[month - 1], f"{day}{_ORDINALS.get(day, 'th')}"
+    words = pick(random, (f"{name} {day}", f"{day} {name}", f"the {ordinal} of {name}", f"{name} the {ordinal}"))
+    return {"prompt": f"{words}:", "completion": f" {month:02}-{day:02}"}
 
 
 def _commands(random: Random) -> Iterator[Content]:
@@ -181,7 +181,7 @@ _DEVELOPMENT = (
         "translate a day of the year in words into `MM-DD`",
         "before the rule",
         "prompt-completion",
-        _of_study("dates"),
+        lambda random: _distinct(random, _date),
         128,
         Start(1, 4, 1e-3),
     ),

@@ -1,45 +1,14 @@
-"""Trains an adapter by the product's steps, keeps the best one if rows are held out, and scores it."""
+"""Trains an adapter by the product's steps, and keeps the best one if rows are held out."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from benchmarks.quality.arms import Subject
+from benchmarks.tuning.subjects import Subject
+from benchmarks.tuning.training import measure, train
 from qlora_api.spec.resolved import ResolvedTraining
-from qlora_api.spec.training import PreferenceSpec
-from qlora_trainer.data.prepared import PackedSequence, PreparedDataset
-from qlora_trainer.model.architecture.decoder import decoder_states
-from qlora_trainer.model.losses.batch import Batch, read_batch
-from qlora_trainer.model.losses.loss import row_losses
-from qlora_trainer.model.losses.preference import dpo
-from qlora_trainer.model.nf4.quantization import BASE_DTYPE
-from qlora_trainer.training.distributed.device import seed_step
-from qlora_trainer.training.distributed.ranks import Ranks
-from qlora_trainer.training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from qlora_trainer.training.preference import make_objective
-from qlora_trainer.training.schedule import Schedule
-
-CPU = torch.device("cpu")
-_EVALUATED_TOKENS = 512
-"""Of one forward pass of an evaluation, about."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The loss and the right rows of a set."""
-
-    loss: float
-    """Nats per target, or per pair."""
-    right: str
-    """For each row 1 or 0: whether all targets are the likeliest tokens, or the chosen answer is preferred."""
-
-    @property
-    def score(self) -> float:
-        """The share of right rows."""
-        return self.right.count("1") / len(self.right)
+from qlora_trainer.data.prepared import PreparedDataset
 
 
 @dataclass(frozen=True)
@@ -52,7 +21,7 @@ class Trained:
     """Steps that the adapter has been trained for."""
 
 
-def train(
+def train_and_keep(
     subject: Subject,
     data: PreparedDataset,
     training: ResolvedTraining,
@@ -60,80 +29,19 @@ def train(
     eval_every_steps: int | None,
 ) -> Trained:
     """Train to the last step. With held-out rows, the adapter is that of the best evaluation."""
-    schedule, objective = Schedule.from_training(len(data), training), make_objective(training, data, None, CPU)
-    optimizer = make_optimizer(subject.parameters, training)
-    losses: list[float] = []
     kept: tuple[float, int, list[Tensor]] | None = None
-    for step in range(schedule.total_steps):
-        seed_step(schedule.seed, step, 0)
-        micro_batches = schedule.micro_batches(step)
-        objective.before("train", micro_batches)
-        batches = [read_batch(data, indices, CPU) for indices in micro_batches]
-        weight, summed = max(1, sum(map(objective.weight, batches))), 0.0
-        for batch in batches:
-            with torch.autocast("cpu", dtype=BASE_DTYPE, cache_enabled=False):
-                loss = objective.sums(subject.model, batch).loss / weight
-            loss.backward()
-            summed += float(loss.detach())
-        objective.after(Ranks())
-        losses.append(summed)
-        nn.utils.clip_grad_norm_(subject.parameters, training.max_grad_norm)
-        set_learning_rate(optimizer, learning_rate(step, schedule.total_steps, training))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        if held_out is not None and eval_every_steps and (done % eval_every_steps == 0 or done == schedule.total_steps):
+
+    def evaluate(done: int, steps: int) -> None:
+        nonlocal kept
+        if held_out is not None and eval_every_steps and (done % eval_every_steps == 0 or done == steps):
             found = measure(subject, held_out).loss
             if kept is None or found < kept[0]:
                 kept = found, done, [parameter.detach().clone() for parameter in subject.parameters]
-    if kept is not None:
-        with torch.no_grad():
-            for parameter, best in zip(subject.parameters, kept[2], strict=True):
-                parameter.copy_(best)
-    return Trained(tuple(losses), schedule.total_steps if kept is None else kept[1])
 
-
-@torch.no_grad()
-def measure(subject: Subject, data: PreparedDataset) -> Measured:
-    """Measure a set whose sequences have one row each."""
-    subject.model.eval()
-    total, weight, right = 0.0, 0, ""
-    for sequences in _parts(data):
-        batch = Batch.from_sequences(sequences, CPU)
-        with torch.autocast("cpu", dtype=BASE_DTYPE, cache_enabled=False):
-            losses, found = _of_pairs(subject, batch) if data.pairs else _of_rows(subject, batch, sequences)
-        total, weight = total + float(losses.sum()), weight + len(losses)
-        right += "".join("1" if one else "0" for one in found.tolist())
-    subject.model.train()
-    return Measured(total / weight, right)
-
-
-def _parts(data: PreparedDataset) -> Iterator[list[PackedSequence]]:
-    part: list[PackedSequence] = []
-    for index in range(len(data)):
-        part.append(data[index])
-        if sum(len(sequence.input_ids) for sequence in part) >= _EVALUATED_TOKENS:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
-def _of_rows(subject: Subject, batch: Batch, sequences: list[PackedSequence]) -> tuple[Tensor, Tensor]:
-    """Return the loss of each target, and whether each row is right."""
-    network = subject.network
-    states = decoder_states(network, batch.input_ids, batch.position_ids, batch.rows)[0]
-    logits = network.get_output_embeddings()(states[batch.predicting]).float()
-    ends = torch.tensor([len(sequence.input_ids) for sequence in sequences]).cumsum(0)
-    wrong = torch.bucketize(batch.predicting[logits.argmax(-1) != batch.targets], ends, right=True)
-    right = torch.ones(len(sequences), dtype=torch.bool)
-    right[wrong] = False
-    return cross_entropy(logits, batch.targets, reduction="none"), right
-
-
-def _of_pairs(subject: Subject, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the loss of each pair, and whether the chosen answer is preferred."""
-    with subject.model.disable_adapter():
-        reference = row_losses(subject.network, batch)
-    found = dpo(row_losses(subject.network, batch), reference, PreferenceSpec())
-    return found.loss, found.chosen_reward > found.rejected_reward
+    losses = tuple(train(subject, data, training, evaluate))
+    if kept is None:
+        return Trained(losses, len(losses))
+    with torch.no_grad():
+        for parameter, best in zip(subject.parameters, kept[2], strict=True):
+            parameter.copy_(best)
+    return Trained(losses, kept[1])

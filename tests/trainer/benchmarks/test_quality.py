@@ -1,12 +1,12 @@
-"""The study of quality trains what the product trains."""
+"""The studies of quality and of automatic settings train what the product trains."""
 
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.quality.arms import load_subject
-from benchmarks.quality.training import train
+from benchmarks.tuning.subjects import load_subject
+from benchmarks.tuning.training import train
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_tensors
 from tests.support.resolved import resolved_spec
@@ -20,7 +20,7 @@ def test_the_study_and_the_train_step_make_the_same_adapter(tmp_path: Path, tiny
     run(context)
     job = resolved_spec(context.spec)
 
-    subject = load_subject("nf4-dq", tiny_llama, tmp_path / "bases", job.lora, job.training.seed)
+    subject = load_subject("nf4-dq", tiny_llama, tmp_path / "base", job.lora, job.training.seed)
     train(subject, PreparedDataset.open(context.workspace.data / "rows", "train"), job.training)
 
     found, expected = adapter_tensors(subject.model), load_file(context.workspace.trained / "adapter_model.safetensors")

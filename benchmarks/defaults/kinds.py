@@ -1,9 +1,4 @@
-"""Classification with many labels: which of twenty kinds of things a word names. No word is in two sets."""
-
-from collections.abc import Iterator
-from random import Random
-
-from benchmarks.quality.tasks.task import Row, Task, same_text, shuffled
+"""Twenty kinds of things, and words for them."""
 
 KINDS = {
     "bird": "sparrow eagle owl parrot swan pigeon crow stork heron falcon robin penguin duck goose finch "
@@ -48,24 +43,3 @@ KINDS = {
     "anxiety delight hope despair rage contempt regret boredom",
 }
 """The words of each label."""
-
-
-def _rows(random: Random) -> Iterator[Row]:
-    labels: dict[str, list[str]] = {}
-    for kind, words in KINDS.items():
-        for word in words.split():
-            labels.setdefault(word, []).append(kind)
-    # A word of two kinds has no right answer.
-    for word, kinds in shuffled(random, sorted(labels.items())):
-        if len(kinds) == 1:
-            yield Row(f"{word}:", f" {kinds[0]}")
-
-
-TASK = Task(
-    name="classification",
-    says=f"say which of {len(KINDS)} kinds of things a word names",
-    rows=_rows,
-    is_right=same_text,
-    train_rows=160,
-    max_answer_tokens=6,
-)

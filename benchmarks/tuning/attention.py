@@ -1,6 +1,6 @@
 """Attention of short rows on a CPU by plain matmuls: the same function as the product's, three times faster there.
 
-The product's kernel works in blocks of 64 tokens, and the rows of this benchmark have about 15.
+The product's kernel works in blocks of 64 tokens, and the rows of these benchmarks have 15 to 30.
 """
 
 from functools import lru_cache
@@ -23,7 +23,7 @@ def short_rows(
 ) -> Tensor:
     """Compute what `attention_cpu.causal_rows` computes, in 32 bit."""
     if window is not None:
-        raise ValueError(f"a window of {window} tokens: this benchmark's model has none")
+        raise ValueError(f"a window of {window} tokens: the benchmarks' model has none")
     rows, longest, places = len(lengths), max(lengths), _places(lengths)
     shared = query.shape[1] // key.shape[1]
 
