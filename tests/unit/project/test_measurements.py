@@ -11,11 +11,12 @@ from benchmarks import together
 from benchmarks.base import __main__ as base
 from benchmarks.defaults import summary as defaults
 from benchmarks.defaults.__main__ import PAGE as AUTOMATIC_SETTINGS
-from benchmarks.machine import RESULTS, ROOT
+from benchmarks.machine import RESULTS
 from benchmarks.operator import table
 from benchmarks.operator.__main__ import LOADS
-
-MEASUREMENTS = ROOT / "docs" / "trainer" / "measurements.md"
+from benchmarks.quality import summary as quality
+from benchmarks.quality.__main__ import FIGURE, MEASUREMENTS, PAGE
+from benchmarks.quality.results import read_runs
 
 
 def generated(page: Path, name: str, *command: str) -> str:
@@ -41,6 +42,13 @@ def test_the_figures_of_the_base_are_those_measured() -> None:
 def test_the_figures_of_adapters_trained_together_are_those_measured() -> None:
     shown = generated(MEASUREMENTS, together.NAME, together.COMMAND)
     assert shown == tables(together.NAME, together.tables)
+
+
+def test_the_tables_and_the_figure_of_quality_are_those_measured() -> None:
+    runs = read_runs()
+    for page, made in ((PAGE, quality.tables), (MEASUREMENTS, quality.claim_table)):
+        assert generated(page, quality.NAME, quality.COMMAND) == made(runs).strip()
+    assert (FIGURE.read_bytes() if FIGURE.exists() else None) == quality.curves_figure(runs)
 
 
 def test_the_tables_of_automatic_settings_are_those_measured() -> None:
