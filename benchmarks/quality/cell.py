@@ -16,7 +16,7 @@ from benchmarks.quality.results import Cell, Run
 from benchmarks.quality.tasks import TASKS, Row, sets_of
 from benchmarks.tuning.data import tokenize, write
 from benchmarks.tuning.subjects import Subject, load_subject
-from benchmarks.tuning.training import measure, train
+from benchmarks.tuning.training import Measured, measure, train
 from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
 from qlora_trainer.data.tokenize.chunks import TokenizedRows
 from qlora_trainer.model.nf4.quantization import BASE_DTYPE
@@ -71,11 +71,11 @@ def run_cell(cell: Cell, place: Place) -> Run:
         data = write(Path(scratch) / "train", rows, numpy.arange(len(rows)), SEQUENCE_TOKENS, cell.seed)
         scored = write(Path(scratch) / "scored", _tokenize(scored_rows, place), numpy.arange(len(scored_rows)))
         subject = load_subject(cell.arm, place.model, place.base, LORA, cell.seed)
-        earlier: list[float] = []
+        earlier: list[Measured] = []
 
         def evaluate(done: int, steps: int) -> None:
             if is_tuning and done == 3 * steps // 4:
-                earlier.append(round(measure(subject, scored).loss, 5))
+                earlier.append(measure(subject, scored))
 
         losses = train(subject, data, training, evaluate)
         measured = measure(subject, scored)
@@ -86,7 +86,8 @@ def run_cell(cell: Cell, place: Place) -> Run:
         right=measured.right,
         generated=generated,
         loss=round(measured.loss, 5),
-        earlier_loss=earlier[0] if earlier else None,
+        earlier_loss=round(earlier[0].loss, 5) if earlier else None,
+        earlier_score=earlier[0].score if earlier else None,
         train_losses=tuple(
             round(mean(losses[first : first + _MEAN_OF_STEPS]), 4) for first in range(0, len(losses), _MEAN_OF_STEPS)
         ),

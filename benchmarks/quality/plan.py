@@ -25,7 +25,7 @@ SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 FEWER_SEEDS = SEEDS[:3]
 """Of the runs with other numbers of steps."""
 LEAST_RIGHT = 0.85
-MOST_CHANGE = 0.05
+MOST_CHANGE, MOST_POINTS = 0.05, 0.02
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,13 @@ class Convergence:
     right: float
     change: float
     """Of the loss between three quarters of the steps and all, as a share of the earlier."""
+    points: float
+    """By which the share of right answers changes in these."""
 
     @property
     def is_in(self) -> bool:
         """Whether the task takes part in the comparison."""
-        return self.right >= LEAST_RIGHT and self.change < MOST_CHANGE
+        return self.right >= LEAST_RIGHT and (self.change < MOST_CHANGE or self.points < MOST_POINTS)
 
 
 def validation_losses(runs: Sequence[Run], task: str, tuned: Tuned) -> dict[float, float]:
@@ -98,7 +100,8 @@ def convergence(runs: Sequence[Run], task: str) -> Convergence | None:
     if not chosen:
         return None
     earlier, last = mean(run.earlier_loss or 0.0 for run in chosen), mean(run.loss for run in chosen)
-    return Convergence(mean(run.score for run in chosen), abs(last - earlier) / earlier)
+    right, before = mean(run.score for run in chosen), mean(run.earlier_score or 0.0 for run in chosen)
+    return Convergence(right, abs(last - earlier) / earlier, abs(right - before))
 
 
 def _of_tuning(runs: Sequence[Run], task: str, tuned: Tuned) -> list[Run]:

@@ -38,6 +38,8 @@ class Run:
     """Mean over the tokens of the expected answers of the scored set, nats."""
     earlier_loss: float | None
     """That of a tuning run after three quarters of the steps."""
+    earlier_score: float | None
+    """The share of right answers then."""
     train_losses: tuple[float, ...]
     """Means of ten optimizer steps each, nats per target."""
     epochs: float

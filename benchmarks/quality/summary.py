@@ -128,14 +128,20 @@ def _power(runs: Sequence[Run]) -> list[str]:
 
 def _tuning(runs: Sequence[Run]) -> list[str]:
     lines = head(
-        "Tuning", "Rate of full", "Right on validation", "Change of the loss", "Takes part", "Rate of adapters"
+        "Tuning",
+        "Rate of full",
+        "Right on validation",
+        "Change of loss and score",
+        "Takes part",
+        "Rate of adapters",
     )
     for task in TASKS:
         found, rates = convergence(runs, task), [chosen_rate(runs, task, tuned) for tuned in (WHOLE, ADAPTERS)]
         whole, shared = ("–" if rate is None else f"{rate:g}" for rate in rates)
         if found is not None:
-            figures = f"{100 * found.right:.1f} %", f"{100 * found.change:.1f} %", "yes" if found.is_in else "**no**"
-            lines.append(row(f"`{task}`", whole, *figures, shared))
+            change = f"{100 * found.change:.1f} %, {100 * found.points:.1f} points"
+            takes_part = "yes" if found.is_in else "**no**"
+            lines.append(row(f"`{task}`", whole, f"{100 * found.right:.1f} %", change, takes_part, shared))
     return lines if len(lines) > 2 else []
 
 

@@ -30,17 +30,31 @@ from benchmarks.quality.tasks import HELD_OUT_ROWS, TASKS, VALIDATION_ROWS, Task
 
 GRID = (1.0, 2.0, 4.0)
 RUN = Run(
-    Cell("main", "arithmetic", FULL, 1, STEPS, 1e-4), "1110", "11", 0.1, None, (0.5,), 1.0, 1.0, 1.0, None, None, "x"
+    Cell("main", "arithmetic", FULL, 1, STEPS, 1e-4),
+    "1110",
+    "11",
+    0.1,
+    None,
+    None,
+    (0.5,),
+    1.0,
+    1.0,
+    1.0,
+    None,
+    None,
+    "x",
 )
 
 
-def tuned(cells: Iterable[Cell], *, right: str = "1111", earlier: float = 0.101) -> list[Run]:
+def tuned(cells: Iterable[Cell], *, right: str = "1111", earlier: float = 0.101, points: float = 1.0) -> list[Run]:
     """Runs whose loss on the validation set is least at rates of 1e-4 and 1e-3."""
     found = []
     for cell in cells:
         best = 1e-4 if cell.arm == FULL else 1e-3
         loss = 0.1 * max(cell.learning_rate / best, best / cell.learning_rate)
-        found.append(replace(RUN, cell=cell, right=right, loss=loss, earlier_loss=earlier * loss / 0.1))
+        found.append(
+            replace(RUN, cell=cell, right=right, loss=loss, earlier_loss=earlier * loss / 0.1, earlier_score=points)
+        )
     return found
 
 
@@ -112,10 +126,18 @@ def test_adapters_share_the_rate_with_the_lowest_mean_loss_over_both_and_their_s
 
 
 @pytest.mark.parametrize(
-    ("right", "earlier", "takes_part"), [("1111", 0.104, True), ("1110", 0.104, False), ("1111", 0.106, False)]
+    ("right", "earlier", "points", "takes_part"),
+    [
+        ("1111", 0.104, 0.9, True),
+        ("1110", 0.104, 0.9, False),
+        ("1111", 0.106, 0.9, False),
+        ("1111", 0.2, 0.99, True),
+    ],
 )
-def test_a_task_takes_part_only_if_full_fine_tuning_has_converged(right: str, earlier: float, takes_part: bool) -> None:
-    runs = tuned(list(planned_cells([], "arithmetic")), right=right, earlier=earlier)
+def test_a_task_takes_part_only_if_full_fine_tuning_has_converged(
+    right: str, earlier: float, points: float, takes_part: bool
+) -> None:
+    runs = tuned(list(planned_cells([], "arithmetic")), right=right, earlier=earlier, points=points)
 
     found = convergence(runs, "arithmetic")
     assert found is not None
@@ -197,6 +219,6 @@ def test_the_tables_begin_without_a_result_and_end_with_verdicts_and_a_figure() 
 def test_a_task_that_does_not_converge_is_shown_and_not_compared() -> None:
     runs = done("arithmetic", right="1110")
 
-    assert "| `arithmetic` | 0.0001 | 75.0 % | 1.0 % | **no** | – |" in tables(runs)
+    assert "| `arithmetic` | 0.0001 | 75.0 % | 1.0 %, 25.0 points | **no** | – |" in tables(runs)
     assert claim_table(runs) == NOTHING
     assert {run.cell.arm for run in runs} == set(WHOLE.arms) < set(ARMS)
