@@ -110,7 +110,8 @@ class Invariants:
         if name.endswith("-prepare-1"):
             # Once a job is resolved, the other may go on: prepare copies checkpoints that it verifies, or fails.
             reads = read_folder(spec["template"]["spec"])
-            writers = [run.pod for run in self._kubelet.running() if reads in run.folders and run.step != "clean"]
+            # Only the train step writes checkpoints.
+            writers = [run.pod for run in self._kubelet.running() if reads in run.folders and run.step == "train"]
             assert not writers, f"{name} is to read {reads} while {writers} write to it"
             return  # created by what the watch has shown, perhaps a moment too late
         self._may_run(job, name)

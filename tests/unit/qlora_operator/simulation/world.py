@@ -199,11 +199,14 @@ class World:
         return [body for kind in _OF_USERS for body in self.api.all(kind)]
 
     def _unfinished(self) -> list[str]:
-        names = {"", *self.api.objects.get("qlorajobs", {})}
+        left = [
+            f"{body['metadata']['name']} {_summary(body['status'])}"
+            for body in self._of_users()
+            if not _has_ended(body)
+        ]
         # A job waits for ever for one that does not exist or has deleted its checkpoints, and its status shows that.
-        expected = [body for body in self._of_users() if body["spec"].get("continues", "") in names]
-        left = [f"{body['metadata']['name']} {_summary(body['status'])}" for body in expected if not _has_ended(body)]
-        return [each for each in left if "ContinuedJobDeletedItsClaim" not in each]
+        waiting = ("ContinuedJobNotFound", "ContinuedJobDeletedItsClaim")
+        return [each for each in left if not any(reason in each for reason in waiting)]
 
 
 def _has_ended(body: Object) -> bool:
