@@ -25,6 +25,7 @@ SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 FEWER_SEEDS = SEEDS[:3]
 """Of the runs with other numbers of steps."""
 LEAST_RIGHT = 0.85
+ALMOST_ALL = 0.95
 MOST_CHANGE, MOST_POINTS = 0.05, 0.02
 
 
@@ -58,7 +59,8 @@ class Convergence:
     @property
     def is_in(self) -> bool:
         """Whether the task takes part in the comparison."""
-        return self.right >= LEAST_RIGHT and (self.change < MOST_CHANGE or self.points < MOST_POINTS)
+        is_steady = self.change < MOST_CHANGE or self.points < MOST_POINTS
+        return self.right >= ALMOST_ALL or (self.right >= LEAST_RIGHT and is_steady)
 
 
 def validation_losses(runs: Sequence[Run], task: str, tuned: Tuned) -> dict[float, float]:
