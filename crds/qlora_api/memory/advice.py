@@ -14,7 +14,9 @@ Candidates: TypeAlias = Callable[[TrainingShape], Iterator[TrainingShape]]
 """Smaller settings than these, the mildest first."""
 Verdict = Literal["fits", "tight", "exceeds"]
 _ADMISSION_MARGIN = 1.07
-_USABLE_SHARE, _LARGEST_SHARE = 0.98, 0.985
+_USABLE_SHARE = 0.98
+# Some GPUs offer up to 0.99 of their memory: a run whose low bound is below this may fit.
+_REJECTED_BEYOND = 0.985
 # A run that fits with less than this share of the budget to spare is shown what to change first.
 _THIN_MARGIN = 0.05
 SHORTEST_SEQUENCE = 256
@@ -57,13 +59,13 @@ def verdict(memory: Peak, gpu_gib: float) -> Verdict:
     """Compare a run of this peak with a GPU of `gpu_gib` GiB.
 
     `fits`: expected × 1.07, for fragmentation, is within the budget. `exceeds`: even the low bound is beyond 0.985 of
-    the GPU, more than most offer: the run is rejected. `tight`: anything between; the run may start, and its status
+    the GPU, so the run is rejected. `tight`: anything between; the run may start, and its status
     reports that. Raises ValueError unless `gpu_gib` is positive.
     """
     available = budget(gpu_gib)
     if memory.expected * _ADMISSION_MARGIN <= available:
         return "fits"
-    return "exceeds" if memory.low > _LARGEST_SHARE * gpu_gib * GIB else "tight"
+    return "exceeds" if memory.low > _REJECTED_BEYOND * gpu_gib * GIB else "tight"
 
 
 def room(memory: MemoryEstimate, gpu_gib: float) -> int:

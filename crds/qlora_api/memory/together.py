@@ -56,7 +56,6 @@ def add_up(shares: Sequence[ShareOfMemory]) -> JointPeak:
     """
     shared = min(share.shared for share in shares)
     expected = shared + sum(share.expected - share.shared for share in shares)
-    # The context is shared, of which each share has as much as it surely needs.
-    # An earlier release had another bound, which may be below that.
+    # Each low bound has the least of the context, which is shared. That of an earlier release may be below it.
     own = sum(max(0, share.low - max(0, share.shared - UNSURE_CONTEXT_BYTES)) for share in shares)
     return JointPeak(expected, max(0, shared - UNSURE_CONTEXT_BYTES) + own)
