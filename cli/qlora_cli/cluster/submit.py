@@ -10,6 +10,7 @@ from typing import Any, Literal
 import click
 from rich.console import Console
 
+from qlora_api.contract import ExitCode
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.sweep.spec import SWEEP_KIND
 from qlora_cli.cluster.connection import Connection, with_connection
@@ -86,7 +87,7 @@ def _job(file: Path | None, name: str | None, values: dict[str, Any]) -> Object:
             raise click.UsageError(f"FILE has the whole job: remove {', '.join(needless)}, or change the file")
         return load_object(_STANDARD_INPUT if file == Path("-") else file)
     except (OptionError, ManifestError) as error:
-        fail(str(error))
+        fail(str(error), ExitCode.BAD_CONFIGURATION)
 
 
 def _cluster(connection: Connection, body: Object) -> Cluster:

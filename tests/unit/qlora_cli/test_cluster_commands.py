@@ -157,6 +157,15 @@ def test_a_manifest_goes_into_the_namespace_that_it_names(team: Team, tmp_path: 
     assert "--namespace is default, and the manifest names the namespace people" in line
 
 
+def test_an_invalid_manifest_ends_submit_with_the_exit_code_of_plan(team: Team, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({**MINIMAL, "spec": {**MINIMAL["spec"], "lora": {"rank": -1}}}))
+    for options in ([], ["--dry-run", "client"]):
+        result = team.run("submit", str(file), *options)
+        assert (result.exit_code, result.stdout) == (ExitCode.BAD_CONFIGURATION, "")
+        assert "spec.lora.rank: found -1, must be greater than or equal to 1" in result.stderr
+
+
 def rows(table: str) -> list[list[str]]:
     return [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
 
