@@ -277,6 +277,7 @@ def _show_gpu_sizes(memory: MemoryEstimate, console: Console) -> None:
         if gpu.has_bfloat16:
             judged = verdict(memory, gpu.gib)
             console.print(f"  {gpu.name:<5} {gib_of_gpu(gpu.gib):>9}  [{COLORS[judged]}]{judged}[/]", highlight=False)
+    console.print("A CPU computes in bfloat16, but an x86 processor without instructions for it in float32.")
 
 
 def _show_verdict(job: MeasuredJob, gpu_gib: float, console: Console, *, rows_apart: bool) -> None:
