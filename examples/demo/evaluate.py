@@ -1,7 +1,7 @@
 """Compares the base model with the tuned one on the held-out requests: answers side by side, score and loss.
 
 The base is stored in 4-bit as it was in training, the adapter is loaded by plain PEFT, and answers are greedy, so the
-numbers repeat.
+numbers repeat. With --16-bit, the base is the original one, as on a server without bitsandbytes.
 
     python examples/demo/evaluate.py --model DIR --adapter DIR --held-out FILE [--limit N] [--show N] [--json FILE]
 """
@@ -67,8 +67,8 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
     return questions
 
 
-def load(model_folder: Path, adapter: Path) -> tuple[Any, Any]:
-    """Load the 4-bit NormalFloat base with the adapter, and a left-padding tokenizer."""
+def load(model_folder: Path, adapter: Path, *, in_16_bit: bool) -> tuple[Any, Any]:
+    """Load the base with the adapter, and a left-padding tokenizer."""
     # Here and not above, because bitsandbytes writes to the log as it is imported.
     import bitsandbytes as bnb
     from peft import PeftModel
@@ -76,7 +76,9 @@ def load(model_folder: Path, adapter: Path) -> tuple[Any, Any]:
     base = AutoModelForCausalLM.from_pretrained(
         model_folder,
         dtype=torch.bfloat16,
-        quantization_config=BitsAndBytesConfig(
+        quantization_config=None
+        if in_16_bit
+        else BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -190,6 +192,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of the base model")
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="folder of the LoRA adapter")
     parser.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="chat rows, JSONL")
+    parser.add_argument("--16-bit", action="store_true", dest="in_16_bit", help="on the original base, not in 4-bit")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows only (default: all)")
     parser.add_argument("--show", type=int, default=6, metavar="N", help="answers to print (default: 6)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
@@ -213,7 +216,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    model, tokenizer = load(options.model, options.adapter)
+    model, tokenizer = load(options.model, options.adapter, in_16_bit=options.in_16_bit)
     with torch.inference_mode():
         with model.disable_adapter():
             base = measure(model, tokenizer, questions)
