@@ -24,7 +24,7 @@ from qlora_trainer.model.protocols import AdaptedModel, Decoder
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_time, read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
-from qlora_trainer.training.distributed.device import own_compute_type, processor, use_device
+from qlora_trainer.training.distributed.device import own_compute_type, processor, require_memory, use_device
 from qlora_trainer.training.distributed.launch import RankInfo
 from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.distributed.sharding import STORAGE_DTYPE, shard_base
@@ -76,12 +76,15 @@ def open_base(
     """The job's base. The process keeps threads and compute type of the checkpoint `begun`, of this job or one beside.
 
     Another number or type would make another adapter, however slow this processor is in it.
-    Raises StepFailure for a model that cannot keep rows apart, and must train on several together.
+    Raises StepFailure for a GPU that is too small, or a model that cannot keep rows apart and must train on several.
     """
-    spec, prepared, rank_info = job.spec, job.prepared, process.ranks.rank_info
-    threads = _own_threads(rank_info) if begun is None else begun.state.threads
-    device = use_device(job.device, threads, rank_info.local_rank)
-    own_type = _own_compute_type(job.device, process.ranks)
+    spec, prepared, ranks = job.spec, job.prepared, process.ranks
+    threads = _own_threads(ranks.rank_info) if begun is None else begun.state.threads
+    device = use_device(job.device, threads, ranks.rank_info.local_rank)
+    if begun is None and job.device == "cuda":
+        can_halve = spec.training.auto_micro_batch and spec.training.micro_batch_size > 1 and not ranks.is_sharded
+        require_memory(prepared.memory, torch.cuda.mem_get_info()[1], can_halve=can_halve)
+    own_type = _own_compute_type(job.device, ranks)
     compute_type = own_type if begun is None else begun.state.compute_type
     if own_type != compute_type:
         logger.warning("the run goes on in %s, as it began; a new one would be in %s here", compute_type, own_type)
@@ -96,7 +99,7 @@ def open_base(
     if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
         raise cannot_keep_rows_apart(prepared.model_type)
     quantization, attention = spec.quantization, prepared.attention or ATTENTION
-    if process.ranks.is_sharded:
+    if ranks.is_sharded:
         # It may be larger than the GPU: shard_base moves it there block by block.
         model = load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
     else:

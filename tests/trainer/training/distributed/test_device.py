@@ -13,11 +13,13 @@ import torch
 
 from devcluster.addresses import free_port
 from qlora_api.contract import ExitCode
+from qlora_api.memory.estimate import GIB
+from qlora_api.status import MemoryStatus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.training.distributed import device as device_module
 from qlora_trainer.training.distributed import meeting, ranks
 from qlora_trainer.training.distributed import nccl as nccl_module
-from qlora_trainer.training.distributed.device import use_device
+from qlora_trainer.training.distributed.device import require_memory, use_device
 from qlora_trainer.training.distributed.launch import ChildRanks, RankInfo
 from qlora_trainer.training.distributed.meeting import join_ranks
 from tests.support.failures import failing
@@ -83,6 +85,23 @@ def test_an_older_gpu_is_rejected_by_name_with_supported_ones_and_a_remedy(
 def test_a_gpu_without_kernels_of_bitsandbytes_is_rejected(cards: Cards) -> None:
     cards.see(H100, bitsandbytes=False)
     assert "bitsandbytes has no kernels for the GPU NVIDIA H100" in rejection()
+
+
+def test_a_gpu_that_is_too_small_is_rejected_unless_micro_batches_may_halve(caplog: pytest.LogCaptureFixture) -> None:
+    memory = MemoryStatus(estimate_bytes=round(24.6 * GIB), low_bytes=round(23.7 * GIB), verdict="unknown")
+    found = "training needs about 24.6 GiB of GPU memory (at least 23.7), and this GPU has 22.0"
+    with failing(ExitCode.DOES_NOT_FIT) as caught:
+        require_memory(memory, 22 * GIB, can_halve=False)
+    assert caught.value.message.startswith(f"{found}: set spec.resources.gpuMemory to")
+    require_memory(memory, 22 * GIB, can_halve=True)
+    require_memory(memory, 24 * GIB, can_halve=False)
+    assert [line.split(", and")[1] for line in caplog.messages] == [
+        " this GPU has 22.0: it may run out of memory",
+        " this GPU has 24.0: it may run out of memory",
+    ]
+    require_memory(memory, 25 * GIB, can_halve=False)
+    require_memory(MemoryStatus(verdict="unknown"), GIB, can_halve=False)
+    assert len(caplog.messages) == 2
 
 
 def test_a_process_without_a_gpu_is_rejected(cards: Cards) -> None:

@@ -1,5 +1,6 @@
 """The device to train on: its choice, name, random seed and used memory."""
 
+import logging
 import os
 import platform
 import resource
@@ -9,11 +10,15 @@ import numpy
 import torch
 from bitsandbytes.cextension import lib as bitsandbytes_library
 
+from qlora_api.contract import ExitCode
 from qlora_api.gpus import FIRST_CAPABILITY
+from qlora_api.memory.estimate import GIB
+from qlora_api.status import MemoryStatus
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.cpu import BFLOAT16_UNITS, ComputeType, compute_type
-from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 
+logger = logging.getLogger(__name__)
 _PROCESS_MEMORY = Path("/proc/self/statm")
 
 
@@ -55,6 +60,26 @@ def require_gpu(local_rank: int) -> None:
             f"bitsandbytes has no kernels for the GPU {name} with CUDA {torch.version.cuda}: set the profile's image "
             "to the trainer of the operator's release, and see `python -m bitsandbytes` in it"
         )
+
+
+def require_memory(memory: MemoryStatus, total: int, *, can_halve: bool) -> None:
+    """Compare what the run needs with the `total` bytes of the GPU that it got.
+
+    `can_halve`: whether a smaller micro batch is tried when memory runs out. Raises StepFailure DOES_NOT_FIT.
+    """
+    if memory.estimate_bytes is None or memory.low_bytes is None or memory.estimate_bytes <= total:
+        return
+    found = (
+        f"training needs about {memory.estimate_bytes / GIB:.1f} GiB of GPU memory (at least "
+        f"{memory.low_bytes / GIB:.1f}), and this GPU has {total / GIB:.1f}"
+    )
+    if memory.low_bytes > total and not can_halve:
+        raise StepFailure(
+            ExitCode.DOES_NOT_FIT,
+            f"{found}: set spec.resources.gpuMemory to the memory of the profile's GPUs, and prepare names the "
+            "settings to change",
+        )
+    logger.warning("%s: it may run out of memory", found)
 
 
 def _version_text(capability: tuple[int, int]) -> str:
