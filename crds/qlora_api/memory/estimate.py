@@ -15,6 +15,9 @@ GIB = 2**30
 _CONTEXT_BYTES, _LEAST_CONTEXT_BYTES = 600_000_000, 350_000_000
 UNSURE_CONTEXT_BYTES = _CONTEXT_BYTES - _LEAST_CONTEXT_BYTES
 """The part of the context that a GPU may need less of."""
+# Of a communicator and its channels: 544 MB between two A100 and 688 MB between four (NVIDIA/nccl, issue 964), 1.06 GB
+# between eight H100 (issue 1685).
+_NCCL_BYTES, _NCCL_BYTES_OF_TWO = 1_060_000_000, 544_000_000
 # NF4 with one 32-bit constant per block of 64; double quantization makes it an 8-bit constant plus a 32-bit one per
 # 256 blocks (arXiv 2305.14314, section 3): 4.5 and 4.127 bits per parameter.
 _WEIGHT_BITS = 4
@@ -83,7 +86,8 @@ class MemoryEstimate:
     def low(self) -> int:
         """The lower bound: pages on the host, 0.35 GB of context, 0.80 × gradients and activations."""
         work = sum(each.size for each in self.components() if each.at_peak and each.name in _WORK)
-        fixed = self.expected - self.pageable_optimizer - work - UNSURE_CONTEXT_BYTES
+        unsure = self.context - _LEAST_CONTEXT_BYTES
+        fixed = self.expected - self.pageable_optimizer - work - unsure
         return math.floor(fixed + _LEAST_WORK * work)
 
     @property
@@ -174,7 +178,8 @@ def combine(
     and there are no gradients yet. In later ones are those that accumulate, with the gradients of all. With N adapter
     parameters of a bytes each:
 
-        context               0.6 GB, a guess: CUDA context, cuBLAS and bitsandbytes workspaces
+        context               0.6 GB, a guess: CUDA context, cuBLAS and bitsandbytes workspaces; with several GPUs,
+                              NCCL's buffers too
         base_weights          4.127 bits per linear parameter, 4.5 without double quantization (arXiv 2305.14314,
                               section 3); when sharded, the 4 bits are divided by the GPUs, the constants are not
                               (bitsandbytes keeps them outside)
@@ -237,7 +242,7 @@ def _at_peak(
     elif answering:
         absent.add("answers")
     return MemoryEstimate(
-        context=_CONTEXT_BYTES,
+        context=_context_bytes(first.training.gpus),
         base_weights=base_weights,
         gathered_blocks=gathered_blocks,
         unquantized_weights=first.weights.unquantized_bytes,
@@ -251,6 +256,11 @@ def _at_peak(
         pageable_optimizer=pageable,
         absent_at_peak=frozenset(absent),
     )
+
+
+def _context_bytes(gpus: int) -> int:
+    """Return the bytes of libraries, with NCCL's buffers among several GPUs."""
+    return _CONTEXT_BYTES + (0 if gpus == 1 else _NCCL_BYTES_OF_TWO if gpus == 2 else _NCCL_BYTES)
 
 
 def _trained_bytes(run: CountedRun) -> tuple[int, int, int]:

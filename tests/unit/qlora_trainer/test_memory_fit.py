@@ -180,7 +180,7 @@ def test_a_failed_joint_dry_run_leaves_the_groups_memory_unknown_with_a_reason(t
 
 
 def test_a_base_that_several_gpus_can_share_is_advised_where_it_fits(tmp_path: Path) -> None:
-    one = fit(tmp_path, LLAMA_3_8B, gpu_gib=6).objection
+    one = fit(tmp_path, LLAMA_3_8B, gpu_gib=7).objection
     assert one is not None
     assert re.search(r"gpus: \d and spec\.training\.sharding: full \(\d\.\d GiB on each\), or use a", one)
     experts = fit(tmp_path, LLAMA_3_8B, gpu_gib=6, mixture_of_experts=True).objection
