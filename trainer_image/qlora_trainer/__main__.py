@@ -1,5 +1,8 @@
-"""The trainer's command line: one command per step."""
+"""The trainer's command line: a command for each step, and one to check a machine."""
 
+import logging
+import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -8,7 +11,10 @@ import click
 
 from qlora_api import contract
 from qlora_api.status import StepName
+from qlora_trainer.core import process
+from qlora_trainer.core.compile_later import load_bitsandbytes
 from qlora_trainer.core.context import Device, Mounts
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.runner import Invocation, run
 
 
@@ -62,7 +68,7 @@ _OPTIONS = (
 def main() -> None:
     """Fine-tune a language model with QLoRA, one step at a time.
 
-    Standard output carries records only.
+    A step's standard output carries records only.
     """
 
 
@@ -104,6 +110,28 @@ _add_step("prepare", "Check the model and the data, and write both into the work
 _add_step("train", "Train the adapter, from the newest checkpoint if there is one.")
 _add_step("publish", "Verify the adapter, write its report, and publish it to its destination.")
 _add_step("clean", "Delete what only the steps needed; the adapter, the report and the records stay.")
+
+
+@main.command()
+@click.option("--device", type=_DEVICES, default="cuda", help="Where training runs.")
+def selftest(device: Device) -> None:
+    """Train a step of tiny models, and compare it with a CPU in float32: for new nodes, drivers and images."""
+    process.set_environment("train", Path.cwd(), device=device)
+    # Libraries warn of what concerns their users, not the machine.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    load_bitsandbytes()
+    # It loads PyTorch.
+    from qlora_trainer.steps.selftest import checks
+
+    passed = True
+    try:
+        for check in checks(device):
+            click.echo(check)
+            passed &= check.passed
+    except StepFailure as failure:
+        raise click.ClickException(failure.message) from failure
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":
