@@ -5,10 +5,11 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import cast
 
 import torch
 from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
+from bitsandbytes.optim.optimizer import Optimizer2State
+from bitsandbytes.utils import sync_gpu
 from torch import Tensor, nn
 
 from qlora_api.spec.resolved import ResolvedTraining
@@ -20,10 +21,43 @@ logger = logging.getLogger(__name__)
 # A constant of bitsandbytes, the same for every parameter: not worth a checkpoint's space.
 _CONSTANTS = ("qmap1", "qmap2")
 _STEP = "step"
+
+
+class _WaitingOnce(Optimizer2State):
+    """bitsandbytes' optimizer, but for its wait after each of hundreds of tensors: one is enough.
+
+    The GPU takes prefetches and updates in their order, as all of them are on the default stream.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update each parameter that has a gradient, and wait for the last, since the host reads paged state."""
+        updated = None
+        for number, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, number, index)
+                self.prefetch_state(parameter)
+                self.update_step(group, parameter, number, index)
+                updated = parameter
+        if updated is not None:
+            sync_gpu(updated)
+
+
+class _PagedAdamW32bit(_WaitingOnce, PagedAdamW32bit):
+    """With its state in 32 bit."""
+
+
+class _PagedAdamW8bit(_WaitingOnce, PagedAdamW8bit):
+    """With its state in 8 bit."""
+
+
 _CLASSES = {
     "adamw": torch.optim.AdamW,
-    "paged_adamw_32bit": PagedAdamW32bit,
-    "paged_adamw_8bit": PagedAdamW8bit,
+    "paged_adamw_32bit": _PagedAdamW32bit,
+    "paged_adamw_8bit": _PagedAdamW8bit,
 }
 
 
@@ -93,15 +127,14 @@ def restore_optimizer(
         saved = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
         if not saved:
             continue
-        if isinstance(optimizer, torch.optim.AdamW):
+        if not isinstance(optimizer, _WaitingOnce):
             # As PyTorch does: the step count stays in main memory.
             optimizer.state[parameter] = {
                 entry: value.clone() if entry == _STEP else value.to(parameter.device, copy=True)
                 for entry, value in saved.items()
             }
             continue
-        paged = cast("PagedAdamW32bit | PagedAdamW8bit", optimizer)
-        paged.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
         state = optimizer.state[parameter]
         state[_STEP] = int(saved.pop(_STEP))
         for entry, value in saved.items():
