@@ -7,6 +7,7 @@ pass and again in the backward pass, and no result depends on the order of addit
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -51,15 +52,18 @@ class Routing:
         sorted_experts, order = torch.sort(places, stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
-        return cls(order, inverse, sorted_experts, _counts(places, experts), chosen.shape[1])
+        return cls(order, inverse, sorted_experts, _counts(sorted_experts, experts), chosen.shape[1])
 
 
-def _counts(places: Tensor, experts: int) -> tuple[int, ...]:
-    if isinstance(places, FakeTensor):
+def _counts(sorted_experts: Tensor, experts: int) -> tuple[int, ...]:
+    """Count the rows of each expert. A GPU is waited for once: `bincount` would wait for two more of its results."""
+    if isinstance(sorted_experts, FakeTensor):
         # Without data. That as many experts as possible are hit takes the most memory: more are dequantized at a time.
-        rows, more = divmod(len(places), experts)
+        rows, more = divmod(len(sorted_experts), experts)
         return (rows + 1,) * more + (rows,) * (experts - more)
-    return tuple(torch.bincount(places, minlength=experts).tolist())
+    numbers = torch.arange(experts, device=sorted_experts.device)
+    ends = torch.searchsorted(sorted_experts, numbers, right=True).tolist()
+    return tuple(end - start for start, end in pairwise([0, *ends]))
 
 
 def _experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
