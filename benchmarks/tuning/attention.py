@@ -19,11 +19,17 @@ def _places(lengths: tuple[int, ...]) -> Tensor:
 
 
 def short_rows(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    lengths: tuple[int, ...],
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """Compute what `attention_cpu.causal_rows` computes, in 32 bit."""
-    if window is not None:
-        raise ValueError(f"a window of {window} tokens: the benchmarks' model has none")
+    if window is not None or sinks is not None:
+        raise ValueError("a window or sinks: the benchmarks' model has none")
     rows, longest, places = len(lengths), max(lengths), _places(lengths)
     shared = query.shape[1] // key.shape[1]
 

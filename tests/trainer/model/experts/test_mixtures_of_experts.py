@@ -322,9 +322,9 @@ def test_the_dry_run_counts_4_bit_and_dequantized_experts(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("config", "attention", "adapted_parts"),
+    ("config", "attention", "packed", "adapted_parts"),
     [
-        (GPT_OSS, "eager", {"self_attn"}),
+        (GPT_OSS, None, True, {"self_attn"}),
         (
             DeepseekV3Config(
                 **ROUTED | {"num_key_value_heads": SHAPE["num_attention_heads"]},
@@ -340,18 +340,24 @@ def test_the_dry_run_counts_4_bit_and_dequantized_experts(tmp_path: Path) -> Non
                 v_head_dim=16,
             ),
             "sdpa",
+            False,
             {"self_attn", "mlp"},
         ),
     ],
     ids=["sinks", "latent attention"],
 )
-def test_experts_behind_attention_of_another_kind_get_one_row_a_sequence(
-    make_context: MakeContext, tmp_path: Path, config: PretrainedConfig, attention: str, adapted_parts: set[str]
+def test_experts_behind_attention_with_sinks_are_packed_and_behind_latent_attention_not(
+    make_context: MakeContext,
+    tmp_path: Path,
+    config: PretrainedConfig,
+    attention: str | None,
+    packed: bool,
+    adapted_parts: set[str],
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * 3) for n in range(8)])
     context = make_context(SPEC, model=save_model(tmp_path / "model", config))
     record = prepare(context, Recorded())
-    assert (record.attention, record.packed, record.mixture_of_experts) == (attention, False, True)
+    assert (record.attention, record.packed, record.mixture_of_experts) == (attention, packed, True)
     assert record.memory.source == "DryRun"
     assert {name.split(".")[3] for name in record.target_modules} == adapted_parts
 

@@ -72,7 +72,7 @@ def test_a_kernel_is_given_few_numbers_of_rows_and_few_bounds_of_them() -> None:
 @pytest.mark.parametrize(
     ("module", "mask", "settings", "message"),
     [
-        (MODULE, None, {"s_aux": torch.zeros(HEADS)}, "its attention takes s_aux"),
+        (MODULE, None, {"s_aux": torch.zeros(HEADS), "softcap": 1.0}, "its attention takes softcap and s_aux"),
         (MODULE, None, {"position_bias": 1, "more": 2}, "takes more, position_bias"),
         (SimpleNamespace(is_causal=False), None, {}, "attend to later ones"),
         (MODULE, torch.zeros(1), {}, "no mask"),

@@ -34,10 +34,7 @@ FUSED = ("torch_attn._varlen_attn", "aten._scaled_dot_product_flash", "aten._sca
 ALL_SCORES = frozenset(
     {
         "bloom",
-        "flint",
         "gpt_neo",
-        "gpt_oss",
-        "granite_swa",
         "granitemoe_swa",
         "hy_v4",
         "mimo_v2_flash",

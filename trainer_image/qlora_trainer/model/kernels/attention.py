@@ -20,6 +20,7 @@ from qlora_trainer.core import cpu
 from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.kernels.attention_capped import capped_rows
 from qlora_trainer.model.kernels.attention_cpu import causal_rows
+from qlora_trainer.model.kernels.attention_sinks import rows_with_sinks
 
 ATTENTION = "qlora_rows"
 """The name to give as `attn_implementation`."""
@@ -88,6 +89,7 @@ def rows_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     rows: RowBoundaries | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
@@ -95,10 +97,11 @@ def rows_attention(
 
     `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads (grouped-query attention). With a
     sliding window a token sees itself and the `sliding_window - 1` tokens before it. With a soft cap the scores become
-    `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). Returns [1, tokens, heads, head size].
+    `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). `s_aux` are the heads' sinks, [heads], which stay
+    frozen. Returns [1, tokens, heads, head size].
 
     Raises ModelError for what it does not compute: a mask, several batch rows, keys from a cache, attention to later
-    tokens, or anything else that a family passes, such as attention sinks.
+    tokens, sinks with a soft cap, or anything else that a family passes.
     """
     unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)
     if unknown:
@@ -110,6 +113,8 @@ def rows_attention(
     if rows is None:
         rows = RowBoundaries.from_lengths((query.shape[2],), query.device)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if softcap is not None and s_aux is not None:
+        raise ModelError("its attention takes softcap and s_aux, which this trainer does not support together")
     if softcap is not None:
         return capped_rows(query, key, value, rows.lengths, scale, sliding_window, softcap), None
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -117,24 +122,32 @@ def rows_attention(
         query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
     has_kernel = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
     if query.is_cuda and has_kernel:
-        return _all_rows_at_once(query, key, value, rows, scale, sliding_window), None
+        return _all_rows_at_once(query, key, value, s_aux, rows, scale, sliding_window), None
     if cpu.fuses_attention(query.device.type):
-        return causal_rows(query, key, value, rows.lengths, scale, sliding_window), None
-    return _row_by_row(query, key, value, rows, scale, sliding_window), None
+        return causal_rows(query, key, value, s_aux, rows.lengths, scale, sliding_window), None
+    return _row_by_row(query, key, value, s_aux, rows, scale, sliding_window), None
 
 
 def _all_rows_at_once(
-    query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    rows: RowBoundaries,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     size = query.shape[3]
     query, key, value = (_for_kernel(tensor.squeeze(0).transpose(0, 1)) for tensor in (query, key, value))
     # The kernel counts the tokens before the current one, transformers the current one too.
     window_size = (-1 if window is None else window - 1, 0)
+    if sinks is not None:
+        output = rows_with_sinks(query, key, value, sinks, rows.real_offsets, rows.longest, scale, window_size)
+        return output[..., :size].unsqueeze(0)
     # As varlen_attn will choose. cuDNN takes causal rows only if both arguments are the same tensor.
     chosen = varlen._select_backend(query, key, value, rows.offsets, rows.offsets, rows.longest, list(window_size))
     offsets = rows.offsets if chosen == varlen._CUDNN_ATTENTION_BACKEND else rows.real_offsets
-    # Without the sums of its rows, which are not asked for.
-    output = varlen_attn(
+    without_sums = varlen_attn(
         query,
         key,
         value,
@@ -146,7 +159,7 @@ def _all_rows_at_once(
         window_size=window_size,
         enable_gqa=True,
     )
-    return cast("Tensor", output)[..., :size].unsqueeze(0)
+    return cast("Tensor", without_sums)[..., :size].unsqueeze(0)
 
 
 def _for_kernel(heads: Tensor) -> Tensor:
@@ -164,22 +177,41 @@ def _for_kernel(heads: Tensor) -> Tensor:
 
 
 def _row_by_row(
-    query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    rows: RowBoundaries,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     # Split, not sliced: the backward pass of each slice would write a tensor of all rows.
     parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
-    outputs = [_one_row(one, its_key, its_value, scale, window) for one, its_key, its_value in zip(*parts, strict=True)]
+    outputs = [
+        _one_row(one, its_key, its_value, sinks, scale, window) for one, its_key, its_value in zip(*parts, strict=True)
+    ]
     # Some families view the result in another shape, as transformers' own attention lets them.
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _one_row(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+def _one_row(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int | None
+) -> Tensor:
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
     if query.is_cuda and groups > 1:
         # The one kernel for heads of this size takes no groups; without it, all scores would be built.
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    mask = None
-    if window is not None and tokens > window:
+    mask: Tensor | None = None
+    if sinks is not None:
+        # One more key of zeros, whose score is the sink and whose value is zero.
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu_(1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril_(-window)
+        mask = query.new_zeros(1, query.shape[1], tokens, tokens + 1)
+        mask[..., :-1].masked_fill_(hidden, float("-inf"))
+        mask[..., -1] = sinks.to(query.dtype)[:, None]
+        key, value = (pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
+    elif window is not None and tokens > window:
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril_().triu_(1 - window)
     return scaled_dot_product_attention(
         query,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_trainer.core import cpu
+from qlora_trainer.model.kernels.attention_sinks import rescale
 from qlora_trainer.model.protocols import AutogradContext
 
 # Private, but what scaled_dot_product_attention itself calls here.
@@ -19,18 +20,25 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def causal_rows(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    lengths: tuple[int, ...],
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """Attention of each token to itself and those before it in its row: [1, tokens, heads, head size].
 
     `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads. `lengths` are the rows' tokens.
-    With a window a token sees itself and the `window - 1` before it. Raises ValueError unless the rows are all tokens.
+    With a window a token sees itself and the `window - 1` before it. `sinks` are [heads] and frozen: see
+    `attention_sinks`, whose arithmetic holds for this kernel too. Raises ValueError unless the rows are all tokens.
     """
     if sum(lengths) != query.shape[2]:
         raise ValueError(f"rows of {sum(lengths)} tokens, but {query.shape[2]} tokens")
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
-    return cast("Tensor", _CausalRows.apply(query, key, value, lengths, scale, window))
+    return cast("Tensor", _CausalRows.apply(query, key, value, sinks, lengths, scale, window))
 
 
 class _Context(AutogradContext, Protocol):
@@ -46,6 +54,7 @@ class _CausalRows(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
         lengths: tuple[int, ...],
         scale: float | None,
         window: int | None,
@@ -54,8 +63,11 @@ class _CausalRows(torch.autograd.Function):
         normalizers = []
         for row, padded in _rows(lengths):
             parts = (_pad(tensor[:, :, row], padded, tensor.dtype) for tensor in (query, key, value))
-            mask = _mask(padded, window)
+            mask = _mask(padded, window, query.dtype)
             row_output, normalizer = _forward(*parts, 0.0, mask is None, attn_mask=mask, scale=scale)
+            if sinks is not None:
+                total = rescale(row_output.transpose(1, 2), normalizer.transpose(1, 2), sinks)
+                normalizer = total.transpose(1, 2).contiguous()
             output[:, row] = row_output[:, :, : row.stop - row.start].transpose(1, 2)
             normalizers.append(normalizer)
         context.save_for_backward(query, key, value, output, *normalizers)
@@ -75,12 +87,12 @@ class _CausalRows(torch.autograd.Function):
             in_float32 = padded <= cpu.FLOAT32_GRADIENT_TOKENS
             dtype = torch.promote_types(query.dtype, torch.float32) if in_float32 else query.dtype
             parts = (_pad(tensor[:, :, row], padded, dtype) for tensor in given)
-            mask = _mask(padded, context.window)
+            mask = _mask(padded, context.window, query.dtype)
             of_rows = _backward(*parts, normalizer, 0.0, mask is None, attn_mask=mask, scale=context.scale)
             for whole, part in zip(gradients, of_rows, strict=True):
                 of_heads = part[:, :, : row.stop - row.start].unflatten(1, (whole.shape[1], -1))
                 whole[:, :, row] = of_heads.sum(dim=2) if of_heads.shape[2] > 1 else of_heads.squeeze(2)
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _rows(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
@@ -103,9 +115,10 @@ def _pad(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _mask(tokens: int, window: int | None) -> Tensor | None:
-    """float32 [tokens, tokens] to add to the scores, or None where nothing is hidden."""
+def _mask(tokens: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    """[tokens, tokens] to add to scores of `dtype`, at least float32, or None where nothing is hidden."""
     if window is None or tokens <= window:
         return None
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril_().triu_(1 - window)
-    return torch.zeros(tokens, tokens).masked_fill_(~visible, float("-inf"))
+    none = torch.zeros(tokens, tokens, dtype=torch.promote_types(dtype, torch.float32))
+    return none.masked_fill_(~visible, float("-inf"))
