@@ -79,6 +79,8 @@ class Limits:
     """How many jobs are trained together in the same passes, itself included."""
     micro_batch: int | None = None
     """Sequences of a pass that the GPU has room for, None for any number."""
+    keeps_activations: bool | None = None
+    """Whether the GPU has room for all activations of a pass, None if that is not known."""
     adapter: Mapping[str, int] | None = None
     """Rank and alpha of the adapter that the run starts from, if it starts from one."""
 
@@ -138,6 +140,7 @@ def choose(
         *([] if packing is None else [packing]),
         *([] if epochs is None else [epochs]),
         *batches,
+        *_checkpointing(spec, limits),
         *_rates(spec, model, steps),
         *_evaluations(spec, rows, steps, passes),
     )
@@ -251,6 +254,16 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
     if training.auto_micro_batch is None:
         can_halve = training.micro_batch_size is None and micro > 1 and limits.group_size == 1
         yield Choice.of(_HALVING, can_halve, "")
+
+
+def _checkpointing(spec: QLoRAJobSpec, limits: Limits) -> Iterator[Choice]:
+    if spec.training.gradient_checkpointing is None:
+        reason = {
+            True: "the GPU has room for all activations",
+            False: "the activations would not fit the GPU",
+            None: "the room for activations is not known",
+        }[limits.keeps_activations]
+        yield Choice.of("training.gradientCheckpointing", not limits.keeps_activations, reason)
 
 
 def _usual_alpha(spec: QLoRAJobSpec) -> int:

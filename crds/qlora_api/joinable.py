@@ -83,7 +83,8 @@ def rows_not_apart(model_type: str) -> str:
 
 def different_pass(spec: QLoRAJobSpec, first: QLoRAJobSpec, name: str) -> str:
     """Return the setting of a pass that differs from the first job's, empty for none."""
-    if spec.training.gradient_checkpointing != first.training.gradient_checkpointing:
+    # Automatic is on where jobs are trained together.
+    if (spec.training.gradient_checkpointing is False) != (first.training.gradient_checkpointing is False):
         return f"spec.training.gradientCheckpointing differs from that of {name}: give both the same"
     return ""
 

@@ -15,6 +15,7 @@ TRAINING: dict[str, Any] = {
     "autoMicroBatch": False,
     "maxSequenceLength": 512,
     "packing": True,
+    "gradientCheckpointing": True,
     "keep": "last",
 }
 DECIDED: dict[str, Any] = {

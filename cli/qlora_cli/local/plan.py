@@ -41,7 +41,7 @@ from qlora_trainer.core.failures import bad_configuration, model_unavailable
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.families.family import Traits
 from qlora_trainer.model.memory.fit import training_shape, weights_of
-from qlora_trainer.model.memory.fitted import limits_that_fit
+from qlora_trainer.model.memory.fitted import first_limits, limits_that_fit
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
 from qlora_trainer.model.source.hub_config import FoundConfig, find_hub_config
 from qlora_trainer.steps.planned import assume_settings, find_traits, measure_with, require_settings
@@ -131,20 +131,20 @@ def make_plan(
     traits = find_traits(config, spec.lora) if find is None else find(spec.lora)
     require_settings(traits, config, spec)
     gpu_gib = gpu_gib if gpu_gib is not None else spec.resources.gpu_gib
-    choose_within = partial(choose, spec, traits)
+    choose_within, limits = partial(choose, spec, traits), first_limits(spec, limits, gpu_gib)
     resolved = resolve(spec, settings := choose_within(limits))
     require_settings(traits, config, resolved)
     job: MeasuredJob | None = None
     weights, unknown = None, ""
     measure = measure or measure_with(traits)
     try:
-        first = job = MeasuredJob.from_config(config, resolved, _shape(resolved, traits), measure=measure)
-        fitting = limits_that_fit(
-            spec, choose_within, limits, gpu_gib, lambda other: first.estimate(_shape(other, traits))
-        )
-        if fitting != limits:
-            resolved = resolve(spec, settings := choose_within(fitting))
+        while True:
             job = MeasuredJob.from_config(config, resolved, _shape(resolved, traits), measure=measure)
+            fitting = limits_that_fit(spec, choose_within, limits, gpu_gib, partial(_estimate, job, traits))
+            if fitting == limits:
+                break
+            limits = fitting
+            resolved = resolve(spec, settings := choose_within(limits))
     except DryRunFailed as failure:
         weights, unknown = weights_of(config, _shape(resolved, traits)), str(failure)
     return MemoryPlan(
@@ -163,6 +163,10 @@ def make_plan(
             traits.remarks(replace(spec.training, max_sequence_length=resolved.training.max_sequence_length))
         ),
     )
+
+
+def _estimate(job: MeasuredJob, traits: Traits, spec: ResolvedSpec) -> MemoryEstimate:
+    return job.estimate(_shape(spec, traits))
 
 
 def _shape(spec: ResolvedSpec, traits: Traits) -> TrainingShape:

@@ -21,6 +21,7 @@ _OPEN = {
         "autoMicroBatch",
         "maxSequenceLength",
         "packing",
+        "gradientCheckpointing",
         "evalEverySteps",
         "keep",
     ),
@@ -46,6 +47,7 @@ class ResolvedTraining(TrainingSpec):
     auto_micro_batch: Annotated[bool, Decides.DRY_RUN, Decides.NOT_THE_ADAPTER]
     max_sequence_length: Annotated[int, Decides.PREPARED_DATA, Decides.DRY_RUN]
     packing: Annotated[bool, Decides.PREPARED_DATA] = True
+    gradient_checkpointing: Annotated[bool, Decides.DRY_RUN] = True
     keep: Literal["last", "best"] = "last"
 
 

@@ -247,8 +247,10 @@ class TrainingSpec(ApiModel):
         description="Tokens that are trained on: those of every answer (completion), of the last answer of each row "
         "(last), of the assistant messages with train: true or weight: 1 (marked), or all.",
     )
-    gradient_checkpointing: Annotated[bool, Decides.DRY_RUN] = Field(
-        default=True, description="Recompute activations in the backward pass. Saves much memory."
+    gradient_checkpointing: Annotated[bool | None, Decides.DRY_RUN] = Field(
+        default=None,
+        description="Recompute activations in the backward pass: saves much memory, takes a third more time. "
+        "Automatic: false if resources.gpuMemory is set and has room for all activations.",
     )
     eval_every_steps: int | None = Field(
         default=None,

@@ -234,6 +234,16 @@ def test_packing_and_micro_batches_do_not_change_the_loss(workspace: Prepare) ->
     assert losses[2] == pytest.approx(losses[1], rel=2e-4)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_adapter_is_the_same_bytes_if_activations_are_kept(workspace: Prepare, dropout: float) -> None:
+    trained = []
+    for recomputed in (True, False):
+        spec = {"lora": {"dropout": dropout}, "training": {"gradientCheckpointing": recomputed}}
+        run(context := workspace(f"{recomputed}", spec))
+        trained.append(adapter_bytes(context))
+    assert trained[0] == trained[1]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
     workspace: Prepare, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ CHOICES = (
     Choice.of("training.autoMicroBatch", True, ""),
     Choice.of("training.maxSequenceLength", 256, ""),
     Choice.of("training.packing", False, ""),
+    Choice.of("training.gradientCheckpointing", False, "the GPU has room for all activations"),
     Choice.of("training.evalEverySteps", 50, ""),
     Choice.of("training.keep", "best", ""),
     Choice.of(HELD_OUT, 0.1, ""),
@@ -83,7 +84,11 @@ def test_some_choices_leave_the_rest_open() -> None:
 
 @pytest.mark.parametrize(
     "missing",
-    sorted(ALL - {"training.epochs", "training.evalEverySteps", "training.packing", "training.keep", HELD_OUT}),
+    sorted(
+        ALL
+        - {"training.epochs", "training.evalEverySteps", "training.packing", "training.keep", HELD_OUT}
+        - {"training.gradientCheckpointing"}
+    ),
 )
 def test_a_job_without_a_choice_that_it_needs_is_not_resolved(missing: str) -> None:
     with pytest.raises(ValidationError, match=missing.rpartition(".")[2]):

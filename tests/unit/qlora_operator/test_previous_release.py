@@ -33,6 +33,7 @@ BECAME_AUTOMATIC = frozenset(
         "training.autoMicroBatch",
         "training.maxSequenceLength",
         "training.packing",
+        "training.gradientCheckpointing",
     }
 )
 """A new job that does not set them gets other values than in the release before."""

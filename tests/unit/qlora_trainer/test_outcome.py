@@ -53,7 +53,7 @@ def reported(completion: PrepareRecord) -> ResultRecord:
 
 def test_the_message_of_prepare_ends_with_the_chosen_settings_and_their_reasons() -> None:
     record = reported(prepared(remarks=("no packing",)))
-    assert len(CHOICES) == 14
+    assert len(CHOICES) == 15
     assert "are ready; no packing; automatic: maxSequenceLength 128 (leaves out 1 of 1000 rows, up to" in record.message
     assert record.message.endswith("keep best")
     assert record.settings == CHOICES

@@ -15,6 +15,19 @@ from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.fit import MemoryFit
 from qlora_trainer.model.memory.job_memory import measured_estimate
 
+_ENOUGH_TOKENS = 2048
+"""Of a micro batch: smaller ones cost more than recomputing activations, which takes a third of the time again."""
+
+
+def first_limits(spec: QLoRAJobSpec, limits: Limits, gpu_gib: float | None) -> Limits:
+    """Return the limits that are tried first: with all activations kept where they may fit.
+
+    `gpu_gib`: memory of the GPU, None if it is not known.
+    """
+    is_open = spec.training.gradient_checkpointing is None and spec.training.sharding == "none"
+    may_keep = is_open and gpu_gib is not None and limits.group_size == 1
+    return replace(limits, keeps_activations=True) if may_keep else limits
+
 
 def limits_that_fit(
     spec: QLoRAJobSpec,
@@ -25,12 +38,19 @@ def limits_that_fit(
 ) -> Limits:
     """Limit the chosen micro batch until the run fits the GPU, or it is 1. The other settings follow it.
 
-    `gpu_gib`: memory of the GPU, None if it is not known.
+    Before it has fewer than 2,048 tokens, activations are recomputed, which takes another dry run.
     """
-    if spec.training.micro_batch_size is not None or gpu_gib is None:
-        return limits
-    while (size := (resolved := resolve(spec, choose(limits))).training.micro_batch_size) > 1:
+    given = limits
+    while gpu_gib is not None:
+        training = (resolved := resolve(spec, choose(limits))).training
         if verdict(estimate(resolved), gpu_gib) == "fits":
+            break
+        size = training.micro_batch_size
+        can_halve = spec.training.micro_batch_size is None and size > 1
+        is_large = size * training.max_sequence_length >= 2 * _ENOUGH_TOKENS
+        if limits.keeps_activations and not (can_halve and is_large):
+            return replace(given, keeps_activations=False)
+        if not can_halve:
             break
         limits = replace(limits, micro_batch=size // 2)
     return limits
@@ -58,6 +78,7 @@ def fit_settings(
 
     `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one.
     """
+    limits = first_limits(spec, limits, gpu_gib)
     while True:
         resolved = resolve(spec, chosen := choose(limits))
         memory = measure(resolved)

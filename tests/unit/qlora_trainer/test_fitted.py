@@ -1,0 +1,78 @@
+"""Which activations are kept, and how large a micro batch is, by the memory of the GPU."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.automatic import Limits, ModelFacts, assume
+from qlora_api.spec.job import QLoRAJobSpec
+from qlora_trainer.model.memory.fit import MemoryFit, training_shape
+from qlora_trainer.model.memory.fitted import FittedSettings, fit_settings
+from tests.support.dry_runs import measure
+from tests.support.manifests import MINIMAL, merged
+from tests.support.models.model_configs import LLAMA_3_8B
+
+OF_8B = ModelFacts(width=4096, weights_per_rank=2_621_440)
+Fit = Callable[..., FittedSettings]
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Fit:
+    """Chooses the settings of an 8B model for a GPU of so many GiB."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA_3_8B))
+
+    def fitted(gpu_gib: float | None, limits: Limits | None = None, **settings: Any) -> FittedSettings:
+        spec = QLoRAJobSpec.model_validate(merged(MINIMAL["spec"], settings))
+        return fit_settings(
+            spec,
+            lambda limits: assume(spec, OF_8B, None, limits),
+            limits or Limits(),
+            gpu_gib,
+            lambda resolved: training_shape(resolved, resolved.lora.target_modules),
+            lambda resolved: MemoryFit.from_config(
+                config, resolved, resolved.lora.target_modules, gpu_gib=gpu_gib, measure=measure
+            ),
+        )
+
+    return fitted
+
+
+def choices(fitted: FittedSettings) -> tuple[bool, int]:
+    training = fitted.spec.training
+    return training.gradient_checkpointing, training.micro_batch_size
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "tokens", "expected"),
+    [
+        (79.6, 2048, (False, 2)),
+        (22.5, 2048, (False, 1)),
+        (12.0, 2048, (True, 2)),
+        (22.5, 512, (False, 4)),
+        (22.5, 8192, (True, 1)),
+        (79.6, 8192, (False, 1)),
+        (None, 2048, (True, 2)),
+    ],
+)
+def test_activations_are_kept_where_they_fit_even_in_smaller_micro_batches_of_2048_tokens(
+    fit: Fit, gpu_gib: float | None, tokens: int, expected: tuple[bool, int]
+) -> None:
+    found = fit(gpu_gib, training={"maxSequenceLength": tokens})
+    assert choices(found) == expected
+    assert found.memory.status.verdict == ("unknown" if gpu_gib is None else "fits")
+
+
+def test_what_the_job_sets_is_kept(fit: Fit) -> None:
+    assert choices(fit(80, training={"gradientCheckpointing": True})) == (True, 2)
+    assert choices(fit(8, training={"gradientCheckpointing": False}))[0] is False
+    # Its micro batch is not made smaller to keep activations.
+    assert choices(fit(22.5, training={"microBatchSize": 2, "maxSequenceLength": 2048})) == (True, 2)
+
+
+def test_jobs_trained_together_and_sharded_ones_recompute(fit: Fit) -> None:
+    assert choices(fit(80, Limits(group_size=2)))[0] is True
+    assert choices(fit(80, training={"sharding": "full"}, resources={"gpus": 2}))[0] is True
