@@ -95,7 +95,7 @@ def test_plan_and_submit_show_the_settings_that_prepare_chooses(
     assert submitted.stdout == "qlorajob.qlora.dev/first created (dry run)\n"
     assert chosen_in(submitted.stderr) == chosen_in(done.output)
     unread = qlora("submit", *options, "--dry-run=client")
-    assert unread.stderr.startswith("14 settings are automatic: prepare chooses by the rows")
+    assert unread.stderr.startswith("15 settings are automatic: prepare chooses by the rows")
 
 
 @pytest.mark.parametrize(
