@@ -1,5 +1,7 @@
 """Attention on a GPU: the variable-length kernel matches attention row by row."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,10 +20,17 @@ def inputs(heads: int, key_heads: int, size: int) -> tuple[Tensor, Tensor, Tenso
     return query, key, value
 
 
-def attend(tensors: tuple[Tensor, Tensor, Tensor], window: int | None, softcap: float | None = None) -> Tensor:
-    rows = RowBoundaries.from_lengths(LENGTHS, tensors[0].device)
-    output, _ = rows_attention(torch.nn.Module(), *tensors, None, rows=rows, sliding_window=window, softcap=softcap)
-    return output
+def attend(
+    tensors: tuple[Tensor, ...],
+    window: int | None,
+    softcap: float | None = None,
+    sinks: tuple[float, ...] | None = None,
+) -> Tensor:
+    query, key, value = tensors
+    rows = RowBoundaries.from_lengths(LENGTHS, query.device)
+    scores = None if sinks is None else torch.tensor(sinks, device=query.device)
+    settings: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "s_aux": scores}
+    return rows_attention(torch.nn.Module(), query, key, value, None, rows=rows, **settings)[0]
 
 
 @pytest.mark.parametrize("window", [None, 16])
@@ -55,11 +64,15 @@ def test_no_row_sees_another_bit_for_bit(window: int | None) -> None:
     assert not torch.equal(before[:, start:end], after[:, start:end])
 
 
-def test_gradients_equal_those_of_the_cpu() -> None:
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("sinks", [None, (-1.0, 0.0, 2.0, 5.0)], ids=["without sinks", "with sinks"])
+def test_output_and_gradients_equal_those_of_the_cpu(sinks: tuple[float, ...] | None, window: int | None) -> None:
     tensors = tuple(tensor.requires_grad_() for tensor in inputs(4, 2, 64))
     there = tuple(tensor.detach().cpu().float().requires_grad_() for tensor in tensors)
-    attend(tensors, None).float().square().sum().backward()
-    attend(there, None).square().sum().backward()
+    found, expected = attend(tensors, window, sinks=sinks).float(), attend(there, window, sinks=sinks)
+    torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
+    found.square().sum().backward()
+    expected.square().sum().backward()
     for found, expected in zip(tensors, there, strict=True):
         assert found.grad is not None
         assert expected.grad is not None

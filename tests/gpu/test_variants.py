@@ -15,9 +15,12 @@ from qlora_trainer.evaluation.held_out import mean_loss, read_compared
 from qlora_trainer.model.base.load import load_base
 from tests.gpu.runs import losses, on_gpu, record
 from tests.support.commands.command import Files, new_files
-from tests.support.families import FAMILIES
+from tests.support.families import tiny_config
+from tests.support.models.mxfp4 import save_gpt_oss
 from tests.support.models.tiny import save_model
 
+MXFP4 = "gpt_oss in MXFP4"
+FAMILIES = ("qwen3", "gemma2", "gemma3_text", "gemma4_text", "qwen3_moe", "mixtral", "gpt_oss", MXFP4, "bamba", "bloom")
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"useRslora": True},
     "dora": {"useDora": True},
@@ -44,10 +47,10 @@ def test_a_published_lora_variant_has_the_same_loss_in_peft(
     assert loss_in_peft(files, tiny_llama) == pytest.approx(trained["evalLoss"], rel=2e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_another_family_trains_close_to_the_same_on_a_cpu(family: str, tmp_path: Path) -> None:
-    config, _ = FAMILIES[family]
-    models = save_model(tmp_path / "models" / "model", config).parent
+    folder = tmp_path / "models" / "model"
+    models = (save_gpt_oss(folder) if family == MXFP4 else save_model(folder, tiny_config(family))).parent
     prepared = on_gpu(new_files(tmp_path / "prepared", models), "prepare")
     here, there = (prepared.copied(tmp_path / name) for name in ("here", "there"))
     on_gpu(here, "train")
