@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_api.choice import Choice
 from qlora_api.contract import ExitCode
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
@@ -114,7 +117,7 @@ def test_the_shares_that_are_named_add_up_to_the_estimate(
 
     with (
         pytest.raises(StepFailure) as caught,
-        explain_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, found),
+        explain_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, measured=found),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -182,6 +185,29 @@ def test_a_resumed_run_keeps_its_smaller_micro_batches_and_ends_in_the_same_byte
     assert resumed.micro_batch_size == 2
     assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
     assert history(disturbed) == history(undisturbed)
+
+
+def test_activations_that_prepare_meant_to_keep_are_recomputed_before_micro_batches_are_halved(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = merged(AUTOMATIC, {"lora": {"dropout": 0.1}})
+    recomputing = workspace("recomputing", spec, packed=False)
+    keeping = workspace("keeping", merged(spec, {"training": {"gradientCheckpointing": None}}), packed=False)
+    path = keeping.workspace.completion("prepare")
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    choice = Choice.of("training.gradientCheckpointing", False, "the GPU has room for all activations")
+    write_completion(path, replace(record, settings=(choice,)))
+    run(recomputing)
+
+    def room_for_one_block(model: Any, batch: Batch) -> torch.Tensor:
+        if not model.is_activation_checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch_loss(model, batch)
+
+    monkeypatch.setattr(objective, "batch_loss", room_for_one_block)
+    assert run(keeping).micro_batch_size is None
+    assert adapter_bytes(keeping) == adapter_bytes(recomputing)
 
 
 def in_forward(_model: Any, _loss: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -66,7 +66,7 @@ def train(
         if run.history is not None:
             held.enter_context(run.history)
         leaving = leaving_curves(job, context.mounts.sweep) if ranks.is_main else nullcontext()
-        with shortage(lambda: run.progress.schedule.micro_batch_size), leaving:
+        with shortage(lambda: run.progress.schedule.micro_batch_size, lambda: run.progress.recomputes), leaving:
             state = run_to_end(run, state)
         if base_check is not None:
             base_check.wait()

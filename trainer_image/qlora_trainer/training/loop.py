@@ -16,7 +16,7 @@ from qlora_trainer.core.failures import Interrupted, damaged, is_out_of_gpu_memo
 from qlora_trainer.core.filesystem import remove
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter.attach import adapter_tensors
+from qlora_trainer.model.adapter.attach import adapter_tensors, recompute_activations
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.training.checkpoints.attempts import note_time
 from qlora_trainer.training.checkpoints.checkpoint import BEST_FILE, save_checkpoint, write_best
@@ -111,7 +111,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
         run.optimizer.zero_grad(set_to_none=True)
         if run.is_stopping():
             return state
-        state = _halve_micro_batches(run, state)
+        state = _recompute(run, state) if _can_recompute(run) else _halve_micro_batches(run, state)
         gradient = _gradient(run, state)
     state = apply_gradient(run, state, gradient)
     return note_step(run, state, gradient, StepCost.from_device(run.runtime.monotonic() - started, run.job.device))
@@ -194,7 +194,7 @@ def _add_gradients(run: Run, state: RunState, batch: Batch, counts: bool, weight
         (sums.loss * float(counts) / weight).backward()
         means += sums.values() * float(counts) / weight
     except RuntimeError as error:
-        if not (is_out_of_gpu_memory(error) and _can_halve(run)):
+        if not (is_out_of_gpu_memory(error) and (_can_recompute(run) or _can_halve(run))):
             raise
         logger.warning("step %d ran out of memory and is repeated", state.step + 1, exc_info=True)
         return False
@@ -205,6 +205,21 @@ def _add_gradients(run: Run, state: RunState, batch: Batch, counts: bool, weight
 def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch]) -> list[tuple[Batch, bool]]:
     """This rank's batch in each round, with whether it counts."""
     return [(read_batch(data, item, run.device), counts) for item, counts in run.ranks.rounds(micro_batches)]
+
+
+def _can_recompute(run: Run) -> bool:
+    """Whether prepare has chosen to keep activations, and they are kept. Sharded runs recompute them always."""
+    is_chosen = any(choice.setting == "training.gradientCheckpointing" for choice in run.job.prepared.settings)
+    return is_chosen and not (run.training.gradient_checkpointing or run.progress.recomputes)
+
+
+def _recompute(run: Run, state: RunState) -> RunState:
+    """Prepare the same step with activations that are recomputed, which gives the same bits."""
+    free_memory(run.device)
+    recompute_activations(run.adapted_base)
+    run.progress.recomputes = True
+    logger.warning("activations are recomputed from here on, as the GPU has no room for them")
+    return state
 
 
 def _can_halve(run: Run) -> bool:

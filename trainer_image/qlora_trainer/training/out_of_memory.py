@@ -33,11 +33,13 @@ def explain_shortage(
     target_modules: Iterable[str],
     device: Device,
     micro_batch_size: Callable[[], int],
+    recomputes: Callable[[], bool] = lambda: False,
     measured: MeasuredMemory | None = None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) with the first change to make.
 
-    `micro_batch_size` is called when it happens: the run may have lowered it. The estimate is from `measured`.
+    `micro_batch_size` and `recomputes` are called when it happens: the run may have lowered it, and may recompute
+    activations. The estimate is from `measured`.
     """
     try:
         yield
@@ -47,7 +49,10 @@ def explain_shortage(
         size, planned = micro_batch_size(), spec.training
         # The same sequences per step, in these micro batches.
         steps = -(-planned.micro_batch_size * planned.gradient_accumulation_steps // size)
-        planned = replace(planned, micro_batch_size=size, gradient_accumulation_steps=steps)
+        recomputed = planned.gradient_checkpointing or recomputes()
+        planned = replace(
+            planned, micro_batch_size=size, gradient_accumulation_steps=steps, gradient_checkpointing=recomputed
+        )
         shape = training_shape(replace(spec, training=planned), target_modules)
         estimated = "there is no estimate"
         if measured is not None:

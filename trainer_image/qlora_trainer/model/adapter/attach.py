@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use, taken_for_experts
-from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora
+from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora, recompute_weights
 from qlora_trainer.model.nf4.computation import compute_dtype
 from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
@@ -41,11 +41,17 @@ def attach_adapter(
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     _name_origin(config, base, target_modules, base_name, base_revision)
     _set_types(model, lora)
-    fuse_lora(model, recomputed=gradient_checkpointing)
+    fuse_lora(model, recomputed=False)
     if gradient_checkpointing:
-        # Without re-entry gradients reach the adapters although the embeddings have none.
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     return model.train()
+
+
+def recompute_activations(model: AdaptedModel) -> None:
+    """Recompute the blocks in backward passes from now on, with the same bits."""
+    recompute_weights(model)
+    # Without re-entry gradients reach the adapters although the embeddings have none.
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
 
 
 def adapter_name(position: int) -> str:

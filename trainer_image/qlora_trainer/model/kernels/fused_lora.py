@@ -130,6 +130,13 @@ def fuse_lora(model: Network, routing: Routing | None = None, *, recomputed: boo
             layer.routing = routing
 
 
+def recompute_weights(model: Network) -> None:
+    """Dequantize weights again in backward passes, as blocks are recomputed there."""
+    for module in model.modules():
+        if isinstance(module, FusedLora):
+            module.recomputed = module.get_base_layer().weight.device.type != "meta"
+
+
 def routing_of(model: Network) -> Routing:
     """The routing that the model's fused layers share."""
     return next(module.routing for module in model.modules() if isinstance(module, FusedLora))
