@@ -164,6 +164,8 @@ def test_an_invalid_manifest_ends_submit_with_the_exit_code_of_plan(team: Team, 
         result = team.run("submit", str(file), *options)
         assert (result.exit_code, result.stdout) == (ExitCode.BAD_CONFIGURATION, "")
         assert "spec.lora.rank: found -1, must be greater than or equal to 1" in result.stderr
+    named = team.run("submit", "--name", "x" * 46, "--model", "hf://org/m", "--data", "hf://org/rows")
+    assert (named.exit_code, named.stderr.startswith('Error: --name: found "xxx')) == (ExitCode.BAD_CONFIGURATION, True)
 
 
 def rows(table: str) -> list[list[str]]:
