@@ -1,5 +1,6 @@
 """The settings that a job leaves to prepare: chosen from its rows, recorded, trained with, and kept."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from qlora_api import automatic
 from qlora_api.contract import ExitCode
 from qlora_api.spec.resolved import open_settings
 from qlora_trainer.core.completion import PrepareRecord, read_completion
+from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.steps.prepare import prepare
@@ -61,6 +63,16 @@ def test_a_job_with_only_a_model_and_data_reports_each_choice_with_its_reason(
     shown = done.result.message.partition("; automatic: ")[2]
     assert shown.startswith(f"maxSequenceLength 128 ({reason(record, 'maxSequenceLength')}), ")
     assert f"learningRate {values(record)['learningRate']} (for a width of 64), scheduler linear (falls to 0" in shown
+
+
+@pytest.mark.parametrize(("device", "recomputed"), [("cpu", True), ("cuda", False)])
+def test_activations_are_kept_where_the_gpu_has_room_and_not_on_a_cpu(
+    device: Device, recomputed: bool, make_context: MakeContext, rows: Callable[..., None]
+) -> None:
+    rows(2)
+    context = make_context(merged(OPEN, {"resources": {"gpuMemory": "24Gi"}}))
+    record = prepare(dataclasses.replace(context, device=device), Recorded())
+    assert values(record)["gradientCheckpointing"] is recomputed
 
 
 def test_the_run_trains_with_the_choices_and_another_rule_changes_nothing_of_it(

@@ -198,7 +198,7 @@ def _prepare(
     facts = family.require_sizes(open_settings(in_length))
     choose = settings_chooser(in_length, of_length, dataset, facts, packed=packed)
     report("measuring the memory that training needs")
-    fitted = fit_model(model, spec, choose, limits)
+    fitted = fit_model(model, spec, choose, limits, on_gpu=context.device == "cuda")
     records.note(memory=fitted.memory.status)
     fitted.memory.require()
     sequences = write_sequences(dataset, fitted, workspace.data, report)

@@ -106,10 +106,11 @@ def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> Family:
     return family
 
 
-def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: Limits) -> FittedModel:
+def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: Limits, *, on_gpu: bool) -> FittedModel:
     """Return the model with the chosen settings, the micro batch lowered until it fits the GPU.
 
-    Raises StepFailure if the model cannot be trained so.
+    `on_gpu`: whether it is trained on one, whose memory may hold all activations. Raises StepFailure if the model
+    cannot be trained so.
     """
     family = model.family
     require_settings(family, model.folder / CONFIG, resolve(spec, choose(limits)))
@@ -120,6 +121,7 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: 
         spec.resources.gpu_gib,
         partial(training_shape, target_modules=family.target_modules, mixture_of_experts=family.mixture_of_experts),
         lambda resolved: measure_memory(model.folder, resolved, family, limits.group_size),
+        may_keep=on_gpu,
     )
     warn_if_not_served(fitted.spec)
     return FittedModel(model, fitted.spec, fitted.settings, fitted.memory)

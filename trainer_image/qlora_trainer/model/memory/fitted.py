@@ -73,12 +73,15 @@ def fit_settings(
     gpu_gib: float | None,
     shape: Callable[[ResolvedSpec], TrainingShape],
     measure: Callable[[ResolvedSpec], MemoryFit],
+    *,
+    may_keep: bool = True,
 ) -> FittedSettings:
     """Return the job with the chosen settings, its chosen micro batch as large as the GPU has room for.
 
-    `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one.
+    `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one. `may_keep`:
+    whether all activations may be kept.
     """
-    limits = first_limits(spec, limits, gpu_gib)
+    limits = first_limits(spec, limits, gpu_gib) if may_keep else limits
     while True:
         resolved = resolve(spec, chosen := choose(limits))
         memory = measure(resolved)
