@@ -208,9 +208,8 @@ def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch])
 
 
 def _can_recompute(run: Run) -> bool:
-    """Whether prepare has chosen to keep activations, and they are kept. Sharded runs recompute them always."""
-    is_chosen = any(choice.setting == "training.gradientCheckpointing" for choice in run.job.prepared.settings)
-    return is_chosen and not (run.training.gradient_checkpointing or run.progress.recomputes)
+    """Whether activations that prepare has chosen to keep are still kept."""
+    return run.job.may_recompute and not run.progress.recomputes
 
 
 def _recompute(run: Run, state: RunState) -> RunState:

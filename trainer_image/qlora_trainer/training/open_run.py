@@ -83,7 +83,7 @@ def open_base(
     device = use_device(job.device, threads, ranks.rank_info.local_rank)
     if begun is None and job.device == "cuda":
         can_halve = spec.training.auto_micro_batch and spec.training.micro_batch_size > 1 and not ranks.is_sharded
-        require_memory(prepared.memory, torch.cuda.mem_get_info()[1], can_halve=can_halve)
+        require_memory(prepared.memory, torch.cuda.mem_get_info()[1], can_shrink=can_halve or job.may_recompute)
     own_type = _own_compute_type(job.device, ranks)
     compute_type = own_type if begun is None else begun.state.compute_type
     if own_type != compute_type:

@@ -72,6 +72,12 @@ class PreparedJob:
         )
 
     @property
+    def may_recompute(self) -> bool:
+        """Whether prepare has chosen to keep activations, which can be recomputed after all."""
+        chosen = any(choice.setting == "training.gradientCheckpointing" for choice in self.prepared.settings)
+        return chosen and not self.spec.training.gradient_checkpointing
+
+    @property
     def model_folder(self) -> Path:
         """The base's configuration and tokenizer, and original weights that are kept."""
         return self.workspace.root / self.prepared.model_path

@@ -87,20 +87,20 @@ def test_a_gpu_without_kernels_of_bitsandbytes_is_rejected(cards: Cards) -> None
     assert "bitsandbytes has no kernels for the GPU NVIDIA H100" in rejection()
 
 
-def test_a_gpu_that_is_too_small_is_rejected_unless_micro_batches_may_halve(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_that_is_too_small_is_rejected_unless_the_run_can_shrink(caplog: pytest.LogCaptureFixture) -> None:
     memory = MemoryStatus(estimate_bytes=round(24.6 * GIB), low_bytes=round(23.7 * GIB), verdict="unknown")
     found = "training needs about 24.6 GiB of GPU memory (at least 23.7), and this GPU has 22.0"
     with failing(ExitCode.DOES_NOT_FIT) as caught:
-        require_memory(memory, 22 * GIB, can_halve=False)
+        require_memory(memory, 22 * GIB, can_shrink=False)
     assert caught.value.message.startswith(f"{found}: set spec.resources.gpuMemory to")
-    require_memory(memory, 22 * GIB, can_halve=True)
-    require_memory(memory, 24 * GIB, can_halve=False)
+    require_memory(memory, 22 * GIB, can_shrink=True)
+    require_memory(memory, 24 * GIB, can_shrink=False)
     assert [line.split(", and")[1] for line in caplog.messages] == [
         " this GPU has 22.0: it may run out of memory",
         " this GPU has 24.0: it may run out of memory",
     ]
-    require_memory(memory, 25 * GIB, can_halve=False)
-    require_memory(MemoryStatus(verdict="unknown"), GIB, can_halve=False)
+    require_memory(memory, 25 * GIB, can_shrink=False)
+    require_memory(MemoryStatus(verdict="unknown"), GIB, can_shrink=False)
     assert len(caplog.messages) == 2
 
 

@@ -62,10 +62,11 @@ def require_gpu(local_rank: int) -> None:
         )
 
 
-def require_memory(memory: MemoryStatus, total: int, *, can_halve: bool) -> None:
+def require_memory(memory: MemoryStatus, total: int, *, can_shrink: bool) -> None:
     """Compare what the run needs with the `total` bytes of the GPU that it got.
 
-    `can_halve`: whether a smaller micro batch is tried when memory runs out. Raises StepFailure DOES_NOT_FIT.
+    `can_shrink`: whether the run needs less when memory runs out, by smaller micro batches or recomputation. Raises
+    StepFailure DOES_NOT_FIT.
     """
     if memory.estimate_bytes is None or memory.low_bytes is None or memory.estimate_bytes <= total:
         return
@@ -73,7 +74,7 @@ def require_memory(memory: MemoryStatus, total: int, *, can_halve: bool) -> None
         f"training needs about {memory.estimate_bytes / GIB:.1f} GiB of GPU memory (at least "
         f"{memory.low_bytes / GIB:.1f}), and this GPU has {total / GIB:.1f}"
     )
-    if memory.low_bytes > total and not can_halve:
+    if memory.low_bytes > total and not can_shrink:
         raise StepFailure(
             ExitCode.DOES_NOT_FIT,
             f"{found}: set spec.resources.gpuMemory to the memory of the profile's GPUs, and prepare names the "
