@@ -160,7 +160,7 @@ class _Adapters:
         release_freed()
         self.base_bytes = resident_bytes()
         self.model = attach_adapter(
-            base, lora, targets, seed=0, gradient_checkpointing=True, base_name="model", base_revision="main"
+            base, lora, targets, seed=0, recomputed_blocks=None, base_name="model", base_revision="main"
         )
         names = list(map(adapter_name, range(number)))
         for index, name in enumerate(names[1:], start=1):

@@ -110,7 +110,7 @@ def load_subject(arm: Arm, model: Path, base_folder: Path, lora: ResolvedLora, s
         lora,
         resolve_targets(lora.target_modules, block_linears(base)),
         seed=seed,
-        gradient_checkpointing=False,
+        recomputed_blocks=0,
         base_name="benchmark",
         base_revision="benchmark",
     )

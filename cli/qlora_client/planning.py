@@ -57,26 +57,27 @@ def make_plan(spec: QLoRAJobSpec, config: Path | None, gpu: GpuOfPlan, tokens: i
         raise ValueError(f"{error.filename or config} cannot be read: {error.strerror}") from None
     parameters = traits.parameters_of_token(fitted.memory.parameters)
     assumed = any(each.name == "epochs" for each in fitted.settings)
-    forecast, wall, remark = _forecast(fitted.spec, parameters, gpu, tokens, assumed=assumed)
+    flops_of_token = None if parameters is None else training_flops(parameters, 1, fitted.recomputed_share)
+    forecast, wall, remark = _forecast(fitted.spec, flops_of_token, gpu, tokens, assumed=assumed)
     remark = "; ".join(filter(None, (remark, found.remark)))
     return Plan(fitted.memory.status, fitted.memory.objection, forecast, wall, remark)
 
 
 def _forecast(
-    spec: ResolvedSpec, parameters: int | None, gpu: GpuOfPlan, of_epoch: int | None, *, assumed: bool
+    spec: ResolvedSpec, flops_of_token: float | None, gpu: GpuOfPlan, of_epoch: int | None, *, assumed: bool
 ) -> tuple[ForecastStatus | None, tuple[float, float] | None, str]:
     """The GPU hours, the shortest and the longest time, and a remark. `assumed`: whether the epochs are."""
     tokens, at_most = tokens_of_run(spec.training, of_epoch)
     if gpu.tflops is None:
         why = "give the GPU with gpu, or its speed with gpu_tflops"
-    elif parameters is None:
+    elif flops_of_token is None:
         why = "how many weights each token is multiplied by is not known for this model"
     elif assumed:
         why = "the rows decide on the epochs: set training.epochs (`qlora plan --data` shows those of the job)"
     elif tokens is None:
         why = "give the tokens of an epoch with tokens (`qlora plan --data` counts them)"
     else:
-        flops = training_flops(parameters, tokens, spec.training)
+        flops = flops_of_token * tokens
         bound = "an upper bound, as sequences are seldom full; " if at_most else ""
         return (
             forecast_of_flops(flops, gpu.tflops, *(gpu.price or (None, None))),

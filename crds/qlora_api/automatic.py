@@ -79,8 +79,8 @@ class Limits:
     """How many jobs are trained together in the same passes, itself included."""
     micro_batch: int | None = None
     """Sequences of a pass that the GPU has room for, None for any number."""
-    keeps_activations: bool | None = None
-    """Whether the GPU has room for all activations of a pass, None if that is not known."""
+    recomputed_blocks: int | None = None
+    """Blocks whose activations the GPU has no room for, None for all or if that is not known."""
     adapter: Mapping[str, int] | None = None
     """Rank and alpha of the adapter that the run starts from, if it starts from one."""
 
@@ -258,12 +258,13 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
 
 def _checkpointing(spec: QLoRAJobSpec, limits: Limits) -> Iterator[Choice]:
     if spec.training.gradient_checkpointing is None:
-        reason = {
-            True: "the GPU has room for all activations",
-            False: "the activations would not fit the GPU",
-            None: "the room for activations is not known",
-        }[limits.keeps_activations]
-        yield Choice.of("training.gradientCheckpointing", not limits.keeps_activations, reason)
+        blocks = limits.recomputed_blocks
+        reason = "the GPU has room for all activations"
+        if blocks is None:
+            reason = "activations are not known to fit"
+        elif blocks:
+            reason = f"the first {blocks} blocks: the GPU has room for the activations of the others"
+        yield Choice.of("training.gradientCheckpointing", blocks != 0, reason)
 
 
 def _usual_alpha(spec: QLoRAJobSpec) -> int:

@@ -36,12 +36,12 @@ _DIGITS = Context(prec=100)
 _PRICE = re.compile(rf"({PRICE.removeprefix('^').removesuffix('$')}) ([A-Za-z]{{1,8}})")
 
 
-def training_flops(parameters: int, tokens: int, training: ResolvedTraining) -> float:
+def training_flops(parameters: int, tokens: int, recomputed_share: float) -> float:
     """Return the floating-point operations to train on so many tokens.
 
-    `parameters`: weights that each token is multiplied by.
+    `parameters`: weights that each token is multiplied by. `recomputed_share`: of the blocks.
     """
-    passes = 3 if training.gradient_checkpointing else 2
+    passes = 2 + recomputed_share
     return 2.0 * passes * parameters * tokens
 
 

@@ -43,8 +43,6 @@ class Decides(Enum):
 
     PREPARED_DATA = auto()
     """Also the sequences: data prepared with another value is prepared again."""
-    DRY_RUN = auto()
-    """Also the memory that a dry run measures."""
     NOT_THE_ADAPTER = auto()
     """A run continues with another value."""
 

@@ -38,14 +38,14 @@ def estimate_together(model: ModelShape, trainings: Sequence[TrainingShape]) -> 
 
 def activations(model: ModelShape, trainings: Sequence[TrainingShape]) -> ActivationBytes:
     """Of a pass with a micro batch of each job."""
-    checkpointing = trainings[0].gradient_checkpointing
+    recomputes = trainings[0].recomputed_blocks is None
     kept, loss, work = _pass(
         model,
         sum(training.tokens for training in trainings),
         max(min(training.tokens, GPU_LOSS_CHUNK_TOKENS) for training in trainings),
-        checkpointing,
+        recomputes,
     )
-    return ActivationBytes.from_pass(kept, loss, work, gradient_checkpointing=checkpointing)
+    return ActivationBytes.from_pass(kept, loss, work, recomputes_all=recomputes)
 
 
 def _pass(model: ModelShape, tokens: int, tokens_of_chunk: int, checkpointing: bool) -> tuple[int, int, int]:
@@ -70,7 +70,8 @@ def measure(config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest:
     for size in sizes:
         tokens = size.sequences * size.sequence_tokens
         kept, loss, work = _pass(model, tokens, min(tokens, GPU_LOSS_CHUNK_TOKENS), size.gradient_checkpointing)
-        steps.append(MeasuredStep(**asdict(size), kept=kept, loss=loss, work=work))
+        blocks = (kept // model.num_hidden_layers,) * model.num_hidden_layers
+        steps.append(MeasuredStep(**asdict(size), kept=kept, loss=loss, work=work, blocks=blocks))
     return MeasuredMemory(
         **asdict(weights),
         digest=digest,

@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 
 from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobDocument
 from qlora_api.status import DatasetStatus, MemoryStatus
-from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.examples.example import TokenizedRow
@@ -239,6 +240,15 @@ def history(context: StepContext) -> list[dict[str, float]]:
         {name: value for name, value in json.loads(line).items() if name not in ("tokensPerSecond", "memoryBytes")}
         for line in lines
     ]
+
+
+def with_record(context: StepContext, **changes: Any) -> StepContext:
+    """The same job with another record of prepare."""
+    path = context.workspace.completion("prepare")
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    write_completion(path, replace(record, **changes))
+    return context
 
 
 def adapter_bytes(context: StepContext) -> bytes:

@@ -195,7 +195,7 @@ def _show_time(
     if tokens is None:
         _say(console, "unknown: count the tokens of an epoch with --data, or give them with --tokens N.")
         return
-    flops, gpus = training_flops(plan.parameters, tokens, spec.training), spec.resources.gpu_count
+    flops, gpus = training_flops(plan.parameters, tokens, plan.recomputed_share), spec.resources.gpu_count
     seconds = seconds_of_flops(flops, tflops)
     wall = wall_time_text(flops, tflops, gpus)
     cost = cost_text(seconds, *gpu.price) if gpu.price is not None else None

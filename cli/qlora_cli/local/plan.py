@@ -91,6 +91,12 @@ class MemoryPlan:
         return self.traits.parameters_of_token(None if counted is None else counted.parameters)
 
     @property
+    def recomputed_share(self) -> float:
+        """The share of the blocks whose activations are recomputed."""
+        blocks = self.training.recomputed_blocks
+        return 1.0 if blocks is None else 0.0 if self.job is None else blocks / self.job.measured.blocks
+
+    @property
     def verdict(self) -> Verdict | None:
         """Whether the job fits the GPU, or None if that is unknown.
 
@@ -139,19 +145,21 @@ def make_plan(
     measure = measure or measure_with(traits)
     try:
         while True:
-            job = MeasuredJob.from_config(config, resolved, _shape(resolved, traits), measure=measure)
-            fitting = limits_that_fit(spec, choose_within, limits, gpu_gib, partial(_estimate, job, traits))
+            shape = _shape(resolved, traits, limits.recomputed_blocks)
+            job = MeasuredJob.from_config(config, resolved, shape, None if job is None else job.measured, measure)
+            blocks = job.measured.blocks
+            fitting = limits_that_fit(spec, choose_within, limits, gpu_gib, blocks, partial(_estimate, job, traits))
             if fitting == limits:
                 break
             limits = fitting
             resolved = resolve(spec, settings := choose_within(limits))
     except DryRunFailed as failure:
-        weights, unknown = weights_of(config, _shape(resolved, traits)), str(failure)
+        weights, unknown = weights_of(config, _shape(resolved, traits, limits.recomputed_blocks)), str(failure)
     return MemoryPlan(
         title=f"{name}: {spec.model.source}, rank {resolved.lora.rank}, "
         f"{resolved.training.micro_batch_size} × {resolved.training.max_sequence_length} tokens",
         job=job,
-        training=_shape(resolved, traits),
+        training=_shape(resolved, traits, limits.recomputed_blocks),
         gpu_gib=gpu_gib,
         spec=resolved,
         settings=settings,
@@ -165,12 +173,13 @@ def make_plan(
     )
 
 
-def _estimate(job: MeasuredJob, traits: Traits, spec: ResolvedSpec) -> MemoryEstimate:
-    return job.estimate(_shape(spec, traits))
+def _estimate(job: MeasuredJob, traits: Traits, spec: ResolvedSpec, recomputed_blocks: int | None) -> MemoryEstimate:
+    return job.estimate(_shape(spec, traits, recomputed_blocks))
 
 
-def _shape(spec: ResolvedSpec, traits: Traits) -> TrainingShape:
-    return training_shape(spec, spec.lora.target_modules, mixture_of_experts=traits.mixture_of_experts)
+def _shape(spec: ResolvedSpec, traits: Traits, recomputed_blocks: int | None) -> TrainingShape:
+    experts = traits.mixture_of_experts
+    return training_shape(spec, spec.lora.target_modules, recomputed_blocks, mixture_of_experts=experts)
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> FoundConfig:

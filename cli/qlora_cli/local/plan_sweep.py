@@ -15,7 +15,6 @@ from qlora_api.gpus import GPUS
 from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
-from qlora_api.schema import Decides
 from qlora_api.spec.resolved import ResolvedSpec
 from qlora_api.spec.training import LoraSpec
 from qlora_api.sweep.cells import repeated_cell
@@ -130,7 +129,9 @@ def _decides_memory(spec: ResolvedSpec) -> object:
 
 
 def _decides_dry_run(spec: ResolvedSpec) -> object:
-    return tuple(Decides.DRY_RUN.settings(spec.training).items()), spec.lora.model_copy(update={"alpha": None})
+    training = spec.training
+    batch = training.micro_batch_size, training.max_sequence_length, training.auto_micro_batch
+    return batch, training.gradient_checkpointing, spec.lora.model_copy(update={"alpha": None})
 
 
 def _pod_plan(

@@ -225,7 +225,7 @@ _SHARDED = "Each GPU holds a part of the base: slower, with the same result."
 _REMEDIES: tuple[tuple[str, Candidates], ...] = (
     (
         "Activations are computed twice: slower, with the same result.",
-        lambda training: iter([replace(training, gradient_checkpointing=True)]),
+        lambda training: iter([replace(training, recomputed_blocks=None)]),
     ),
     ("The same batch in more, smaller micro batches: slower, with the same result.", _smaller_micro_batches),
     (_SHARDED, lambda training: iter([replace(training, sharding="full")] if training.gpus > 1 else [])),
@@ -258,7 +258,7 @@ _LARGER = "The same batch in fewer, larger micro batches: faster, with the same 
 ADAPTER_FIELDS = frozenset({"rank", "adapter_bytes"})
 """Fields that an earlier adapter to begin with decides. One in 16 bit could be trained in 32, and not the reverse."""
 _SPEC_PATHS: Mapping[str, str] = {
-    "gradient_checkpointing": "training.gradientCheckpointing",
+    "recomputed_blocks": "training.gradientCheckpointing",
     "micro_batch_size": "training.microBatchSize",
     "gradient_accumulation_steps": "training.gradientAccumulationSteps",
     "double_quantization": "quantization.doubleQuant",
@@ -274,8 +274,8 @@ _SPEC_PATHS: Mapping[str, str] = {
 
 SHARDING_FIELDS = frozenset({"gpus", "sharding"})
 """Fields of a run that needs the whole base on each GPU."""
-RUN_FIELDS = frozenset(_SPEC_PATHS) - {"answer_tokens"}
-"""Fields that define a run. Scoring after it is no part of it."""
+RUN_FIELDS = frozenset(_SPEC_PATHS) - {"answer_tokens", "recomputed_blocks"}
+"""Fields that define a run: not those that leave its adapter as it is."""
 
 
 def _changed_fields(before: TrainingShape, after: TrainingShape) -> list[str]:
@@ -293,6 +293,8 @@ def _changes(before: TrainingShape, after: TrainingShape) -> tuple[Change, ...]:
 def _spec_value(name: str, value: object) -> str:
     if name == "adapter_bytes":
         return "bfloat16" if value == 2 else "float32"
+    if name == "recomputed_blocks":
+        return "true" if value is None else "automatic" if value else "false"
     if isinstance(value, tuple):
         prompt, both = value
         return str(both - prompt)

@@ -117,21 +117,21 @@ class ActivationBytes:
     """Bytes of one pass of the model, beyond weights and gradients."""
 
     checkpoints: int
-    """Inputs of the blocks; 0 without gradient checkpointing."""
+    """Inputs of the blocks; 0 unless all are recomputed."""
     kept: int
-    """What the blocks have kept when the loss is computed; 0 with gradient checkpointing."""
+    """What the blocks have kept when the loss is computed; 0 if all are recomputed."""
     layers: int
     """The most that the blocks take in the backward pass, `kept` included and `checkpoints` not."""
     logits: int
     """The most that the loss takes."""
 
     @classmethod
-    def from_pass(cls, kept: int, loss: int, work: int, *, gradient_checkpointing: bool) -> Self:
+    def from_pass(cls, kept: int, loss: int, work: int, *, recomputes_all: bool) -> Self:
         """Count a pass by its bytes kept for backward, and more in loss and layers."""
         return cls(
-            checkpoints=kept if gradient_checkpointing else 0,
-            kept=0 if gradient_checkpointing else kept,
-            layers=work if gradient_checkpointing else kept + work,
+            checkpoints=kept if recomputes_all else 0,
+            kept=0 if recomputes_all else kept,
+            layers=work if recomputes_all else kept + work,
             logits=loss,
         )
 
@@ -220,7 +220,7 @@ def _at_peak(
     first, trained = runs[0], [_trained_bytes(run) for run in runs]
     gradients, optimizer, pageable = (sum(sizes) for sizes in zip(*trained, strict=True))
     base_weights, gathered_blocks = _base_weights(first.weights, first.training)
-    layers, checkpointing = activations.layers, first.training.gradient_checkpointing
+    layers, checkpointing = activations.layers, first.training.recomputed_blocks is None
 
     absent: set[str] = set()
     if activations.logits <= layers - activations.kept:

@@ -35,7 +35,8 @@ class TrainingShape:
     gradient_accumulation_steps: int = 16
     optimizer: Optimizer = "paged_adamw_32bit"
     double_quantization: bool = True
-    gradient_checkpointing: bool = True
+    recomputed_blocks: int | None = None
+    """Blocks, from the first, whose activations are recomputed in the backward pass; None means all."""
     dropout: float = 0.0
     gpus: int = 1
     sharding: Sharding = "none"
@@ -53,6 +54,8 @@ class TrainingShape:
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}: must be one of {', '.join(map(str, allowed))}")
+        if self.recomputed_blocks is not None and self.recomputed_blocks < 0:
+            raise ValueError(f"recomputed_blocks is {self.recomputed_blocks}: must be at least 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: must be at least 0 and below 1")
         if unknown := sorted(self.whole_modules - WHOLE_MODULES):

@@ -39,15 +39,15 @@ class ResolvedLora(LoraSpec):
 class ResolvedTraining(TrainingSpec):
     """A run whose settings are decided."""
 
-    micro_batch_size: Annotated[int, Decides.DRY_RUN]
+    micro_batch_size: int
     gradient_accumulation_steps: int
     learning_rate: float
     scheduler: Literal["constant", "linear", "cosine"]
     warmup_steps: int
-    auto_micro_batch: Annotated[bool, Decides.DRY_RUN, Decides.NOT_THE_ADAPTER]
-    max_sequence_length: Annotated[int, Decides.PREPARED_DATA, Decides.DRY_RUN]
+    auto_micro_batch: Annotated[bool, Decides.NOT_THE_ADAPTER]
+    max_sequence_length: Annotated[int, Decides.PREPARED_DATA]
     packing: Annotated[bool, Decides.PREPARED_DATA] = True
-    gradient_checkpointing: Annotated[bool, Decides.DRY_RUN] = True
+    gradient_checkpointing: Annotated[bool, Decides.NOT_THE_ADAPTER] = True
     keep: Literal["last", "best"] = "last"
 
 

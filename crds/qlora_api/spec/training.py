@@ -166,7 +166,7 @@ class TrainingSpec(ApiModel):
         "1; of few rows up to 10, until the run can make 100 optimizer steps.",
     )
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
-    micro_batch_size: Annotated[int | None, Decides.DRY_RUN] = Field(
+    micro_batch_size: int | None = Field(
         default=None,
         ge=1,
         le=1024,
@@ -199,7 +199,7 @@ class TrainingSpec(ApiModel):
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled weight decay.")
     max_grad_norm: float = Field(default=0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
-    auto_micro_batch: Annotated[bool | None, Decides.DRY_RUN, Decides.NOT_THE_ADAPTER] = Field(
+    auto_micro_batch: Annotated[bool | None, Decides.NOT_THE_ADAPTER] = Field(
         default=None,
         description="When the GPU runs out of memory, repeat the step with half the microBatchSize and twice the "
         "gradientAccumulationSteps, keep these for the rest of the run, and report the change. Automatic: true where "
@@ -229,7 +229,7 @@ class TrainingSpec(ApiModel):
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
         default="paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."
     )
-    max_sequence_length: Annotated[int | None, Decides.PREPARED_DATA, Decides.DRY_RUN] = Field(
+    max_sequence_length: Annotated[int | None, Decides.PREPARED_DATA] = Field(
         default=None,
         ge=16,
         le=131_072,
@@ -247,10 +247,10 @@ class TrainingSpec(ApiModel):
         description="Tokens that are trained on: those of every answer (completion), of the last answer of each row "
         "(last), of the assistant messages with train: true or weight: 1 (marked), or all.",
     )
-    gradient_checkpointing: Annotated[bool | None, Decides.DRY_RUN] = Field(
+    gradient_checkpointing: Annotated[bool | None, Decides.NOT_THE_ADAPTER] = Field(
         default=None,
         description="Recompute activations in the backward pass: saves much memory, takes a third more time. "
-        "Automatic: false if resources.gpuMemory is set and has room for all activations.",
+        "Automatic: where resources.gpuMemory is set, only blocks whose activations it has no room for.",
     )
     eval_every_steps: int | None = Field(
         default=None,

@@ -39,7 +39,7 @@ def adapted(
         spec,
         family.target_modules,
         seed=seed,
-        gradient_checkpointing=checkpointing,
+        recomputed_blocks=None if checkpointing else 0,
         base_name="org/tiny",
         base_revision="0123abc",
     )
@@ -52,7 +52,7 @@ def restored(base: Path, adapter: Path, family: Family, *, checkpointing: bool =
         resolved_lora(rank=4, alpha=8),
         family.target_modules,
         seed=0,
-        gradient_checkpointing=checkpointing,
+        recomputed_blocks=None if checkpointing else 0,
         base_name="tiny",
         base_revision="0",
     )

@@ -14,13 +14,12 @@ import torch
 
 from qlora_api.choice import Choice
 from qlora_api.contract import ExitCode
-from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.evaluation import held_out
+from qlora_trainer.model.architecture.decoder import decoder_blocks
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.memory.dry_run import StepSize
@@ -31,7 +30,17 @@ from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.models.tiny import Recorded
 from tests.support.resolved import resolved_spec
-from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
+from tests.support.training import (
+    Lost,
+    LostAtStep,
+    adapter_bytes,
+    failure,
+    history,
+    interrupted_at,
+    prepared,
+    run,
+    with_record,
+)
 
 Prepare = Callable[..., StepContext]
 
@@ -117,7 +126,7 @@ def test_the_shares_that_are_named_add_up_to_the_estimate(
 
     with (
         pytest.raises(StepFailure) as caught,
-        explain_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, measured=found),
+        explain_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, lambda: None, found),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -187,26 +196,31 @@ def test_a_resumed_run_keeps_its_smaller_micro_batches_and_ends_in_the_same_byte
     assert history(disturbed) == history(undisturbed)
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
 def test_activations_that_prepare_meant_to_keep_are_recomputed_before_micro_batches_are_halved(
-    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+    blocks: int, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = merged(AUTOMATIC, {"lora": {"dropout": 0.1}})
     recomputing = workspace("recomputing", spec, packed=False)
     keeping = workspace("keeping", merged(spec, {"training": {"gradientCheckpointing": None}}), packed=False)
-    path = keeping.workspace.completion("prepare")
-    record = read_completion(path, PrepareRecord)
-    assert record is not None
-    choice = Choice.of("training.gradientCheckpointing", False, "the GPU has room for all activations")
-    write_completion(path, replace(record, settings=(choice,)))
+    choice = Choice.of("training.gradientCheckpointing", blocks != 0, "the GPU has room for the activations")
+    with_record(keeping, settings=(choice,), recomputed_blocks=blocks)
     run(recomputing)
+    shortages = []
 
     def room_for_one_block(model: Any, batch: Batch) -> torch.Tensor:
-        if not model.is_activation_checkpointing:
+        if not all(block.gradient_checkpointing for block in decoder_blocks(model)):
+            shortages.append(batch)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return batch_loss(model, batch)
 
     monkeypatch.setattr(objective, "batch_loss", room_for_one_block)
+    with pytest.raises(Lost):
+        run(keeping, records=LostAtStep(3))
+    interrupted_at(keeping, 3)
+    # A resumed run does not try again what failed.
     assert run(keeping).micro_batch_size is None
+    assert len(shortages) == 1
     assert adapter_bytes(keeping) == adapter_bytes(recomputing)
 
 

@@ -138,8 +138,8 @@ def test_parts_that_are_never_on_the_card_together_are_not_added_up() -> None:
     assert absent(sequence_length=512) == ["layer_working_set"]
     assert absent(sequence_length=4096, gradient_accumulation_steps=1) == ["gradients", "logits"]
     assert absent(sequence_length=512, gradient_accumulation_steps=1) == ["checkpoints", "layer_working_set"]
-    assert absent(sequence_length=4096, gradient_checkpointing=False) == ["logits"]
-    assert absent(sequence_length=512, gradient_checkpointing=False) == []
+    assert absent(sequence_length=4096, recomputed_blocks=0) == ["logits"]
+    assert absent(sequence_length=512, recomputed_blocks=0) == []
 
 
 def test_scored_answers_count_where_they_take_more_than_a_step() -> None:
@@ -181,7 +181,7 @@ TRAININGS = st.builds(
     gradient_accumulation_steps=st.integers(1, 3),
     optimizer=st.sampled_from(["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]),
     double_quantization=st.booleans(),
-    gradient_checkpointing=st.booleans(),
+    recomputed_blocks=st.none() | st.just(0),
     dropout=st.sampled_from([0.0, 0.1]),
 )
 

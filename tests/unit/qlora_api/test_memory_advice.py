@@ -60,7 +60,7 @@ def test_a_smaller_micro_batch_is_advised_first_and_keeps_the_batch() -> None:
 
 
 def test_gradient_checkpointing_is_advised_before_anything_that_costs_quality() -> None:
-    training = TrainingShape(gradient_checkpointing=False, sequence_length=4096)
+    training = TrainingShape(recomputed_blocks=0, sequence_length=4096)
     (step,) = advice(OF_8B, training, 24)
     assert settings([step]) == ["training.gradientCheckpointing"]
 

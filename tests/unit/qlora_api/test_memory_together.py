@@ -21,7 +21,7 @@ TRAININGS = {
     "large": replace(DEFAULT, rank=64, micro_batch_size=8),
     "8-bit": replace(DEFAULT, optimizer="paged_adamw_8bit"),
     "not paged": replace(DEFAULT, optimizer="adamw"),
-    "kept": replace(DEFAULT, gradient_checkpointing=False),
+    "kept": replace(DEFAULT, recomputed_blocks=0),
     "not accumulated": replace(DEFAULT, gradient_accumulation_steps=1),
 }
 

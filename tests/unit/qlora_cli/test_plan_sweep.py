@@ -77,7 +77,7 @@ def invoked(folder: Path, command: str, content: dict[str, Any], *options: str) 
 
 
 def test_each_cell_is_shown_with_what_it_changes_and_the_memory_that_it_needs(tmp_path: Path) -> None:
-    text = shown(planned(tmp_path, LLAMA_3_8B))
+    text = shown(planned(tmp_path, LLAMA_3_8B, template=template(training={"gradientCheckpointing": True})))
     small, large = row(text, "support-rates-00"), row(text, "support-rates-03")
     assert small == ["support-rates-00", "rank=16", "learningRate=0.0001", small[3], "fits"]
     assert large == ["support-rates-03", "rank=64", "learningRate=0.0001", large[3], "fits"]

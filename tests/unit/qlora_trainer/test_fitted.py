@@ -32,18 +32,25 @@ def fit(tmp_path: Path) -> Fit:
             lambda limits: assume(spec, OF_8B, None, limits),
             limits or Limits(),
             gpu_gib,
-            lambda resolved: training_shape(resolved, resolved.lora.target_modules),
-            lambda resolved: MemoryFit.from_config(
-                config, resolved, resolved.lora.target_modules, gpu_gib=gpu_gib, measure=measure
+            lambda resolved, blocks: training_shape(resolved, resolved.lora.target_modules, blocks),
+            lambda resolved, blocks, earlier: MemoryFit.from_config(
+                config,
+                resolved,
+                resolved.lora.target_modules,
+                blocks,
+                gpu_gib=gpu_gib,
+                earlier=earlier,
+                measure=measure,
             ),
         )
 
     return fitted
 
 
-def choices(fitted: FittedSettings) -> tuple[bool, int]:
-    training = fitted.spec.training
-    return training.gradient_checkpointing, training.micro_batch_size
+def choices(fitted: FittedSettings) -> tuple[bool | int, int]:
+    """Whether all blocks are recomputed, or how many, and the micro batch."""
+    training, blocks = fitted.spec.training, fitted.recomputed_blocks
+    return blocks or training.gradient_checkpointing, training.micro_batch_size
 
 
 @pytest.mark.parametrize(
@@ -51,14 +58,17 @@ def choices(fitted: FittedSettings) -> tuple[bool, int]:
     [
         (79.6, 2048, (False, 2)),
         (22.5, 2048, (False, 1)),
-        (12.0, 2048, (True, 2)),
+        (12.0, 2048, (21, 1)),
+        (9.0, 2048, (30, 1)),
+        (8.5, 2048, (31, 1)),
+        (8.3, 2048, (True, 1)),
         (22.5, 512, (False, 4)),
-        (22.5, 8192, (True, 1)),
+        (22.5, 8192, (24, 1)),
         (79.6, 8192, (False, 1)),
         (None, 2048, (True, 2)),
     ],
 )
-def test_activations_are_kept_where_they_fit_even_in_smaller_micro_batches_of_2048_tokens(
+def test_as_many_activations_are_kept_as_fit_even_in_smaller_micro_batches_of_2048_tokens(
     fit: Fit, gpu_gib: float | None, tokens: int, expected: tuple[bool, int]
 ) -> None:
     found = fit(gpu_gib, training={"maxSequenceLength": tokens})
@@ -70,7 +80,7 @@ def test_what_the_job_sets_is_kept(fit: Fit) -> None:
     assert choices(fit(80, training={"gradientCheckpointing": True})) == (True, 2)
     assert choices(fit(8, training={"gradientCheckpointing": False}))[0] is False
     # Its micro batch is not made smaller to keep activations.
-    assert choices(fit(22.5, training={"microBatchSize": 2, "maxSequenceLength": 2048})) == (True, 2)
+    assert choices(fit(22.5, training={"microBatchSize": 2, "maxSequenceLength": 2048})) == (12, 2)
 
 
 def test_jobs_trained_together_and_sharded_ones_recompute(fit: Fit) -> None:

@@ -101,7 +101,7 @@ def test_half_the_rank_halves_the_adapter() -> None:
 
 def test_without_checkpointing_all_kept_tensors_are_the_working_set() -> None:
     kept = measured((StepSize(1, 1024, False), 10 * MIB))
-    memory = measured_estimate(kept, TrainingShape(rank=16, sequence_length=1024, gradient_checkpointing=False))
+    memory = measured_estimate(kept, TrainingShape(rank=16, sequence_length=1024, recomputed_blocks=0))
     assert memory.checkpoints == 0
     assert memory.layer_working_set == 40 * MIB
 

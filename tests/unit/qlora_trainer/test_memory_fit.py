@@ -66,7 +66,7 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
         gradient_accumulation_steps=4,
         optimizer="adamw",
         double_quantization=False,
-        gradient_checkpointing=False,
+        recomputed_blocks=0,
         dropout=0.1,
         gpus=2,
         sharding="full",

@@ -60,6 +60,9 @@ class PreparedModel(ObservedModel):
     measured: MeasuredMemory | None = Field(
         None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
     )
+    recomputed_blocks: int | None = Field(
+        None, description="Blocks, from the first, that training.gradientCheckpointing recomputes; not set for all."
+    )
 
 
 class PreparedBase(ObservedModel):

@@ -15,6 +15,7 @@ class MeasuredStep(ObservedModel):
     kept: Bytes = Field(description="Kept by the decoder for the backward pass when the loss is computed.")
     loss: Bytes = Field(description="The most while the loss is computed, without what is kept.")
     work: Bytes = Field(description="The most while the decoder runs, forward or backward, without what is kept.")
+    blocks: tuple[Bytes, ...] = Field((), description="Of what is kept, that of each block; empty if not known.")
 
     @property
     def tokens(self) -> int:

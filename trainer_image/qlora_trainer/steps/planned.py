@@ -19,6 +19,7 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import GgufSpec
 from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec, decided_lora, open_settings
 from qlora_api.spec.training import LoraSpec
+from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.family import Family, Traits
 from qlora_trainer.model.memory.dry_run import measure_within_limits
@@ -110,17 +111,21 @@ def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tupl
     traits = check_config(config, spec)
     targets, experts = spec.lora.target_modules, traits.mixture_of_experts
 
-    def measure(resolved: ResolvedSpec) -> MemoryFit:
+    def measure(resolved: ResolvedSpec, recomputed_blocks: int | None, earlier: MeasuredMemory | None) -> MemoryFit:
         return MemoryFit.from_config(
             config,
             resolved,
             targets,
+            recomputed_blocks,
             rows_apart=traits.keeps_rows_apart(resolved.training.max_sequence_length),
             mixture_of_experts=experts,
             gpu_gib=gpu_gib,
+            earlier=earlier,
             measure=measure_with(traits),
         )
 
-    shape = partial(training_shape, target_modules=targets, mixture_of_experts=experts)
+    def shape(resolved: ResolvedSpec, recomputed_blocks: int | None) -> TrainingShape:
+        return training_shape(resolved, targets, recomputed_blocks, mixture_of_experts=experts)
+
     gpu_gib = gpu_gib or spec.resources.gpu_gib
     return traits, fit_settings(spec, partial(assume_settings, spec, traits), NO_LIMITS, gpu_gib, shape, measure)

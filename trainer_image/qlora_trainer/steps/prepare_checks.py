@@ -32,14 +32,21 @@ logger = logging.getLogger(__name__)
 
 
 def planned_work(
-    parameters: int | None, data: PreparedDataset, found: DatasetStatus, training: ResolvedTraining
+    parameters: int | None,
+    data: PreparedDataset,
+    found: DatasetStatus,
+    training: ResolvedTraining,
+    recomputed_share: float,
 ) -> WorkStatus | None:
-    """Return the planned run's operations, None if those per token are unknown."""
+    """Return the planned run's operations, None if those per token are unknown.
+
+    `recomputed_share`: of the blocks.
+    """
     if parameters is None:
         return None
     schedule = Schedule.from_training(len(data), training, data.epoch_offsets)
     tokens = round(found.tokens * schedule.epoch(schedule.total_steps))
-    return WorkStatus(parameters=parameters, tokens=tokens, flops=training_flops(parameters, tokens, training))
+    return WorkStatus(parameters=parameters, tokens=tokens, flops=training_flops(parameters, tokens, recomputed_share))
 
 
 def planned_steps(training: ResolvedTraining, data_folder: Path) -> int:

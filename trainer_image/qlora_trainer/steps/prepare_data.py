@@ -63,7 +63,9 @@ class WrittenSequences:
             data_path=recorded_path(folder, workspace.root),
             data_content=resolved.content(spec.dataset),
             dataset=status,
-            work=planned_work(model.parameters, open_prepared(folder, "train"), status, spec.training),
+            work=planned_work(
+                model.parameters, open_prepared(folder, "train"), status, spec.training, model.fitted.recomputed_share
+            ),
             template_sha256=template,
             end_of_turn=self.end_of_turn,
         )

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Self
 
 from qlora_api.automatic import Choose, Limits
-from qlora_api.choice import Choice
+from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, decided_lora, resolve
 from qlora_trainer.core.completion import PreparedModel
+from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
 from qlora_trainer.history.trackers import require_installed
@@ -20,7 +21,7 @@ from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.memory.fit import MemoryFit, training_shape
-from qlora_trainer.model.memory.fitted import fit_settings
+from qlora_trainer.model.memory.fitted import FittedSettings, fit_settings
 from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.report.serving import warn_if_not_served
@@ -55,10 +56,17 @@ class FittedModel:
     """A model with all settings of the job, which fit the model and the GPU."""
 
     admitted: AdmittedModel
-    spec: ResolvedSpec
-    settings: tuple[Choice, ...]
-    """The chosen values of open settings."""
-    memory: MemoryFit
+    fitted: FittedSettings
+
+    @property
+    def spec(self) -> ResolvedSpec:
+        """The job's, with the chosen settings."""
+        return self.fitted.spec
+
+    @property
+    def memory(self) -> MemoryFit:
+        """That of the job."""
+        return self.fitted.memory
 
     @property
     def rows_apart(self) -> bool:
@@ -90,6 +98,7 @@ class FittedModel:
             fixed_positions=family.fixed_positions,
             memory=self.memory.status,
             measured=self.memory.measured,
+            recomputed_blocks=self.fitted.recomputed_blocks,
         )
 
 
@@ -114,28 +123,37 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: 
     """
     family = model.family
     require_settings(family, model.folder / CONFIG, resolve(spec, choose(limits)))
-    fitted = fit_settings(
-        spec,
-        choose,
-        limits,
-        spec.resources.gpu_gib,
-        partial(training_shape, target_modules=family.target_modules, mixture_of_experts=family.mixture_of_experts),
-        lambda resolved: measure_memory(model.folder, resolved, family, limits.group_size),
-        may_keep=on_gpu,
-    )
+
+    def shape(resolved: ResolvedSpec, blocks: int | None) -> TrainingShape:
+        return training_shape(resolved, family.target_modules, blocks, mixture_of_experts=family.mixture_of_experts)
+
+    def measure(resolved: ResolvedSpec, blocks: int | None, earlier: MeasuredMemory | None) -> MemoryFit:
+        return measure_memory(model.folder, resolved, family, limits.group_size, blocks, earlier)
+
+    gpu_gib = spec.resources.gpu_gib
+    fitted = fit_settings(spec, choose, limits, gpu_gib, shape, measure, may_keep=on_gpu)
     warn_if_not_served(fitted.spec)
-    return FittedModel(model, fitted.spec, fitted.settings, fitted.memory)
+    return FittedModel(model, fitted)
 
 
-def measure_memory(folder: Path, spec: ResolvedSpec, family: Family, group_size: int) -> MemoryFit:
+def measure_memory(
+    folder: Path,
+    spec: ResolvedSpec,
+    family: Family,
+    group_size: int,
+    recomputed_blocks: int | None = None,
+    earlier: MeasuredMemory | None = None,
+) -> MemoryFit:
     """Measure in dry runs the memory that `group_size` such jobs need together."""
     return MemoryFit.from_config(
         folder / CONFIG,
         spec,
         family.target_modules,
+        recomputed_blocks,
         rows_apart=family.keeps_rows_apart(spec.training.max_sequence_length),
         mixture_of_experts=family.mixture_of_experts,
         group_size=group_size,
+        earlier=earlier,
         measure=partial(measure_within_limits, family=family),
         measure_passes=partial(measure_together_within_limits, family=family),
     )

@@ -112,7 +112,7 @@ def _train_step(folder: Path, device: Device, optimizer_name: str, compute_type:
         _LORA,
         resolve_targets(_LORA.target_modules, block_linears(base)),
         seed=0,
-        gradient_checkpointing=True,
+        recomputed_blocks=None,
         base_name="selftest",
         base_revision="selftest",
     )

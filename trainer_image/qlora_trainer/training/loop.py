@@ -208,17 +208,17 @@ def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch])
 
 
 def _can_recompute(run: Run) -> bool:
-    """Whether activations that prepare has chosen to keep are still kept."""
-    return run.job.may_recompute and not run.progress.recomputes
+    """Whether some activations are still kept, as prepare has chosen."""
+    return run.job.may_recompute and run.progress.recomputed_blocks is not None
 
 
 def _recompute(run: Run, state: RunState) -> RunState:
     """Prepare the same step with activations that are recomputed, which gives the same bits."""
     free_memory(run.device)
     recompute_activations(run.adapted_base)
-    run.progress.recomputes = True
-    logger.warning("activations are recomputed from here on, as the GPU has no room for them")
-    return state
+    run.progress.recomputed_blocks = None
+    logger.warning("all activations are recomputed from here on, as the GPU has no room for them")
+    return replace(state, recomputes=True)
 
 
 def _can_halve(run: Run) -> bool:

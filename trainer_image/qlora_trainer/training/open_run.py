@@ -15,7 +15,12 @@ from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.history.metrics_log import MetricsLog
 from qlora_trainer.history.trackers import EventFiles
-from qlora_trainer.model.adapter.attach import adapter_parameters, attach_adapter, restore_adapter
+from qlora_trainer.model.adapter.attach import (
+    adapter_parameters,
+    attach_adapter,
+    recompute_activations,
+    restore_adapter,
+)
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.load import Storage, load_base, storage_of
 from qlora_trainer.model.families.family import cannot_keep_rows_apart
@@ -129,7 +134,7 @@ def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool)
         spec.lora,
         job.prepared.target_modules,
         seed=spec.training.seed,
-        gradient_checkpointing=spec.training.gradient_checkpointing,
+        recomputed_blocks=job.recomputed_blocks,
         base_name=base_name(spec.model),
         base_revision=job.prepared.model_revision,
     )
@@ -175,7 +180,7 @@ def open_on_model(
         storage=base.storage,
         base_check=process.base_check,
         attempts=read_attempts(records) if ranks.is_main else (),
-        progress=RunProgress(_schedule(job, data)),
+        progress=RunProgress(_schedule(job, data), job.recomputed_blocks),
     )
     state = RunState() if checkpoint is None else _restore(run, checkpoint)
     ranks.copy_from_main(run.parameters.values())
@@ -213,6 +218,9 @@ def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
     progress.checkpoint_step, progress.checkpoint_time = checkpoint.step, checkpoint.state.saved_at
     progress.best = checkpoint.best
     state = checkpoint.state.run
+    if state.recomputes:
+        recompute_activations(run.adapted_base)
+        progress.recomputed_blocks = None
     if state.micro_batch_size is not None:
         progress.schedule = progress.schedule.with_micro_batch_size(state.micro_batch_size)
     return state

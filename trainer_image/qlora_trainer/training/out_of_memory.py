@@ -33,13 +33,13 @@ def explain_shortage(
     target_modules: Iterable[str],
     device: Device,
     micro_batch_size: Callable[[], int],
-    recomputes: Callable[[], bool] = lambda: False,
+    recomputed_blocks: Callable[[], int | None],
     measured: MeasuredMemory | None = None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) with the first change to make.
 
-    `micro_batch_size` and `recomputes` are called when it happens: the run may have lowered it, and may recompute
-    activations. The estimate is from `measured`.
+    `micro_batch_size` and `recomputed_blocks` (None for all) are called when it happens: the run may have lowered or
+    raised them. The estimate is from `measured`.
     """
     try:
         yield
@@ -49,11 +49,11 @@ def explain_shortage(
         size, planned = micro_batch_size(), spec.training
         # The same sequences per step, in these micro batches.
         steps = -(-planned.micro_batch_size * planned.gradient_accumulation_steps // size)
-        recomputed = planned.gradient_checkpointing or recomputes()
+        blocks = recomputed_blocks()
         planned = replace(
-            planned, micro_batch_size=size, gradient_accumulation_steps=steps, gradient_checkpointing=recomputed
+            planned, micro_batch_size=size, gradient_accumulation_steps=steps, gradient_checkpointing=blocks != 0
         )
-        shape = training_shape(replace(spec, training=planned), target_modules)
+        shape = training_shape(replace(spec, training=planned), target_modules, blocks)
         estimated = "there is no estimate"
         if measured is not None:
             estimated = f"the estimate is {_by_share(measured_estimate(measured, shape))}"

@@ -75,7 +75,12 @@ class PreparedJob:
     def may_recompute(self) -> bool:
         """Whether prepare has chosen to keep activations, which can be recomputed after all."""
         chosen = any(choice.setting == "training.gradientCheckpointing" for choice in self.prepared.settings)
-        return chosen and not self.spec.training.gradient_checkpointing
+        return chosen and self.recomputed_blocks is not None
+
+    @property
+    def recomputed_blocks(self) -> int | None:
+        """Blocks, from the first, whose activations are recomputed; None for all."""
+        return self.prepared.recomputed_blocks if self.spec.training.gradient_checkpointing else 0
 
     @property
     def model_folder(self) -> Path:

@@ -48,8 +48,8 @@ class RunProgress:
 
     schedule: Schedule
     """Its micro batches become smaller if the GPU runs out of memory."""
-    recomputes: bool = False
-    """Whether activations are recomputed because the GPU ran out of memory."""
+    recomputed_blocks: int | None
+    """Blocks whose activations are recomputed, None for all, as if the GPU runs out of memory."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint."""
     checkpoint_time: str | None = None

@@ -251,7 +251,7 @@ def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
     base = load_base(context.workspace.base, NF4, "cpu", attention=record.attention or ATTENTION)
     lora = record.resolve(context.spec).lora
     adapter = attach_adapter(
-        base, lora, record.target_modules, seed=3, gradient_checkpointing=False, base_name="tiny", base_revision="1"
+        base, lora, record.target_modules, seed=3, recomputed_blocks=0, base_name="tiny", base_revision="1"
     )
     context.workspace.trained.mkdir()
     save_adapter(adapter, context.workspace.trained)

@@ -46,7 +46,7 @@ def alone(folder: Path, name: str) -> Any:
     targets = inspect_family(folder, lora).target_modules
     base = load_base(folder, NF4, "cpu")
     return attach_adapter(
-        base, lora, targets, seed=seed, gradient_checkpointing=True, base_name=NAME, base_revision=REVISION
+        base, lora, targets, seed=seed, recomputed_blocks=None, base_name=NAME, base_revision=REVISION
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3NextConfig
 
 from qlora_api.gpus import GPUS
 from qlora_api.memory.advice import verdict
@@ -18,10 +18,15 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.model.adapter.attach import adapter_parameters, recompute_activations
+from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.memory.device import fake_batch, fake_cuda, on_fake_cuda
 from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import MeasuredJob, measured_estimate, memory_together
 from qlora_trainer.model.memory.measure import measure, measure_together
+from qlora_trainer.model.memory.skeleton import adapted_skeleton
+from qlora_trainer.model.memory.step import full_batch, step_bytes
 from qlora_trainer.model.source.hub_config import packaged_config
 from tests.support.models.model_configs import PUBLISHED_PARAMETERS
 from tests.support.resolved import resolved_spec
@@ -122,6 +127,36 @@ def test_dropout_keeps_a_masked_input_of_each_layer(tmp_path: Path, plain: Measu
 def test_without_checkpointing_more_is_kept(tmp_path: Path, plain: MeasuredMemory) -> None:
     [kept] = own_step(tmp_path, job(training={"gradientCheckpointing": False})).steps
     assert kept.kept > 5 * plain.steps[0].kept
+
+
+LLAMA_OF_4 = LlamaConfig(**WIDE | {"num_hidden_layers": 4})
+# Its blocks of linear attention keep much more than the last one.
+HYBRID_OF_4 = Qwen3NextConfig(
+    **WIDE | {"num_hidden_layers": 4, "head_dim": 128, "num_experts": 4, "num_experts_per_tok": 2},
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+)
+
+
+@pytest.mark.parametrize("config", [LLAMA_OF_4, HYBRID_OF_4], ids=["llama", "hybrid"])
+def test_each_recomputed_block_frees_what_it_keeps_besides_its_input(config: PretrainedConfig, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    spec, tokens = job(training={"gradientCheckpointing": False, "maxSequenceLength": 256}), 256
+    family = inspect_family(tmp_path, spec.lora)
+    both = [StepSize(1, tokens, way) for way in (False, True)]
+    found = measure(tmp_path / "config.json", spec, both, "", family)
+    batch = full_batch(1, tokens)
+    for blocks in range(1, 4):
+        model = adapted_skeleton(config, family, spec.lora, spec.training, spec.quantization)
+        recompute_activations(model, blocks)
+        with fake_cuda():
+            on_fake_cuda(model)
+            for parameter in adapter_parameters(model).values():
+                parameter.grad = torch.empty_like(parameter)
+            taken = step_bytes(model, fake_batch(batch))
+        memory = measured_estimate(found, replace(training_shape(spec, ()), recomputed_blocks=blocks))
+        assert memory.checkpoints == 0
+        assert memory.layer_working_set == pytest.approx(taken.kept + taken.work, rel=0.02), blocks
 
 
 def test_magnitudes_of_dora_are_part_of_the_adapter(tmp_path: Path, plain: MeasuredMemory) -> None:

@@ -155,7 +155,7 @@ def to_be_sharded(folder: Path) -> Any:
         lora,
         inspect_family(folder, lora).target_modules,
         seed=0,
-        gradient_checkpointing=True,
+        recomputed_blocks=None,
         base_name="tiny",
         base_revision="0",
     )

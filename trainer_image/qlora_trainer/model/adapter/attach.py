@@ -9,11 +9,12 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use, taken_for_experts
-from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora, recompute_weights
+from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use, decoder_blocks, taken_for_experts
+from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora, mark_recomputed
 from qlora_trainer.model.nf4.computation import compute_dtype
 from qlora_trainer.model.nf4.quantization import BASE_DTYPE
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
@@ -27,13 +28,14 @@ def attach_adapter(
     target_modules: tuple[str, ...],
     *,
     seed: int,
-    gradient_checkpointing: bool,
+    recomputed_blocks: int | None,
     base_name: str,
     base_revision: str,
 ) -> AdaptedModel:
     """The base with a LoRA adapter on `target_modules` (exact names), in training mode. Only the adapter has gradients.
 
     A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss.
+    `recomputed_blocks`: those, from the first, whose activations are recomputed in backward passes; None for all.
     """
     compute_as_in_use(base)
     torch.manual_seed(seed)
@@ -42,16 +44,26 @@ def attach_adapter(
     _name_origin(config, base, target_modules, base_name, base_revision)
     _set_types(model, lora)
     fuse_lora(model, recomputed=False)
-    if gradient_checkpointing:
-        recompute_activations(model)
+    if recomputed_blocks != 0:
+        recompute_activations(model, recomputed_blocks)
     return model.train()
 
 
-def recompute_activations(model: AdaptedModel) -> None:
-    """Recompute the blocks in backward passes from now on, with the same bits."""
-    recompute_weights(model)
+def recompute_activations(model: AdaptedModel, blocks: int | None = None) -> None:
+    """Recompute so many blocks, None for all, in backward passes from now on, with the same bits.
+
+    The first ones: they are recomputed last, when the others' activations are freed.
+    """
+    base = model.get_base_model()
     # Without re-entry gradients reach the adapters although the embeddings have none.
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    all_blocks = decoder_blocks(base)
+    for block in all_blocks[:blocks]:
+        mark_recomputed(block)
+    for block in all_blocks[len(all_blocks) if blocks is None else blocks :]:
+        for module in block.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = False
 
 
 def adapter_name(position: int) -> str:

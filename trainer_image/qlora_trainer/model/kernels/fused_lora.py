@@ -130,9 +130,9 @@ def fuse_lora(model: Network, routing: Routing | None = None, *, recomputed: boo
             layer.routing = routing
 
 
-def recompute_weights(model: Network) -> None:
-    """Dequantize weights again in backward passes, as blocks are recomputed there."""
-    for module in model.modules():
+def mark_recomputed(block: nn.Module) -> None:
+    """Mark the fused layers of a block that is recomputed in backward passes."""
+    for module in block.modules():
         if isinstance(module, FusedLora):
             module.recomputed = module.get_base_layer().weight.device.type != "meta"
 

@@ -67,11 +67,16 @@ def type_of_model(config: Path) -> str:
 
 
 def training_shape(
-    spec: ResolvedSpec, target_modules: Iterable[str], *, mixture_of_experts: bool = False
+    spec: ResolvedSpec,
+    target_modules: Iterable[str],
+    recomputed_blocks: int | None = None,
+    *,
+    mixture_of_experts: bool = False,
 ) -> TrainingShape:
     """The settings of a job that decide its memory.
 
-    `target_modules`: names of the adapted layers, exact or their last part.
+    `target_modules`: names of the adapted layers, exact or their last part. `recomputed_blocks`: with gradient
+    checkpointing, as prepare chose; None for all.
     """
     return TrainingShape(
         rank=spec.lora.rank,
@@ -82,7 +87,7 @@ def training_shape(
         gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
         optimizer=spec.training.optimizer,
         double_quantization=spec.quantization.double_quant,
-        gradient_checkpointing=spec.training.gradient_checkpointing,
+        recomputed_blocks=recomputed_blocks if spec.training.gradient_checkpointing else 0,
         dropout=spec.lora.dropout,
         adapted_layers=len(set(spec.lora.layers_to_transform)) if spec.lora.layers_to_transform else None,
         use_dora=spec.lora.use_dora,
@@ -158,6 +163,7 @@ class MemoryFit:
         config: Path,
         spec: ResolvedSpec,
         target_modules: Iterable[str],
+        recomputed_blocks: int | None = None,
         *,
         rows_apart: bool = True,
         mixture_of_experts: bool = False,
@@ -169,12 +175,12 @@ class MemoryFit:
     ) -> "MemoryFit":
         """Estimate a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
 
-        `rows_apart`: whether a micro batch may hold several rows. `gpu_gib`: memory of another GPU than the job's.
-        `group_size`: how many jobs are trained together with
-        it, itself included. `earlier` are dry runs of an earlier prepare. If the dry run fails, the memory is unknown.
+        `recomputed_blocks`: as of `training_shape`. `rows_apart`: whether a micro batch may hold several rows.
+        `gpu_gib`: memory of another GPU than the job's. `group_size`: how many jobs are trained together with it,
+        itself included. `earlier`: dry runs. If the dry run fails, the memory is unknown.
         Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
         """
-        training = training_shape(spec, target_modules, mixture_of_experts=mixture_of_experts)
+        training = training_shape(spec, target_modules, recomputed_blocks, mixture_of_experts=mixture_of_experts)
         try:
             job = MeasuredJob.from_config(config, spec, training, earlier, measure)
         except DryRunFailed as failure:
@@ -203,7 +209,7 @@ def _estimate(job: MeasuredJob, gpu_gib: float | None, rows_apart: bool) -> Memo
             f"but a GPU of {round(gpu_gib, 1):g} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to "
             f"use: {_remedy(job, gpu_gib)}"
         )
-    elif gpu_gib is not None and judged == "fits" and rows_apart:
+    elif gpu_gib is not None and judged == "fits" and rows_apart and not job.training.recomputed_blocks:
         job = measure_further(job, job.with_larger)
         step = larger_micro_batch(job.estimate, job.training, gpu_gib)
         if step is not None:

@@ -14,7 +14,7 @@ from qlora_api.memory.advice import SHORTEST_SEQUENCE, larger_micro_batches
 from qlora_api.memory.estimate import ActivationBytes, AnswerBytes, CountedRun, MemoryEstimate, combine
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.memory.weights import WeightCounts
-from qlora_api.schema import Decides, replace
+from qlora_api.schema import replace
 from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.core.sandbox import DryRunFailed
@@ -35,9 +35,10 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
     steps is never too low. The loss alone grows no further beyond a chunk of tokens, so a step of that size must exist.
     Below the smallest step they are that step's, beyond the largest they grow in proportion.
     A smaller rank is given the activations of the measured one, and gradient checkpointing what there is without it if
-    no step was measured with it.
+    no step was measured with it. If some blocks are recomputed, each frees all it keeps but its input: the peak is at
+    the last block, as if none was, or at a recomputed one, as if all were, with the others' activations freed.
     """
-    return _combine([(measured, training)], lambda trainings: _activations(measured.steps, trainings[0]))
+    return _combine([(measured, training)], lambda trainings: _activations(measured, trainings[0]))
 
 
 def memory_together(
@@ -79,23 +80,34 @@ def _count_weights(measured: MeasuredMemory, training: TrainingShape) -> WeightC
     )
 
 
-def _activations(steps: Sequence[MeasuredStep], training: TrainingShape) -> ActivationBytes:
-    tokens, is_checkpointed = training.tokens, training.gradient_checkpointing
+def _activations(measured: MeasuredMemory, training: TrainingShape) -> ActivationBytes:
+    steps, tokens, blocks = measured.steps, training.tokens, training.recomputed_blocks
+    kept, loss, work, *of_blocks = _interpolated(steps, tokens, is_checkpointed=blocks is None)
+    if blocks:
+        inputs, _, recomputing, *_ = _interpolated(steps, tokens, is_checkpointed=True)
+        inputs = inputs * blocks // measured.blocks
+        kept = kept - sum(of_blocks[:blocks]) + inputs
+        work = max(work, inputs + recomputing - kept)
+    return ActivationBytes.from_pass(kept, loss, work, recomputes_all=blocks is None)
+
+
+def _interpolated(steps: Sequence[MeasuredStep], tokens: int, *, is_checkpointed: bool) -> list[int]:
+    """Return kept, loss, work, and what each block keeps, of a step with so many tokens."""
     # Recomputing takes no more than keeping everything.
     ways = [is_checkpointed] if is_checkpointed in {step.gradient_checkpointing for step in steps} else [True, False]
-    points = {step.tokens: (step.kept, step.loss, step.work) for step in steps if step.gradient_checkpointing in ways}
+    points = {
+        step.tokens: (step.kept, step.loss, step.work, *step.blocks)
+        for step in steps
+        if step.gradient_checkpointing in ways
+    }
     below = max((size for size in points if size <= tokens), default=min(points))
     above = min((size for size in points if size >= tokens), default=None)
     if above is None:
-        kept, loss, work = (-(-size * tokens // below) for size in points[below])
-    elif above <= below:
-        kept, loss, work = points[below]
-    else:
-        share = (tokens - below) / (above - below)
-        kept, loss, work = (
-            round(low + share * (high - low)) for low, high in zip(points[below], points[above], strict=True)
-        )
-    return ActivationBytes.from_pass(kept, loss, work, gradient_checkpointing=is_checkpointed)
+        return [-(-size * tokens // below) for size in points[below]]
+    if above <= below:
+        return list(points[below])
+    share = (tokens - below) / (above - below)
+    return [round(low + share * (high - low)) for low, high in zip(points[below], points[above], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -117,20 +129,18 @@ class MeasuredJob:
         earlier: MeasuredMemory | None = None,
         measure: Measure = measure_within_limits,
     ) -> "MeasuredJob":
-        """The job with its micro batch measured, unless `earlier` holds already. Raises as the dry run does.
+        """The job with its micro batch measured, as far as `earlier` does not hold. Raises as the dry run does.
 
-        If the run may halve it, the smallest is measured too.
+        If the run may halve it, the smallest is measured too; if it recomputes some blocks, all and none.
         """
-        digest = _digest(config, spec)
+        digest, own = _digest(config, spec), _size(training)
+        halves = spec.training.auto_micro_batch and own.sequences > 1
+        sizes = [own, dataclasses.replace(own, sequences=1)] if halves else [own]
+        if training.recomputed_blocks:
+            sizes += [dataclasses.replace(size, gradient_checkpointing=True) for size in sizes]
         if earlier is None or earlier.digest != digest:
-            own = _size(training)
-            sizes = (
-                [own, dataclasses.replace(own, sequences=1)]
-                if spec.training.auto_micro_batch and own.sequences > 1
-                else [own]
-            )
             earlier = measure(config, spec, sizes, digest)
-        return cls(config, spec, training, earlier, measure)
+        return cls(config, spec, training, earlier, measure)._with(sizes)
 
     def estimate(self, training: TrainingShape) -> MemoryEstimate:
         """The estimate with other settings."""
@@ -158,7 +168,7 @@ class MeasuredJob:
             return self
         sizes = [_size(largest)]
         if self.training.tokens < GPU_LOSS_CHUNK_TOKENS < largest.tokens:
-            sizes.append(StepSize(1, GPU_LOSS_CHUNK_TOKENS, self.training.gradient_checkpointing))
+            sizes.append(StepSize(1, GPU_LOSS_CHUNK_TOKENS, sizes[0].gradient_checkpointing))
         return self._with(sizes)
 
     def _with(self, sizes: Sequence[StepSize]) -> "MeasuredJob":
@@ -172,17 +182,18 @@ class MeasuredJob:
 
 
 def _size(training: TrainingShape) -> StepSize:
-    return StepSize(training.micro_batch_size, training.sequence_length, training.gradient_checkpointing)
+    """The step of all blocks that are recomputed, or none if some are kept."""
+    return StepSize(training.micro_batch_size, training.sequence_length, training.recomputed_blocks is None)
 
 
 def _digest(config: Path, spec: ResolvedSpec) -> str:
-    """SHA-256 of what a dry run depends on: the model, the settings, and the code."""
+    """SHA-256 of what a dry run depends on besides its micro batch: the model, the settings, and the code."""
     training = spec.training
     depends_on: Mapping[str, object] = {
         "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "lora": replace(spec.lora, initial_adapter=None).dump(),
         "quantization": spec.quantization.dump(),
-        "step": Decides.DRY_RUN.settings(training),
+        "tokens": training.max_sequence_length,
         **({"objective": training.objective} if training.compares_answers else {}),
         "versions": [_version(package) for package in _PACKAGES],
     }

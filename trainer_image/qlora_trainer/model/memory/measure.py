@@ -74,10 +74,9 @@ def measure_together(
             joint_step_bytes(model, {names[number]: fake_batch(full[number]) for number in numbers})
             for numbers in passes
         ]
-    checkpointing = first.training.gradient_checkpointing
+    recomputes = first.training.gradient_checkpointing
     return tuple(
-        ActivationBytes.from_pass(step.kept, step.loss, step.work, gradient_checkpointing=checkpointing)
-        for step in steps
+        ActivationBytes.from_pass(step.kept, step.loss, step.work, recomputes_all=recomputes) for step in steps
     )
 
 

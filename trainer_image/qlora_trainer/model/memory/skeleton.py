@@ -58,7 +58,7 @@ def adapted_skeleton(
             lora,
             family.target_modules,
             seed=training.seed,
-            gradient_checkpointing=training.gradient_checkpointing,
+            recomputed_blocks=None if training.gradient_checkpointing else 0,
             base_name="",
             base_revision="",
         )

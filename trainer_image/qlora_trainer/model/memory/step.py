@@ -3,12 +3,14 @@
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from qlora_api.spec.training import PreferenceSpec
 from qlora_trainer.data.prepared import PackedSequence
+from qlora_trainer.model.architecture.decoder import decoder_blocks
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.losses.loss import batch_loss, row_losses
@@ -29,6 +31,8 @@ class StepBytes:
     """The most while the loss is computed, less what is kept."""
     work: int
     """The most while the decoder runs, forward or backward, less what is kept."""
+    blocks: tuple[int, ...]
+    """Of what is kept, that of each block."""
 
 
 def full_batch(sequences: int, tokens: int, *, pairs: bool = False) -> Batch:
@@ -80,17 +84,25 @@ def _bytes(
         before = live.bytes
         live.take_peak()
         at_end: list[tuple[int, int]] = []
-        hook = base.get_decoder().register_forward_hook(lambda *_: at_end.append((live.bytes, live.take_peak())))
+        at_blocks: list[int] = []
+        blocks = decoder_blocks(base)
+        hooks = [
+            base.get_decoder().register_forward_hook(lambda *_: at_end.append((live.bytes, live.take_peak()))),
+            blocks[0].register_forward_pre_hook(lambda *_: at_blocks.append(live.bytes)),
+            *(block.register_forward_hook(lambda *_: at_blocks.append(live.bytes)) for block in blocks),
+        ]
         try:
             with computing(model, device):
                 loss = loss_of()
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         kept, forward_peak = at_end[0]
         loss_peak = live.take_peak()
         run_backward(loss)
         work_peak = max(forward_peak, live.take_peak())
-    return StepBytes(kept - before, loss_peak - kept, work_peak - kept)
+    of_blocks = tuple(max(0, after - before) for before, after in pairwise(at_blocks))
+    return StepBytes(kept - before, loss_peak - kept, work_peak - kept, of_blocks)
 
 
 def _loss(base: Decoder, batch: Batch) -> Tensor:

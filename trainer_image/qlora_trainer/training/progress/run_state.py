@@ -38,6 +38,8 @@ class RunState:
     """The largest of all attempts."""
     micro_batch_size: PositiveInt | None = None
     """The micro batch, lowered when the GPU ran out of memory, or None."""
+    recomputes: bool = False
+    """Whether all activations are recomputed because the GPU ran out of memory."""
     kept_seconds: float = 0.0
     """Seconds of the steps and evaluations that led here, without undone ones."""
     stability: Stability = field(default_factory=Stability)
