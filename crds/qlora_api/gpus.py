@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 FIRST_CAPABILITY = (8, 0)
 """The first compute capability with bfloat16 and PyTorch's kernel for rows."""
+GROUPED_MAJORS = (9, 10)
+"""Major compute capabilities with PyTorch's kernel for groups of rows: Hopper, and Blackwell of data centers."""
+_GROUPED_GIB = 64
 OLDEST_DRIVER = 580
 """Major version of the oldest driver for CUDA 13, which the trainer's image has (NVIDIA's table of compatibility)."""
 _MIB_PER_GIB = 1024
@@ -55,3 +58,11 @@ def find_gpu(name: str) -> Gpu:
     if not GPUS[name].has_bfloat16:
         raise ValueError(f"gpu is {name!r}, which has no bfloat16, and training needs it: must be one of {able}")
     return GPUS[name]
+
+
+def has_room_for_groups(gib: float | None) -> bool:
+    """Whether a GPU of this memory dequantizes all experts of a block together, if it has the kernel.
+
+    GPUs with the kernel have the memory, except a part of one (MIG). False if it is not known.
+    """
+    return gib is not None and gib >= _GROUPED_GIB

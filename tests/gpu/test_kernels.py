@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.core import cpu
+from qlora_trainer.model.experts.compute import _multiply, has_grouped_kernel
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.kernels.norms import fuse_norms
 from tests.gpu.figures import Figures
@@ -66,6 +67,20 @@ def test_empty_rows_and_padded_heads_leave_numbers_finite_and_equal_to_the_cpus(
     for one, other in zip(found, expected, strict=True):
         assert bool(one.isfinite().all())
         assert float((one.cpu().float() - other).norm() / other.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_multiplied_together_are_those_multiplied_apart(transposed: bool) -> None:
+    device, counts = torch.device("cuda"), (0, 17, 3, 0, 130, 1, 0)
+    if not has_grouped_kernel(device):
+        pytest.skip("needs a GPU of compute capability 9 or 10 with 64 GiB")
+    torch.manual_seed(0)
+    weights = torch.randn(len(counts), 96, 64, device=device, dtype=torch.bfloat16)
+    rows = torch.randn(sum(counts), 96 if transposed else 64, device=device, dtype=torch.bfloat16)
+    ends = torch.tensor(counts, device=device).cumsum(0).int()
+    found = _multiply(rows, weights, ends, transposed=transposed)
+    expected = _multiply(rows.float(), weights.float(), counts, transposed=transposed)
+    assert float((found.float() - expected).norm() / expected.norm()) < 2**-7
 
 
 @pytest.mark.parametrize("name", ["llama.LlamaRMSNorm", "gemma2.Gemma2RMSNorm"])

@@ -136,13 +136,13 @@ def make_plan(
     """
     traits = find_traits(config, spec.lora) if find is None else find(spec.lora)
     require_settings(traits, config, spec)
+    measure = measure or measure_with(traits, gpu_gib)
     gpu_gib = gpu_gib if gpu_gib is not None else spec.resources.gpu_gib
     choose_within, limits = partial(choose, spec, traits), first_limits(spec, limits, gpu_gib)
     resolved = resolve(spec, settings := choose_within(limits))
     require_settings(traits, config, resolved)
     job: MeasuredJob | None = None
     weights, unknown = None, ""
-    measure = measure or measure_with(traits)
     try:
         while True:
             shape = _shape(resolved, traits, limits.recomputed_blocks)

@@ -103,7 +103,7 @@ def make_sweep_plan(
     _require_rows_apart(document, find(template.lora))
     for cell in found:
         require_settings(find(cell.spec.lora), config, cell.spec)
-    measure = _once(measure, find)
+    measure = _once(measure, find, gpu_gib)
     known: dict[object, PodPlan] = {}
     planned = []
     for pod in pods(document.spec, found):
@@ -163,14 +163,14 @@ def _found_once(config: Path) -> FindTraits:
     return find
 
 
-def _once(measure: Measure | None, find: FindTraits) -> Measure:
+def _once(measure: Measure | None, find: FindTraits, gpu_gib: float | None) -> Measure:
     """The dry run, which measures, or fails for, what depends on the same things once only."""
     found: dict[object, MeasuredMemory | DryRunFailed] = {}
 
     def measured(config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
         key = (_decides_dry_run(spec), tuple(sizes))
         if key not in found:
-            run = measure or measure_with(find(spec.lora))
+            run = measure or measure_with(find(spec.lora), gpu_gib)
             try:
                 found[key] = run(config, spec, sizes, digest)
             except DryRunFailed as failure:

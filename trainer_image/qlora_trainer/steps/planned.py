@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from qlora_api.spec.training import LoraSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.families import admission
 from qlora_trainer.model.families.family import Family, Traits
-from qlora_trainer.model.memory.dry_run import measure_within_limits
+from qlora_trainer.model.memory.dry_run import StepSize, measure_within_limits
 from qlora_trainer.model.memory.fit import MemoryFit, read_shape, training_shape, type_of_model, weights_of
 from qlora_trainer.model.memory.fitted import FittedSettings, fit_settings
 from qlora_trainer.model.memory.job_memory import Measure
@@ -98,9 +99,17 @@ def assume_settings(spec: QLoRAJobSpec, traits: Traits, limits: Limits = NO_LIMI
     return assume(spec, traits.require_sizes(left_open), traits.longest_row, limits)
 
 
-def measure_with(traits: Traits) -> Measure:
-    """Return the dry run of a model that was inspected."""
-    return partial(measure_within_limits, family=traits if isinstance(traits, Family) else None)
+def measure_with(traits: Traits, gpu_gib: float | None) -> Measure:
+    """Return the dry run of a model that was inspected. `gpu_gib`: memory of another GPU than the job's."""
+    own = partial(measure_within_limits, family=traits if isinstance(traits, Family) else None)
+    if gpu_gib is None:
+        return own
+
+    def measure(config: Path, spec: ResolvedSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+        on_gpu = replace(spec, resources=replace(spec.resources, gpu_memory=f"{int(gpu_gib)}Gi"))
+        return own(config, on_gpu, sizes, digest)
+
+    return measure
 
 
 def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tuple[Traits, FittedSettings]:
@@ -121,7 +130,7 @@ def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tupl
             mixture_of_experts=experts,
             gpu_gib=gpu_gib,
             earlier=earlier,
-            measure=measure_with(traits),
+            measure=measure_with(traits, gpu_gib),
         )
 
     def shape(resolved: ResolvedSpec, recomputed_blocks: int | None) -> TrainingShape:

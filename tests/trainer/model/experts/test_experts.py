@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import grouped_mm, linear, rms_norm, silu
 from transformers.integrations.moe import use_experts_implementation
 
 from qlora_api.spec.training import QuantizationSpec
@@ -197,7 +197,9 @@ def test_autocast_computes_in_16_bit() -> None:
         assert 1e-4 < error < 3e-2
 
 
-def test_only_chosen_experts_are_dequantized_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_grouped_kernel_only_chosen_experts_are_dequantized_and_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module = made()
     states = torch.randn(TOKENS, HIDDEN)
     chosen, weights = routed(states, of=5)
@@ -220,6 +222,72 @@ def test_only_chosen_experts_are_dequantized_and_few_at_a_time(monkeypatch: pyte
 
     assert asked == [(0, 1), (2, 4), (4, 5)] * 2
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [{}, {"bias": True, "transposed": True}, {"gate": False}], ids=str)
+def test_all_experts_together_give_the_bits_of_one_after_the_other(
+    kind: dict[str, bool], dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with experts that no token chooses."""
+    module = made(**kind)
+    states = torch.randn(tokens, HIDDEN).to(dtype)
+    given = (states, *routed(states, of=3))
+    expected = result_and_gradients(module, EXPERTS, given)
+    grouped = multiply_together(monkeypatch)
+
+    found = result_and_gradients(module, EXPERTS, given)
+
+    assert all(map(torch.equal, found, expected))
+    # Two weights, forward and backward.
+    assert grouped == [EXPERT_COUNT] * 4
+
+
+def multiply_together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Multiply all experts together on a CPU too. Returns the list of each product's groups."""
+    groups: list[int] = []
+
+    def noted(rows: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
+        groups.append(len(offs))
+        return grouped_mm(rows, weights, offs=offs)
+
+    monkeypatch.setattr(experts, "_multiplies_together", lambda *_: True)
+    monkeypatch.setattr(experts, "grouped_mm", noted)
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "has_kernel", "together"),
+    [
+        (torch.bfloat16, (32, 5760, 2880), True, True),
+        (torch.bfloat16, (32, 5760, 2880), False, False),
+        (torch.float16, (32, 5760, 2880), True, False),
+        (torch.bfloat16, (32, 5760, 2884), True, False),
+        (torch.bfloat16, (128, 5760, 2880), True, False),
+    ],
+    ids=["kernel", "no kernel", "type", "width", "size"],
+)
+def test_experts_are_multiplied_together_where_the_kernel_takes_them(
+    dtype: torch.dtype, shape: tuple[int, ...], has_kernel: bool, together: bool
+) -> None:
+    with fake_cuda(groups_experts=has_kernel):
+        weight = torch.empty(shape, dtype=dtype, device="cuda")
+        assert experts._multiplies_together([weight], dtype, weight.device) is together
+
+
+@pytest.mark.parametrize(
+    ("major", "gib", "expected"),
+    [(8, 80, False), (9, 80, True), (9, 40, False), (10, 180, True), (12, 96, False)],
+    ids=["A100", "H100", "a part of an H100", "B200", "RTX PRO 6000"],
+)
+def test_gpus_with_the_grouped_kernel_and_memory_for_it_are_found(
+    major: int, gib: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(major=major, total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    assert experts.has_grouped_kernel(torch.device("cuda")) is expected
+    assert not experts.has_grouped_kernel(torch.device("cpu"))
 
 
 def test_no_dequantized_weight_is_kept_for_the_backward_pass() -> None:
@@ -259,7 +327,7 @@ def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callab
 def test_a_dry_run_counts_the_experts_that_are_dequantized_at_a_time(
     chosen: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dry run counts the memory of an even spread, which no routing exceeds."""
+    """Where experts are multiplied apart, it counts the memory of an even spread, which no routing exceeds."""
     expert_bytes = 2 * INNER * HIDDEN * 2
     counted = {}
     for number in (1, 3):
@@ -277,3 +345,24 @@ def test_a_dry_run_counts_the_experts_that_are_dequantized_at_a_time(
         else:
             assert real <= counted[number]
     assert counted[3] - counted[1] == pytest.approx(2 * expert_bytes, rel=0.05)
+
+
+def test_a_dry_run_counts_all_experts_where_they_are_multiplied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And reads no tensor: one without data raises an error where a GPU would be waited for."""
+    module = made()
+    states = torch.randn(len(EVENLY), HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    with monkeypatch.context() as patched:
+        grouped = multiply_together(patched)
+        real = most_bytes(module, states, TO_THE_SAME, Tensor.backward)
+        assert grouped
+    counted = {}
+    for together in (True, False):
+        module = made()
+        monkeypatch.setattr(experts, "DENSE_BYTES", 1)
+        with fake_cuda(groups_experts=together):
+            on_fake_cuda(module)
+            states = torch.empty(len(EVENLY), HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            chosen = torch.empty(EVENLY.shape, dtype=torch.int64, device="cuda")
+            counted[together] = most_bytes(module, states, chosen, backward)
+    assert real == pytest.approx(counted[True], rel=0.02)
+    assert counted[True] - counted[False] == pytest.approx((EXPERT_COUNT - 1) * 2 * INNER * HIDDEN * 2, rel=0.1)

@@ -24,7 +24,7 @@ from transformers import (
 
 from qlora_api.contract import ExitCode
 from qlora_api.spec.output import MergedSpec, OutputSpec, PublishedBaseSpec
-from qlora_api.spec.training import QuantizationSpec
+from qlora_api.spec.training import QuantizationSpec, ResourcesSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.model.adapter.attach import adapter_parameters, save_adapter
@@ -319,6 +319,23 @@ def test_the_dry_run_counts_4_bit_and_dequantized_experts(tmp_path: Path) -> Non
     assert found.quantized_parameters == stored.parameters
     # Gate and up of all eight experts take 2 MiB in 16 bit, down another: not those of both blocks, nor in 32 bit.
     assert 2 * 2**20 < found.steps[0].work < 4 * 2**20
+
+
+@pytest.mark.parametrize(("gpu_memory", "has_all"), [(None, False), ("48Gi", False), ("80Gi", True)])
+def test_the_dry_run_for_a_large_gpu_counts_all_experts_of_a_block(
+    gpu_memory: str | None, has_all: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be one that multiplies them all by one kernel."""
+    wide = Qwen3MoeConfig(**SHAPE, num_experts=64, num_experts_per_tok=2, moe_intermediate_size=1024, head_dim=16)
+    model = save_model(tmp_path / "model", wide)
+    # Gate and up of one expert, in 16 bit.
+    of_one = 2 * 1024 * SHAPE["hidden_size"] * 2
+    monkeypatch.setattr("qlora_trainer.model.experts.compute.DENSE_BYTES", of_one)
+    spec = resolved_spec(job_spec(resources=ResourcesSpec(gpu_memory=gpu_memory)))
+
+    work = measure(model / "config.json", spec, [StepSize(1, 8, True)], "digest").steps[0].work
+
+    assert (work > 64 * of_one) is has_all
 
 
 @pytest.mark.parametrize(

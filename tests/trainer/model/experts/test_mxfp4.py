@@ -23,7 +23,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.load import load_base, storage_of
-from qlora_trainer.model.experts.compute import _Product
+from qlora_trainer.model.experts.compute import Groups, _Product
 from qlora_trainer.model.experts.stack import BLOCKS, SCALES, Mxfp4Stack, expert_stacks, tensors_of
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.memory.dry_run import StepSize
@@ -74,12 +74,13 @@ def test_any_experts_are_dequantized_as_by_transformers_bit_for_bit(
         assert torch.equal(found, whole[first:end].to(dtype))
 
 
-def test_products_and_gradients_are_those_of_the_dequantized_weights() -> None:
+@pytest.mark.parametrize("groups", [(2, 0, 4), torch.tensor([2, 2, 6], dtype=torch.int32)], ids=["apart", "together"])
+def test_products_and_gradients_are_those_of_the_dequantized_weights(groups: Groups) -> None:
     stack = random_stack((3, 64, 32), (118, 124))
     rows = torch.randn(6, 64, dtype=torch.bfloat16, requires_grad=True)
     dense = stack.dense(0, 3, torch.bfloat16)
 
-    found = _Product.apply(rows, stack, (2, 0, 4), True)
+    found = _Product.apply(rows, stack, groups, True)
     found.float().square().sum().backward()
     gradient, rows.grad = rows.grad, None
     expected = torch.cat([rows[:2] @ dense[0], rows[2:] @ dense[2]])

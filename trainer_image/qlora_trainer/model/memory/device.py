@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 from torch.nn.functional import pad
 
+from qlora_trainer.model.experts import compute
 from qlora_trainer.model.kernels import attention
 from qlora_trainer.model.kernels.attention import RowBoundaries
 from qlora_trainer.model.losses.batch import Batch
@@ -28,10 +29,14 @@ _GRAPH_TASK = 1
 
 
 @contextmanager
-def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
-    """Create tensors without data. Those on `cuda` have this compute capability."""
+def fake_cuda(capability: tuple[int, int] = AMPERE, *, groups_experts: bool = False) -> Iterator[None]:
+    """Create tensors without data. Those on `cuda` have this compute capability.
+
+    `groups_experts`: whether the GPU has the kernel for all experts of a block, and the memory.
+    """
     stand_ins: tuple[tuple[object, str, object], ...] = (
         (torch.cuda, "get_device_capability", lambda _device=None: capability),
+        (compute, "has_grouped_kernel", lambda _device: groups_experts),
         (torch.cuda, "is_bf16_supported", lambda **_: True),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.autograd, "grad", gradients),

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
+from qlora_api.gpus import has_room_for_groups
 from qlora_api.memory.advice import SHORTEST_SEQUENCE, larger_micro_batches
 from qlora_api.memory.estimate import ActivationBytes, AnswerBytes, CountedRun, MemoryEstimate, combine
 from qlora_api.memory.training_shape import TrainingShape
@@ -193,6 +194,7 @@ def _digest(config: Path, spec: ResolvedSpec) -> str:
         "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "lora": replace(spec.lora, initial_adapter=None).dump(),
         "quantization": spec.quantization.dump(),
+        "groups_experts": has_room_for_groups(spec.resources.gpu_gib),
         "tokens": training.max_sequence_length,
         **({"objective": training.objective} if training.compares_answers else {}),
         "versions": [_version(package) for package in _PACKAGES],

@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, PretrainedConfig
 
+from qlora_api.gpus import has_room_for_groups
 from qlora_api.memory.estimate import ActivationBytes, AnswerBytes
 from qlora_api.memory.weights import SMALLEST_PAGED_TENSOR
 from qlora_api.schema import replace
@@ -47,7 +48,7 @@ def measure(
         training = replace(spec.training, gradient_checkpointing=checkpointing)
         model = adapted_skeleton(read, family, spec.lora, training, spec.quantization)
         wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
-        steps += _steps(model, wanted, pairs=training.compares_answers)
+        steps += _steps(model, wanted, spec)
     return _count(model, spec, steps, digest)
 
 
@@ -69,7 +70,7 @@ def measure_together(
                 model, name, spec.lora, of_job.target_modules, seed=spec.training.seed, base_name="", base_revision=""
             )
     full = [full_batch(spec.training.micro_batch_size, spec.training.max_sequence_length) for spec in specs]
-    with _trained_on_fake_cuda(model):
+    with _trained_on_fake_cuda(model, first.resources.gpu_gib):
         steps = [
             joint_step_bytes(model, {names[number]: fake_batch(full[number]) for number in numbers})
             for numbers in passes
@@ -81,9 +82,13 @@ def measure_together(
 
 
 @contextmanager
-def _trained_on_fake_cuda(model: AdaptedModel) -> Iterator[None]:
-    """In the body the model is on a GPU, without data, with accumulated gradients."""
-    with fake_cuda():
+def _trained_on_fake_cuda(model: AdaptedModel, gpu_gib: float | None) -> Iterator[None]:
+    """In the body the model is on a GPU, without data, with accumulated gradients.
+
+    The job gives the GPU's memory only, so the run counts what takes more: Ampere's kernel for attention, and all
+    experts of a block together if a GPU of that memory may have the kernel.
+    """
+    with fake_cuda(groups_experts=has_room_for_groups(gpu_gib)):
         on_fake_cuda(model)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -106,9 +111,10 @@ def _inspect_each(config: Path, specs: Sequence[ResolvedSpec], first: Family | N
     return [found[spec.lora.model_dump_json()] for spec in specs]
 
 
-def _steps(model: AdaptedModel, sizes: Sequence[StepSize], *, pairs: bool) -> list[MeasuredStep]:
+def _steps(model: AdaptedModel, sizes: Sequence[StepSize], spec: ResolvedSpec) -> list[MeasuredStep]:
+    pairs = spec.training.compares_answers
     batches = [full_batch(size.sequences, size.sequence_tokens, pairs=pairs) for size in sizes]
-    with _trained_on_fake_cuda(model):
+    with _trained_on_fake_cuda(model, spec.resources.gpu_gib):
         return [
             MeasuredStep(**asdict(size), **asdict(step_bytes(model, fake_batch(batch))))
             for size, batch in zip(sizes, batches, strict=True)
