@@ -23,12 +23,14 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base.layout import BaseLayout
 from qlora_trainer.model.base.load import load_base, storage_of
+from qlora_trainer.model.experts import stack as experts_in_stacks
 from qlora_trainer.model.experts.compute import Groups, _Product
 from qlora_trainer.model.experts.stack import BLOCKS, SCALES, Mxfp4Stack, expert_stacks, tensors_of
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.fit import training_shape
 from qlora_trainer.model.memory.job_memory import measured_estimate
+from qlora_trainer.model.memory.live_bytes import LiveBytes
 from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
@@ -72,6 +74,22 @@ def test_any_experts_are_dequantized_as_by_transformers_bit_for_bit(
         found = stack.dense(first, end, dtype)
         assert found.dtype == dtype
         assert torch.equal(found, whole[first:end].to(dtype))
+
+
+def test_dequantizing_takes_little_more_memory_than_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = random_stack((5, 96, 40), (118, 124))
+    expected = stack.dense(0, 5, torch.bfloat16)
+    # No multiple of it.
+    monkeypatch.setattr(experts_in_stacks, "_PLACES", 100)
+
+    with LiveBytes() as live:
+        for buffer in stack.buffers():
+            live.add(buffer)
+        before = live.bytes
+        found = stack.dense(0, 5, torch.bfloat16)
+
+    assert torch.equal(found, expected)
+    assert live.peak - before < 1.1 * found.nbytes
 
 
 @pytest.mark.parametrize("groups", [(2, 0, 4), torch.tensor([2, 2, 6], dtype=torch.int32)], ids=["apart", "together"])

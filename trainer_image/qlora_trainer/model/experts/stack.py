@@ -23,6 +23,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 """What follows a stack's name in a file: its values, two a byte, and its scales."""
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
+_PLACES = 2**26
 _LARGEST_SCALE = 252
 """6 · 2^(252 - 127) is the largest finite product in bfloat16, 255 is no number."""
 
@@ -182,7 +183,7 @@ class Mxfp4Stack(_FrozenStack):
     scales: Tensor
     """uint8 [experts, outputs, groups]: exponents of two, plus 127."""
     pairs: Tensor
-    """bfloat16 [256, 2]: the two values of each byte."""
+    """int32 [256]: the two bfloat16 values of each byte."""
     powers: Tensor
     """bfloat16 [256]: the factor of each scale."""
 
@@ -217,22 +218,28 @@ class Mxfp4Stack(_FrozenStack):
         They are exact: each is one of sixteen values times a power of two.
         """
         blocks, scales = self.blocks[first:end], self.scales[first:end]
-        weights = _look_up(self.pairs, blocks).view(*scales.shape, GROUP)
+        weights = _look_up(self.pairs, blocks).view(torch.bfloat16).view(*scales.shape, GROUP)
         weights.mul_(_look_up(self.powers, scales).view(*scales.shape, 1))
         return weights.view(end - first, self.shape[2], self.shape[1]).mT.to(dtype)
 
 
 def _look_up(table: Tensor, places: Tensor) -> Tensor:
-    """The entries of a table [256, ...] at `places`, uint8: [places, ...].
+    """The entries of a table [256] at `places`, uint8: [places].
 
-    Indexing with them would copy the places to 64 bit (PyTorch's `make_info`): twice the bytes of dequantized MXFP4.
+    PyTorch takes places of 32 bit, as many bytes as dequantized MXFP4: there are only those of a part at a time.
     """
-    return table.index_select(0, places.reshape(-1).int())
+    places = places.reshape(-1)
+    found = table.new_empty(len(places))
+    for part, found_part in zip(places.split(_PLACES), found.split(_PLACES), strict=True):
+        torch.index_select(table, 0, part.int(), out=found_part)
+    return found
 
 
 def _pairs() -> Tensor:
     values = [*_VALUES, *(-value for value in _VALUES)]
-    return torch.tensor([[values[byte & 15], values[byte >> 4]] for byte in range(256)], dtype=torch.bfloat16)
+    pairs = [[values[byte & 15], values[byte >> 4]] for byte in range(256)]
+    # As one element, so that there are half as many to look up.
+    return torch.tensor(pairs, dtype=torch.bfloat16).view(torch.int32).view(-1)
 
 
 def _powers() -> Tensor:
