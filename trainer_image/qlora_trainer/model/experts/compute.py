@@ -73,6 +73,8 @@ class Routing:
 
 def _counts(sorted_experts: Tensor, ends: Tensor) -> tuple[int, ...]:
     """Rows of each expert. Waits for the GPU."""
+    # Also without data, so that the wait is counted.
+    ends = ends.cpu()
     if isinstance(sorted_experts, FakeTensor):
         # Without data. That as many experts as possible are hit takes the most memory: more are dequantized at a time.
         rows, more = divmod(len(sorted_experts), len(ends))
