@@ -171,6 +171,10 @@ types: $(VENV)/.synced ## Check the trainer against the types of PyTorch and tra
 benchmarks: $(VENV)/.synced-benchmarks ## Compare the trainer with TRL and others: 40 minutes on an idle machine
 	@$(PYTHON) -m benchmarks
 
+.PHONY: kernels
+kernels: $(VENV)/.synced ## Count the GPU work of a block, without a GPU, and write the ceilings and their table: a minute
+	@CUDA_VISIBLE_DEVICES= $(PYTHON) -m benchmarks.kernels
+
 .PHONY: docs
 docs: $(VENV)/.synced-docs ## Build the documentation into site/; fails on a broken link
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import together
+from benchmarks import kernels, together
 from benchmarks.base import __main__ as base
 from benchmarks.defaults import summary as defaults
 from benchmarks.defaults.__main__ import PAGE as AUTOMATIC_SETTINGS
@@ -42,6 +42,10 @@ def test_the_figures_of_the_base_are_those_measured() -> None:
 def test_the_figures_of_adapters_trained_together_are_those_measured() -> None:
     shown = generated(MEASUREMENTS, together.NAME, together.COMMAND)
     assert shown == tables(together.NAME, together.tables)
+
+
+def test_the_figures_of_a_block_are_those_counted() -> None:
+    assert generated(MEASUREMENTS, kernels.NAME, kernels.COMMAND) == tables(kernels.NAME, kernels.tables)
 
 
 def test_the_tables_and_the_figure_of_quality_are_those_measured() -> None:

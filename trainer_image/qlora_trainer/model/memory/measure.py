@@ -70,7 +70,7 @@ def measure_together(
                 model, name, spec.lora, of_job.target_modules, seed=spec.training.seed, base_name="", base_revision=""
             )
     full = [full_batch(spec.training.micro_batch_size, spec.training.max_sequence_length) for spec in specs]
-    with _trained_on_fake_cuda(model, first.resources.gpu_gib):
+    with trained_on_fake_cuda(model, first.resources.gpu_gib):
         steps = [
             joint_step_bytes(model, {names[number]: fake_batch(full[number]) for number in numbers})
             for numbers in passes
@@ -82,7 +82,7 @@ def measure_together(
 
 
 @contextmanager
-def _trained_on_fake_cuda(model: AdaptedModel, gpu_gib: float | None) -> Iterator[None]:
+def trained_on_fake_cuda(model: AdaptedModel, gpu_gib: float | None) -> Iterator[None]:
     """In the body the model is on a GPU, without data, with accumulated gradients.
 
     The job gives the GPU's memory only, so the run counts what takes more: Ampere's kernel for attention, and all
@@ -114,7 +114,7 @@ def _inspect_each(config: Path, specs: Sequence[ResolvedSpec], first: Family | N
 def _steps(model: AdaptedModel, sizes: Sequence[StepSize], spec: ResolvedSpec) -> list[MeasuredStep]:
     pairs = spec.training.compares_answers
     batches = [full_batch(size.sequences, size.sequence_tokens, pairs=pairs) for size in sizes]
-    with _trained_on_fake_cuda(model, spec.resources.gpu_gib):
+    with trained_on_fake_cuda(model, spec.resources.gpu_gib):
         return [
             MeasuredStep(**asdict(size), **asdict(step_bytes(model, fake_batch(batch))))
             for size, batch in zip(sizes, batches, strict=True)
