@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint
-from tests.support.runs.checkpoints import in_child, newest_step, save
+from qlora_trainer.training.checkpoints.checkpoint import newest_checkpoint, save_checkpoint
+from tests.support.runs.checkpoints import in_child, newest_step, save, state_of
 
 
 def test_saved_checkpoints_are_read_back_and_only_two_are_kept(tmp_path: Path) -> None:
@@ -18,6 +19,26 @@ def test_saved_checkpoints_are_read_back_and_only_two_are_kept(tmp_path: Path) -
 
     assert newest_step(tmp_path / "checkpoints") == 10
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-4"]
+
+
+def test_tensors_of_every_type_that_is_saved_are_read_back(tmp_path: Path) -> None:
+    """Those of optimizers in 32 and 8 bit, named so that narrow ones would come first."""
+    tensors = {
+        "a/state": torch.arange(33, dtype=torch.uint8),
+        "b/weight": torch.randn(7, 5).to(torch.bfloat16),
+        "c/step": torch.tensor(4),
+        "d/step": torch.tensor(5.0),
+        "e/empty": torch.zeros(0, 3),
+    }
+
+    saved = save_checkpoint(tmp_path, 1, {"optimizer": tensors}, state_of(1))
+
+    read = saved.tensors("optimizer")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+    assert set(saved.sha256) == {"optimizer.safetensors", "state.json"}
 
 
 def test_a_checkpoint_killed_at_any_moment_leaves_the_newest_usable(tmp_path: Path) -> None:

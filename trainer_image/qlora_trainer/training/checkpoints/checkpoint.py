@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove, remove_partials
 from qlora_trainer.core.paths import confine, read_regular, require_regular
+from qlora_trainer.model.base.conversion import write_weights
+from qlora_trainer.model.base.layout import DTYPES, Entry
 from qlora_trainer.training.progress.run_state import SavedState
 
 FORMAT_VERSION = 1
@@ -35,6 +37,7 @@ _MAX_JSON_BYTES = 2**24
 # Errors of a damaged checkpoint. Others, as for a network volume that is away, may pass.
 _DAMAGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO})
 _NAME = re.compile(r"step-(\d+)")
+_NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 logger = logging.getLogger(__name__)
 
 
@@ -87,9 +90,9 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write `folder/step-N` with one file for each entry of `tensors`, read it back, then drop all but the newest two.
 
-    `state` is what JSON can hold; `stored` are further files, by the names that they get. Raises OSError, or
-    SafetensorError with the number of the operating system's error, if it cannot be written, and ValueError if it does
-    not read back, or a stored file has changed; the earlier checkpoints are untouched then.
+    `state` is what JSON can hold; `stored` are further files, by the names that they get. Raises OSError if it cannot
+    be written, and ValueError if it does not read back, or a stored file has changed; the earlier checkpoints are
+    untouched then.
     """
     final = folder / f"step-{step}"
     with atomic_folder(final) as partial:
@@ -104,8 +107,7 @@ def save_checkpoint(
 def write_best(folder: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
     """Write the best adapter durably to `folder`. Raises as `save_checkpoint` does."""
     with atomic_folder(folder) as partial:
-        save_file(dict(tensors), partial / BEST_FILE)
-        sha256 = file_sha256(partial / BEST_FILE)
+        sha256 = _write_tensors(partial / BEST_FILE, tensors)
     return StoredFile(folder / BEST_FILE, sha256)
 
 
@@ -115,16 +117,24 @@ def _write(
     stored: Mapping[str, StoredFile],
     state: Mapping[str, object],
 ) -> None:
+    sums = {}
     for name, file in stored.items():
-        shutil.copyfile(file.path, folder / name)
-    for name, entries in tensors.items():
-        save_file(dict(entries), folder / f"{name}.safetensors")
-    (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True, allow_nan=False))
-    sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-    for name, file in stored.items():
+        sums[name] = file_sha256(shutil.copyfile(file.path, folder / name))
         if sums[name] != file.sha256:
             raise ValueError(f"{file.path} has sha256 {sums[name]}, not {file.sha256}: it was changed or damaged")
-    _write_manifest(folder, sums)
+    for name, entries in tensors.items():
+        sums[f"{name}.safetensors"] = _write_tensors(folder / f"{name}.safetensors", entries)
+    content = json.dumps(state, indent=2, sort_keys=True, allow_nan=False).encode()
+    (folder / STATE).write_bytes(content)
+    _write_manifest(folder, sums | {STATE: sha256(content).hexdigest()})
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a durable safetensors file, and return its SHA-256. Raises OSError."""
+    # Widest first, so that each tensor begins at a multiple of its item size, as readers need.
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    entries = [Entry(name, _NAMES_OF_DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in ordered]
+    return write_weights(path, entries, (tensors[name] for name in ordered)).sha256
 
 
 def _write_manifest(folder: Path, sums: Mapping[str, str]) -> None:
