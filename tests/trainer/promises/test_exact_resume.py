@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -48,9 +49,11 @@ LONGEST_GRACE = 400
 WRITING = (
     "attempts.py",
     "checkpoint.py",
+    "conversion.py",
     "filesystem.py",
     "metrics_log.py",
     "records.py",
+    "saver.py",
     "train.py",
 )
 OTHERS_DRAWN = 12
@@ -100,7 +103,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def watch(seen: Callable[[Site], None]) -> None:
-    """Call `seen` at every event of the trainer's own code from now on."""
+    """Call `seen` at every event of the trainer's own code from now on, in new threads too."""
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         folder, _, file = frame.f_code.co_filename.rpartition("/")
@@ -108,6 +111,7 @@ def watch(seen: Callable[[Site], None]) -> None:
             name = argument.__name__ if event.startswith("c_") else ""
             seen((file, frame.f_code.co_name, frame.f_lineno, event, name))
 
+    threading.setprofile(profile)
     sys.setprofile(profile)
 
 
@@ -119,6 +123,7 @@ def sites_of(context: StepContext) -> Counter[Site]:
         run(context)
     finally:
         sys.setprofile(None)
+        threading.setprofile(None)
     return sites
 
 

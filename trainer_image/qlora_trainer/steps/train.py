@@ -65,6 +65,7 @@ def train(
             run, state = open_run(job, ProcessSettings(runtime, ranks, base_check), checkpoint)
         if run.history is not None:
             held.enter_context(run.history)
+        held.enter_context(run.saver)
         leaving = leaving_curves(job, context.mounts.sweep) if ranks.is_main else nullcontext()
         with shortage(lambda: run.progress.schedule.micro_batch_size, lambda: run.progress.recomputed_blocks), leaving:
             state = run_to_end(run, state)

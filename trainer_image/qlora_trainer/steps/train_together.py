@@ -195,6 +195,7 @@ class _SharedBase:
         run, state = open_on_model(job, process, checkpoint, base, self._model)
         if run.history is not None:
             entry.held.enter_context(run.history)
+        entry.held.enter_context(run.saver)
         return Member(name, run, state)
 
     def require_apart(self, job: PreparedJob) -> None:

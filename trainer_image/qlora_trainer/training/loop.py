@@ -4,8 +4,11 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import partial
 from math import isfinite
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_tensors, recompute_activations
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.training.checkpoints.attempts import note_time
-from qlora_trainer.training.checkpoints.checkpoint import BEST_FILE, save_checkpoint, write_best
+from qlora_trainer.training.checkpoints.checkpoint import BEST_FILE, Checkpoint, save_checkpoint, write_best
 from qlora_trainer.training.distributed.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.objective import evaluation_measure
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
@@ -48,7 +51,11 @@ def is_done(run: Run, state: RunState) -> bool:
 
 
 def between_steps(run: Run, state: RunState) -> RunState:
-    """Evaluate and save as due before the next step. Raises as `run_to_end` does."""
+    """Evaluate and save as due before the next step. Raises as `run_to_end` does.
+
+    Training goes on while the checkpoint is written. Before a run ends, it has been read back.
+    """
+    run.saver.collect()
     if run.base_check is not None:
         run.base_check.raise_failure()
     if run.eval_data is not None and _is_evaluation_due(run, state) and not run.is_stopping():
@@ -61,6 +68,8 @@ def between_steps(run: Run, state: RunState) -> RunState:
             run.base_check.wait()
         run.ranks.wait()
         _save(run, state)
+    if stopping or is_done(run, state):
+        run.saver.wait()
     if stopping and not is_done(run, state):
         # The step to resume from is earlier if the last ones are suspect.
         report(run, replace(state, step=run.progress.checkpoint_step or 0), "interrupted")
@@ -79,12 +88,12 @@ def _is_evaluation_due(run: Run, state: RunState) -> bool:
 
 def _is_save_due(run: Run, state: RunState, stopping: bool) -> bool:
     """Whether to save now. A suspect run is saved at its end only."""
-    if state.step == 0 or state.step == run.progress.checkpoint_step:
+    if state.step == 0 or state.step == run.progress.save_step:
         return False
     if run.has_ended(state):
         return True
     every = run.training.save_every_steps
-    passed = state.step // every > (run.progress.checkpoint_step or 0) // every
+    passed = state.step // every > (run.progress.save_step or 0) // every
     return (passed or stopping) and not state.stability.is_suspect
 
 
@@ -127,7 +136,7 @@ def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
     state = replace(state, step=state.step + 1, loss=loss, measured=named, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
         symptom = f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}"
-        raise divergence_failure(run.progress, state, symptom)
+        raise divergence_failure(run, state, symptom)
     state = replace(state, stability=check_step(run, state, loss, grad_norm, gradient))
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
@@ -258,7 +267,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         return state
     loss, *measured = means
     if not isfinite(loss):
-        raise divergence_failure(run.progress, state, f"loss {loss} on the held-out rows")
+        raise divergence_failure(run, state, f"loss {loss} on the held-out rows")
     seconds = run.runtime.monotonic() - started
     run.progress.pace = run.progress.pace.after_evaluation(seconds)
     named = {evaluation_measure(name): value for name, value in zip(run.objective.measures, measured, strict=True)}
@@ -276,6 +285,8 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         kept_seconds=state.kept_seconds + seconds,
     )
     if run.training.keep == "best" and evaluations.best_step == state.step and run.history is not None:
+        # The save under way copies the best adapter before this one, and deletes it.
+        run.saver.wait()
         run.progress.best = write_best(run.job.workspace.best, adapter_tensors(run.model))
     if run.has_stopped_early(state) or (run.has_ended(state) and run.training.keep == "best"):
         check_kept_adapter(run, state)
@@ -312,41 +323,61 @@ def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[fl
 
 
 def _save(run: Run, state: RunState) -> None:
-    """Save the run. Only the main process writes, while the other ranks continue."""
+    """Copy the run and begin to write it. Only the main process does, while the other ranks continue."""
     report(run, state, "saving a checkpoint")
-    saved_at = timestamp(run.runtime.now())
-    if run.history is not None:
-        best = {} if run.progress.best is None else {BEST_FILE: run.progress.best}
-        epoch, sequence = run.progress.schedule.position(state.step)
-        try:
-            saved = save_checkpoint(
-                run.job.workspace.checkpoints,
-                state.step,
-                {
-                    "adapter": adapter_tensors(run.model),
-                    "optimizer": optimizer_tensors(run.optimizer, run.parameters),
-                    **({"objective": objective} if (objective := run.objective.state()) else {}),
-                },
-                {
-                    "fingerprint": run.job.fingerprint,
-                    "threads": run.threads,
-                    "computeType": run.compute_type,
-                    "processor": processor(run.job.device),
-                    "run": asdict(state),
-                    "data": {"epoch": epoch, "sequence": sequence},
-                    "historyBytes": run.history.sync(),
-                    "savedAt": saved_at,
-                },
-                best,
-            )
-        except ValueError as error:
-            raise damaged(
-                f"the checkpoint of step {state.step} does not read back ({first_line(error)}): check the volume; the "
-                "checkpoints before it are kept"
-            ) from error
-        # The checkpoint holds it now; the one that held it before may be gone.
-        run.progress.best = saved.best
-        remove(run.job.workspace.best)
-        note_time(run.job.workspace.records, run.job.identity.pod_uid, "saved_at", run.runtime.now())
-    run.progress.checkpoint_step, run.progress.checkpoint_time = state.step, saved_at
-    report(run, state, "training", force=True)
+    now = run.runtime.now()
+    run.progress.save_step = state.step
+    if run.history is None:
+        run.progress.checkpoint_step, run.progress.checkpoint_time = state.step, timestamp(now)
+        return
+    # The one before may hold the best adapter, which this one copies.
+    run.saver.wait()
+    epoch, sequence = run.progress.schedule.position(state.step)
+    save = partial(
+        _write,
+        run.job.workspace.checkpoints,
+        state.step,
+        {
+            "adapter": adapter_tensors(run.model),
+            "optimizer": optimizer_tensors(run.optimizer, run.parameters),
+            **({"objective": objective} if (objective := run.objective.state()) else {}),
+        },
+        {
+            "fingerprint": run.job.fingerprint,
+            "threads": run.threads,
+            "computeType": run.compute_type,
+            "processor": processor(run.job.device),
+            "run": asdict(state),
+            "data": {"epoch": epoch, "sequence": sequence},
+            "historyBytes": run.history.sync(),
+            "savedAt": timestamp(now),
+        },
+        {} if run.progress.best is None else {BEST_FILE: run.progress.best},
+    )
+    run.saver.start(save, partial(_note_saved, run, now))
+
+
+def _write(folder: Path, step: int, *content: Any) -> Checkpoint:
+    """Save a checkpoint as `save_checkpoint` does, with errors that name it."""
+    try:
+        return save_checkpoint(folder, step, *content)
+    except ValueError as error:
+        raise damaged(
+            f"the checkpoint of step {step} does not read back ({first_line(error)}): check the volume; the "
+            "checkpoints before it are kept"
+        ) from error
+    except OSError as error:
+        # It is raised at a later step.
+        reason = f"{error.strerror or error} in the checkpoint of step {step}"
+        raise OSError(error.errno, reason, error.filename) from error
+
+
+def _note_saved(run: Run, began: datetime, saved: Checkpoint) -> None:
+    """Note and report a checkpoint that holds the run as it was at `began`."""
+    progress = run.progress
+    # The checkpoint holds it now; the one that held it before may be gone.
+    progress.best = saved.best
+    remove(run.job.workspace.best)
+    note_time(run.job.workspace.records, run.job.identity.pod_uid, "saved_at", began)
+    progress.checkpoint_step, progress.checkpoint_time = saved.step, timestamp(began)
+    report(run, progress.reported, "training", force=True)

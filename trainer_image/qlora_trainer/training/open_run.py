@@ -29,6 +29,7 @@ from qlora_trainer.model.protocols import AdaptedModel, Decoder
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import note_time, read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
+from qlora_trainer.training.checkpoints.saver import CheckpointSaver
 from qlora_trainer.training.distributed.device import own_compute_type, processor, require_memory, use_device
 from qlora_trainer.training.distributed.launch import RankInfo
 from qlora_trainer.training.distributed.ranks import Ranks
@@ -179,6 +180,7 @@ def open_on_model(
         compute_type=base.compute_type,
         storage=base.storage,
         base_check=process.base_check,
+        saver=CheckpointSaver(),
         attempts=read_attempts(records) if ranks.is_main else (),
         progress=RunProgress(_schedule(job, data), job.recomputed_blocks),
     )
@@ -215,7 +217,8 @@ def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
             "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
         )
     progress = run.progress
-    progress.checkpoint_step, progress.checkpoint_time = checkpoint.step, checkpoint.state.saved_at
+    progress.save_step = progress.checkpoint_step = checkpoint.step
+    progress.checkpoint_time = checkpoint.state.saved_at
     progress.best = checkpoint.best
     state = checkpoint.state.run
     if state.recomputes:

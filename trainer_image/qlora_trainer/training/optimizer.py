@@ -105,9 +105,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state in main memory, `<parameter>/<entry>`."""
+    """A copy of the optimizer's state in main memory, `<parameter>/<entry>`. `step` must have waited."""
     return {
-        f"{name}/{entry}": torch.as_tensor(value).detach().cpu().contiguous()
+        # Paged state is on the CPU to PyTorch, which would return it without a copy.
+        f"{name}/{entry}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         for name, parameter in parameters.items()
         for entry, value in optimizer.state.get(parameter, {}).items()
         if entry not in _CONSTANTS

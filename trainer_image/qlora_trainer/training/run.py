@@ -22,6 +22,7 @@ from qlora_trainer.model.protocols import AdaptedModel
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.attempts import Attempt, show_life
 from qlora_trainer.training.checkpoints.checkpoint import StoredFile
+from qlora_trainer.training.checkpoints.saver import CheckpointSaver
 from qlora_trainer.training.checkpoints.time_spent import Pace, goodput, spent_seconds
 from qlora_trainer.training.distributed.ranks import Ranks
 from qlora_trainer.training.objective import BatchSums, Objective
@@ -51,13 +52,17 @@ class RunProgress:
     recomputed_blocks: int | None
     """Blocks whose activations are recomputed, None for all, as if the GPU runs out of memory."""
     checkpoint_step: int | None = None
-    """Step of the newest checkpoint."""
+    """Step of the newest checkpoint that has been read back."""
     checkpoint_time: str | None = None
+    save_step: int | None = None
+    """Step of the newest save that has begun."""
     training_since: str | None = None
     """When this process had loaded all and began to train."""
     best: StoredFile | None = None
     """The adapter of the best evaluation so far, in the process that writes; None if the job keeps the last."""
     pace: Pace = field(default_factory=Pace)
+    reported: RunState = field(default_factory=RunState)
+    """The state that the latest progress record shows."""
     next_sign_of_life: float = float("-inf")
 
 
@@ -88,6 +93,8 @@ class Run:
     storage: Storage
     base_check: BaseCheck | None
     """Reads the base's files again, in one process of each node."""
+    saver: CheckpointSaver
+    """Must be entered: leaving it waits for its thread."""
     attempts: Sequence[Attempt]
     """All so far, the running one included."""
     progress: RunProgress
@@ -156,6 +163,7 @@ class Gradient:
 def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:
     """Write a progress record, unless too soon after another without `force`."""
     progress = run.progress
+    progress.reported = state
     pace, total = progress.pace, progress.schedule.total_steps
     steps_left = 0 if run.has_ended(state) else total - state.step
     remaining = pace.remaining_seconds(steps_left, _evaluations_left(run, state))

@@ -15,7 +15,7 @@ from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.progress.divergence import Stability, has_diverged
 from qlora_trainer.training.progress.evaluations import adapter_to_keep
 from qlora_trainer.training.progress.run_state import RunState
-from qlora_trainer.training.run import Gradient, Run, RunProgress
+from qlora_trainer.training.run import Gradient, Run
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def as_at_start(run: Run) -> Iterator[None]:
             activate_adapter(run.adapted_base, run.adapter)
         return
     initial = read_initial_adapter(run.job.workspace.initial_adapter, run.job.initial_adapter_sha256)
-    trained = {name: tensor.clone() for name, tensor in adapter_tensors(run.model).items()}
+    trained = adapter_tensors(run.model)
     restore_adapter(run.model, initial)
     try:
         yield
@@ -65,7 +65,7 @@ def check_step(run: Run, state: RunState, loss: float, grad_norm: float, gradien
         logger.info("step %d: loss %.4f is high, but %s has %.4f", state.step, loss, start, loss_at_start)
         return Stability.from_levels(loss, grad_norm)
     raise divergence_failure(
-        run.progress,
+        run,
         replace(state, stability=stability),
         f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
         f"loss had come down to {stability.lowest_loss_level:.4g}); {start} has {loss_at_start:.4g} on the "
@@ -84,7 +84,7 @@ def check_end(run: Run, state: RunState, loss_before: float, gradient: Gradient)
         loss_at_start = _loss_without_gradient(run, gradient)
     if has_diverged(loss, loss_at_start):
         raise divergence_failure(
-            run.progress,
+            run,
             state,
             f"loss {loss:.4g} with the finished adapter on the rows of the last step ({loss_before:.4g} before it); "
             f"{start_name(run.job)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
@@ -98,16 +98,20 @@ def check_kept_adapter(run: Run, state: RunState) -> None:
     if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
         return
     raise divergence_failure(
-        run.progress,
+        run,
         state,
         f"the run would {'stop early' if run.has_stopped_early(state) else 'end'} with loss {loss:.4g} on the held-out "
         f"rows ({before:.4g} before training; spec.training.divergencePatience: 0 would publish it)",
     )
 
 
-def divergence_failure(progress: RunProgress, state: RunState, symptom: str) -> StepFailure:
-    """Return the failure of a run that has diverged at this state, with its symptom."""
-    step = progress.checkpoint_step
+def divergence_failure(run: Run, state: RunState, symptom: str) -> StepFailure:
+    """Return the failure of a run that has diverged at this state, with its symptom.
+
+    Raises what the save has raised that is under way.
+    """
+    run.saver.wait()
+    step = run.progress.checkpoint_step
     saved = f"the checkpoint of step {step} is kept" if step else "nothing was saved yet"
     if step and step + 1 == state.stability.suspect_since:
         saved += " (that step may already have diverged; the checkpoint before it has not)"

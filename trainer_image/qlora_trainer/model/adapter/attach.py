@@ -165,8 +165,9 @@ def adapter_parameters(model: AdaptedModel) -> dict[str, nn.Parameter]:
 
 
 def adapter_tensors(model: AdaptedModel) -> dict[str, Tensor]:
-    """The adapter's tensors in main memory, as they are trained."""
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
+    """A copy of the adapter's tensors in main memory, as they are trained."""
+    parameters = adapter_parameters(model).items()
+    return {name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in parameters}
 
 
 def restore_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
