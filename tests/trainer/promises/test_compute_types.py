@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.cpu import BFLOAT16_UNITS, ENV_COMPUTE_TYPE, ComputeType, compute_type
@@ -137,6 +142,45 @@ def test_families_are_trained_alike_in_both_types(family: str, ask: Asking, tmp_
     spec = {"lora": {"dropout": 0.0}, "training": {"maxSteps": 2}}
     one_row = family == "bamba"
     _require_alike(*both(tmp_path, ask, lambda root: prepared(root, model, spec, packed=not one_row)))
+
+
+class MatmulTypes(TorchDispatchMode):
+    """Collects the types of the tensors in every matmul, backward included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        if re.search(r"(mm|mv|dot|linear|convolution|attention\w*)$", func._schema.name):
+            tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            self.found |= {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"useDora": True, "dtype": "bfloat16"},
+        {"dtype": "bfloat16", "dropout": 0.1},
+        {"dtype": "bfloat16", "dropout": 0.0, "modulesToSave": ["embed_tokens", "lm_head"]},
+    ],
+    ids=["DoRA", "dropout", "fused, with whole modules"],
+)
+def test_every_matmul_of_a_run_in_float32_is_in_float32(
+    lora: dict[str, Any], ask: Asking, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Evaluations and answers included, of an adapter that is stored in 16 bit."""
+    ask("float32")
+    context = prepared(tmp_path, tiny_llama, {"lora": lora, "training": {"samples": 1}})
+    with MatmulTypes() as matmuls:
+        run(context)
+
+    assert matmuls.found == {torch.float32}
+    tensors = load_file(context.workspace.trained / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
 def _require_alike(in_bfloat16: dict[str, float], in_float32: dict[str, float]) -> None:

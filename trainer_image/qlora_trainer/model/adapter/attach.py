@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use, decoder_blocks, taken_for_experts
+from qlora_trainer.model.kernels.float32_lora import compute_lora_in_float32
 from qlora_trainer.model.kernels.fused_lora import fuse_further_lora, fuse_lora, mark_recomputed
 from qlora_trainer.model.nf4.computation import compute_dtype
 from qlora_trainer.model.nf4.quantization import BASE_DTYPE
@@ -97,6 +98,8 @@ def _set_types(model: AdaptedModel, lora: ResolvedLora) -> None:
     whole = compute_dtype(model)
     for name, parameter in adapter_parameters(model).items():
         parameter.data = parameter.data.to(tensor_dtype(name, lora) if _is_lora(name) else whole)
+    if whole == torch.float32:
+        compute_lora_in_float32(model)
 
 
 def activate_adapter(model: AdaptedModel, name: str) -> None:
