@@ -4,6 +4,7 @@ import math
 import platform
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.cpu import BFLOAT16_UNITS, ENV_COMPUTE_TYPE, ComputeType, compute_type
 from qlora_trainer.core.file_names import SAMPLES_FILE
 from qlora_trainer.history.samples import read_samples
+from qlora_trainer.steps.publish import publish
 from tests.support.families import tiny_config
 from tests.support.models.mxfp4 import save_gpt_oss
-from tests.support.models.tiny import save_model
+from tests.support.models.tiny import Recorded, save_model
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
 
@@ -203,3 +205,21 @@ def test_a_run_in_float32_answers_and_writes_whole_modules_in_16_bit(
     samples = read_samples(context.workspace.report / SAMPLES_FILE)
     assert samples is not None
     assert len(samples.samples) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bamba", "bloom"])
+def test_the_merged_model_is_evaluated_in_the_type_of_the_run(family: str, ask: Asking, tmp_path: Path) -> None:
+    """Not in that of the processor: publish may run on another node."""
+    spec = {"output": {"merged": {}}, "training": {"maxSteps": 2}}
+    model = save_model(tmp_path / "model", tiny_config(family))
+    ask("float32")
+    context = prepared(tmp_path / "job", model, spec, packed=family != "bamba")
+    run(context)
+    ask("bfloat16")
+    with MatmulTypes() as matmuls:
+        merged = publish(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC)).merged
+
+    assert matmuls.found == {torch.float32}
+    assert merged is not None
+    # The merged weights are rounded to 16 bit.
+    assert merged.eval_loss == pytest.approx(merged.adapter_eval_loss, rel=2e-3)

@@ -43,11 +43,11 @@ def read_compared(data: PreparedDataset, sequences: int, device: torch.device, *
 
 
 @torch.no_grad()
-def mean_loss(model: Decoder, batches: Iterable[Batch]) -> float:
-    """Mean target loss of all batches, in the type that the model computes in."""
+def mean_loss(model: Decoder, batches: Iterable[Batch], dtype: torch.dtype | None = None) -> float:
+    """Mean target loss of all batches, in the type that the model computes in, or in `dtype`."""
     summed, targets = 0.0, 0
     for batch in batches:
-        with computing(model, batch.input_ids.device.type, cache=True):
+        with computing(model, batch.input_ids.device.type, cache=True, dtype=dtype):
             summed += float(batch_loss(model, batch))
         targets += batch.target_count
     return summed / max(1, targets)

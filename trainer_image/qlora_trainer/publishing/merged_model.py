@@ -16,6 +16,7 @@ import torch
 from qlora_api.artifact_status import MergedStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_trainer.core.completion import Comparison, EndOfTurn, PrepareRecord
+from qlora_trainer.core.cpu import ComputeType
 from qlora_trainer.core.failures import StepFailure, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_trainer.core.filesystem import file_sha256, require_space, scratch_folder
@@ -26,9 +27,11 @@ from qlora_trainer.data.render.template_source import PROCESSOR_TEMPLATE, TEMPLA
 from qlora_trainer.evaluation.held_out import mean_loss, read_compared
 from qlora_trainer.model.adapter.merge import MergeSource, merged_bytes, merged_model, write_merged
 from qlora_trainer.model.architecture.text_part import load_text_part
+from qlora_trainer.model.architecture.widening import compute_in_float32
 from qlora_trainer.model.base.artifact import require_sha256
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.nf4.computation import COMPUTE_DTYPES
 from qlora_trainer.model.source.files import GENERATION_CONFIG
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.report.model_card import merged_model_card
@@ -102,7 +105,12 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     if trained.compared is not None:
         held_out = open_prepared(workspace.root / prepared.data_path, "eval")
         loss = _held_out_loss(
-            folder, prepared.attention or ATTENTION, held_out, trained.compared, together=prepared.packed
+            folder,
+            prepared.attention or ATTENTION,
+            held_out,
+            trained.compared,
+            together=prepared.packed,
+            compute_type=trained.compute_type,
         )
     for name in _COPIED:
         if (model_folder / name).is_file():
@@ -143,11 +151,17 @@ def give_template(folder: Path, template: Path, end: EndOfTurn | None) -> None:
 
 
 def _held_out_loss(
-    folder: Path, attention: str, held_out: PreparedDataset, compared: Comparison, *, together: bool
+    folder: Path,
+    attention: str,
+    held_out: PreparedDataset,
+    compared: Comparison,
+    *,
+    together: bool,
+    compute_type: ComputeType,
 ) -> float:
     """Loss of the written files, in nats. Weights are mapped, not in memory, and read once per batch.
 
-    `attention` is the `attn_implementation` that the adapter was trained with. `together` puts all sequences into one
+    `attention` and `compute_type` are those that the adapter was trained with. `together` puts all sequences into one
     batch, for a model that keeps rows apart. Raises StepFailure INTERNAL_ERROR if the loss is not finite, or if the
     files lack a tensor of the model or have another one.
     """
@@ -160,7 +174,10 @@ def _held_out_loss(
                 f"transformers reports {len(names)} {kind.replace('_', ' ')} of the merged model, first {names[0]}: it "
                 "is not published; the adapter is",
             )
-    loss = mean_loss(model.eval(), read_compared(held_out, compared.sequences, torch.device("cpu"), together=together))
+    if compute_type == "float32":
+        compute_in_float32(model)
+    batches = read_compared(held_out, compared.sequences, torch.device("cpu"), together=together)
+    loss = mean_loss(model.eval(), batches, COMPUTE_DTYPES[compute_type])
     if not isfinite(loss):
         raise StepFailure(
             ExitCode.INTERNAL_ERROR,
