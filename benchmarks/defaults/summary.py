@@ -55,7 +55,8 @@ def tables(result: Mapping[str, Any]) -> str:
     """Return the tables of losses and scores, of shares, and of the targets, in Markdown."""
     cells = result["cells"]
     parts = (_figures(cells), _shares(cells), _targets(cells), [_spent(result)])
-    return "\n".join("\n".join(lines) + "\n" for lines in parts)
+    text = "\n".join("\n".join(lines) + "\n" for lines in parts)
+    return f"{text}\n– is not measured yet.\n" if "–" in text else text
 
 
 def _spent(result: Mapping[str, Any]) -> str:
@@ -64,7 +65,7 @@ def _spent(result: Mapping[str, Any]) -> str:
     hours = sum(cell["processorSeconds"] for cell in cells) / 3600
     return (
         f"{len(cells)} runs, {hours:.1f} hours of processor time of one thread; {machine['processor']}, "
-        f"{' '.join(machine['instructions'])}. – is not measured yet."
+        f"{' '.join(machine['instructions'])}."
     )
 
 
