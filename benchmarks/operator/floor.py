@@ -42,7 +42,7 @@ async def _serve(cluster: Cluster, job: QLoRAJob, gate: asyncio.Semaphore) -> No
         claim_name=workspace_claim_name(job.name, job.uid),
         claim_created=True,
         workspace_path=workspace_folder(job.name, job.uid),
-        document=document(job),
+        document=document(job, PROFILE),
     )
     async with gate:
         await cluster.create_claim(job.namespace, build_claim(job, resolved))

@@ -17,6 +17,7 @@ from qlora_api.connections import (
 )
 from qlora_api.kubernetes_values import (
     AccessMode,
+    GpuMemory,
     LabelKey,
     ObjectName,
     Quantity,
@@ -206,6 +207,11 @@ class Profile(PodOptions):
     )
     gpu_resource: LabelKey | None = Field(
         None, description="Extended resource that train requests for its GPUs, for example nvidia.com/gpu."
+    )
+    gpu_memory: GpuMemory | None = Field(
+        None,
+        description="Memory of one GPU, for example 79Gi, for jobs that do not set resources.gpuMemory. Leave it out "
+        "if the nodes have GPUs of several sizes.",
     )
     gpu_tflops: float | None = Field(
         None,

@@ -47,7 +47,7 @@ POD_OPTIONS: dict[str, Any] = {
 def build(step: StepName, /, profile: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
     full = Profile.model_validate({"image": "example.org/trainer", "gpuResource": "nvidia.com/gpu"} | (profile or {}))
     job = make_job(**spec)
-    return build_job(job, resolved(full).model_copy(update={"document": document(job)}), step, 2)
+    return build_job(job, resolved(full).model_copy(update={"document": document(job, full)}), step, 2)
 
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qlora_api.spec.job import ObjectMeta, QLoRAJobDocument
 from qlora_api.sweep.spec import QLoRASweepDocument
 from qlora_cli.local import shared_options
 from qlora_cli.local.display import ConsoleDisplay, RecordDisplay, progress_bar
-from qlora_cli.local.forecast import gpu_of_plan, gpu_of_profile, parse_gpu_memory, parse_price
+from qlora_cli.local.forecast import GpuOfPlan, gpu_of_plan, gpu_of_profile, parse_gpu_memory, parse_price
 from qlora_cli.local.given import Given
 from qlora_cli.local.plan import find_config, show_remark
 from qlora_cli.local.quiet import quiet_libraries
@@ -90,7 +90,7 @@ def _load_given(file: str, model: str | None, claims: dict[str, Path], config_ma
     type=click.File(),
     callback=gpu_of_profile,
     metavar="FILE",
-    help="QLoRAProfile with gpuTflops and gpuHourPrice, instead of these options; - for that of "
+    help="QLoRAProfile with gpuMemory, gpuTflops and gpuHourPrice, instead of these options; - for that of "
     "`kubectl get qloraprofile NAME -o yaml`.",
 )
 @click.option("--tokens", type=click.IntRange(1, 10**15), help="Tokens of one epoch, for the forecast.")
@@ -106,7 +106,7 @@ def plan(
     data: bool,
     gpu_tflops: float | None,
     gpu_hour_price: tuple[str, str] | None,
-    profile: tuple[float | None, tuple[str, str] | None],
+    profile: GpuOfPlan,
     tokens: int | None,
     config_maps: dict[str, Path],
     tokenizer: Path | None,
@@ -125,7 +125,8 @@ def plan(
         _fail(f"{file} has rows, and a plan needs a model: give its address or folder with --model")
     access = _row_access(given, tokenizer) if data else None
     try:
-        gpu = gpu_of_plan(gpu_name, gpu_memory, gpu_tflops or profile[0], gpu_hour_price or profile[1])
+        memory = gpu_memory or (profile.gib if given.spec.resources.gpu_memory is None and gpu_name is None else None)
+        gpu = gpu_of_plan(gpu_name, memory, gpu_tflops or profile.tflops, gpu_hour_price or profile.price)
         found = FoundConfig(config) if config is not None else find_config(given.spec.model, given.mounts)
         show_remark(found.remark, console)
         exit_code = show_whole_plan(given.document, found.path, gpu, access, tokens, console)

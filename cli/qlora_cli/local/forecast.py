@@ -88,12 +88,10 @@ def parse_gpu_memory(_context: click.Context, _parameter: click.Parameter, value
     return None if value is None else gibibytes(value)
 
 
-def gpu_of_profile(
-    _context: click.Context, _parameter: click.Parameter, file: TextIO | None
-) -> tuple[float | None, tuple[str, str] | None]:
-    """Read the speed and the price of a profile's GPU from its manifest. Raises click.BadParameter."""
+def gpu_of_profile(_context: click.Context, _parameter: click.Parameter, file: TextIO | None) -> GpuOfPlan:
+    """Read memory, speed and price of a profile's GPU from its manifest. Raises click.BadParameter."""
     if file is None:
-        return None, None
+        return GpuOfPlan(None, None, None)
     try:
         content = YAML(typ="safe").load(file)
         # A newer release's profile may have fields that this one lacks.
@@ -101,7 +99,8 @@ def gpu_of_profile(
     except (YAMLError, ValidationError, LookupError, TypeError) as error:
         raise click.BadParameter(f"{file.name} is no QLoRAProfile: {error}") from None
     price = (profile.gpu_hour_price, profile.currency)
-    return profile.gpu_tflops, (price[0], price[1]) if price[0] and price[1] else None
+    gib = None if profile.gpu_memory is None or profile.device == "cpu" else gibibytes(profile.gpu_memory)
+    return GpuOfPlan(gib, profile.gpu_tflops, (price[0], price[1]) if price[0] and price[1] else None)
 
 
 def show_forecast(plan: MemoryPlan, epoch: Epoch, gpu: GpuOfPlan, console: Console) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import ValidationError
 
 from qlora_api.gpus import FIRST_CAPABILITY, OLDEST_DRIVER
+from qlora_api.kubernetes_values import gibibytes
 from qlora_api.profile import Profile
 from qlora_client.doctor.facts import (
     Check,
@@ -18,6 +19,7 @@ from qlora_client.doctor.facts import (
     untolerated,
 )
 
+_MIB_PER_GIB = 1024
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 # Of the large clouds and of nodes' disks: their volumes are attached to one node at a time.
 _ONE_NODE = (
@@ -123,6 +125,8 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
         verdict: Verdict = "problem" if len(unfit) == len(offering) else "warning"
         remedy = f"name other nodes in spec.nodeSelector of QLoRAProfile {name}, or upgrade an old driver"
         return Check(title, verdict, f"train cannot use {reasons}: {remedy}")
+    if wrong := _wrong_memory(name, profile, offering):
+        return Check(title, "warning", wrong)
     nodes_text = f"{len(with_gpus)} node{'s' if len(with_gpus) > 1 else ''}"
     return Check(
         title, "ok", f"{nodes_text} with {sum(counts)} {profile.gpu_resource} in all, and {max(counts)} on the largest"
@@ -141,6 +145,20 @@ def _unfit_gpu(node: Object) -> str:
     driver = labels.get("nvidia.com/cuda.driver-version.major", labels.get("nvidia.com/cuda.driver.major", ""))
     if driver.isdecimal() and int(driver) < OLDEST_DRIVER:
         return f"driver {driver}, and {OLDEST_DRIVER} is needed"
+    return ""
+
+
+def _wrong_memory(name: str, profile: Profile, nodes: Sequence[Object]) -> str:
+    """Return the correct gpuMemory if the profile has none or too much, by the same labels, or an empty text."""
+    labels = [(node["metadata"].get("labels") or {}).get("nvidia.com/gpu.memory", "") for node in nodes]
+    if not all(map(str.isdecimal, labels)):
+        return ""
+    smallest, largest = (size // _MIB_PER_GIB for size in (min(map(int, labels)), max(map(int, labels))))
+    if profile.gpu_memory is None and smallest == largest:
+        return f"its GPUs have {smallest}Gi: set it as spec.gpuMemory of QLoRAProfile {name}, for jobs that do not"
+    if profile.gpu_memory is not None and gibibytes(profile.gpu_memory) > smallest:
+        wrong = f"spec.gpuMemory of QLoRAProfile {name} is {profile.gpu_memory}, and its smallest GPU has {smallest}Gi"
+        return f"{wrong}: set it to that"
     return ""
 
 

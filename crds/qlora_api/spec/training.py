@@ -328,8 +328,8 @@ class ResourcesSpec(ApiModel):
     )
     gpu_memory: GpuMemory | None = Field(
         default=None,
-        description="Memory of each GPU, for example 24Gi. If set, prepare, which has no GPU, rejects a job that "
-        "cannot fit.",
+        description="Memory of each GPU, for example 24Gi; the profile's if not set. With either, prepare, which has "
+        "no GPU, rejects a job that cannot fit, and keeps as many activations as do.",
     )
     cpu: Quantity | None = Field(default=None, description="CPU cores of each train pod; the profile's if not set.")
     memory: Quantity | None = Field(

@@ -47,7 +47,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
         contract_version=_signed(_contract_of_training(job, is_shared=facts.shared is not None), profile),
-        document=document(job),
+        document=document(job, profile),
         queue_name=job.queue_name,
         queue_priority_class_name=job.queue_priority_class_name,
         profile=_copy_for(job, profile),
@@ -144,13 +144,13 @@ def objection_to_job(
         or _not_shared(job, profile)
         or objection_to_retry(job, profiles)
         or objection_of_other_job(job, continued, writer, profiles.values())
-        or _too_large(job)
+        or _too_large(job, profile)
     )
 
 
-def _too_large(job: QLoRAJob) -> Reason | None:
+def _too_large(job: QLoRAJob, profile: Profile) -> Reason | None:
     """Return why the pods cannot receive the job's spec, or None if they can."""
-    size, limit = len(document(job).encode()), MAX_DOCUMENT_LENGTH - _ROOM_FOR_A_GATE
+    size, limit = len(document(job, profile).encode()), MAX_DOCUMENT_LENGTH - _ROOM_FOR_A_GATE
     if size <= limit:
         return None
     return Reason(

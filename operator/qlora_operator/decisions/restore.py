@@ -103,6 +103,9 @@ def _has_spec_of(job: QLoRAJob, revision: RestoredRevision) -> bool:
     except ValidationError:
         return False
     claim = None if revision.resolved.claim_created else revision.resolved.claim_name
+    if job.spec.resources.gpu_memory is None:
+        # It may be that of the profile.
+        spec = replace(spec, resources=replace(spec.resources, gpu_memory=None))
     return _immutable_part(spec) == _immutable_part(job.spec) and job.spec.workspace.claim_name == claim
 
 

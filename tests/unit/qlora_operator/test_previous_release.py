@@ -18,7 +18,7 @@ from qlora_api.crd import definitions
 from qlora_operator.decisions.manifests.objects import build_job, document
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.runner import require_known_contract
-from tests.support.builders import make_job, resolved
+from tests.support.builders import PROFILE, make_job, resolved
 
 PREVIOUS = Path(__file__).parents[2] / "support" / "previous_release"
 BECAME_AUTOMATIC = frozenset(
@@ -46,7 +46,7 @@ NEW_FIELDS: dict[str, Any] = {
 
 def document_for_the_previous_trainer(contract_version: int, **spec: Any) -> Any:
     job = make_job(**spec)
-    begun = resolved().model_copy(update={"contract_version": contract_version, "document": document(job)})
+    begun = resolved().model_copy(update={"contract_version": contract_version, "document": document(job, PROFILE)})
     manifest = build_job(job, begun, "train", 1)
     return json.loads(manifest["spec"]["template"]["metadata"]["annotations"]["qlora.dev/spec"])
 

@@ -18,6 +18,7 @@ from qlora_api.naming import (
     peers_name,
 )
 from qlora_api.profile import Profile
+from qlora_api.schema import replace
 from qlora_api.spec.gate import GateSpec
 from qlora_api.spec.job import API_VERSION, KIND, STEP_FIELDS
 from qlora_api.status import Resolved, StepName
@@ -185,12 +186,16 @@ def _peers(job: QLoRAJob) -> dict[str, str]:
     return {JOB_UID_LABEL: job.uid, STEP_LABEL: "train"}
 
 
-def document(job: QLoRAJob) -> str:
+def document(job: QLoRAJob, profile: Profile) -> str:
     """Serialize the part of the QLoRAJob's manifest that the trainer reads.
 
-    It leaves out fields that are for the operator only, so that a trainer of another release can read it.
+    It leaves out fields that are for the operator only, so that a trainer of another release can read it. The GPU's
+    memory is the profile's if the job sets none.
     """
-    spec = job.spec.dump()
+    resources = job.spec.resources
+    if resources.gpu_memory is None and profile.device == "cuda":
+        resources = replace(resources, gpu_memory=profile.gpu_memory)
+    spec = replace(job.spec, resources=resources).dump()
     content = {
         "apiVersion": API_VERSION,
         "kind": KIND,

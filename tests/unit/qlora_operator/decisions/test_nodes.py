@@ -12,6 +12,7 @@ from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Pl
 from tests.support.builders import (
     NAME,
     NOW,
+    PROFILE,
     after,
     child,
     conditions_of,
@@ -213,7 +214,7 @@ def test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_t
 def test_a_job_whose_spec_has_lost_its_nodes_keeps_their_number() -> None:
     """An earlier release's CustomResourceDefinition drops the field in mid-run."""
     two = job_in()
-    fixed = resolved().model_copy(update={"document": document(two), "contract_version": 3})
+    fixed = resolved().model_copy(update={"document": document(two, PROFILE), "contract_version": 3})
     status = status_in("train", 1, resolved=fixed.dump(), step=step_status("train").dump())
     pruned = make_job(status, resources={})
 

@@ -42,7 +42,8 @@ def restored(status: dict[str, Any] | None = None, /, **spec: Any) -> MemoryClus
     """The job as a backup tool has made it, with its revision and its claim."""
     body = job_body(status, **spec)
     body["metadata"]["annotations"] = {RESTORED_ANNOTATION: "true"}
-    content = json.loads(document(make_job(**spec)))
+    # The GPU's memory may be the profile's, which may have changed since.
+    content = json.loads(document(make_job(**spec), replace(PROFILE, gpu_memory="79Gi")))
     content["metadata"]["uid"] = FIRST
     fixed = replace(
         resolved(PROFILE.model_copy(update={"image": "example.org/old"})),

@@ -123,6 +123,25 @@ def test_the_document_is_fixed_when_the_job_starts() -> None:
     assert document_of(build_job(make_job(), fixed, "publish", 1)) == {"spec": {"fixed": True}}
 
 
+@pytest.mark.parametrize(
+    ("profile", "resources", "expected"),
+    [
+        ({"gpuMemory": "79Gi"}, {}, "79Gi"),
+        ({"gpuMemory": "79Gi"}, {"gpuMemory": "22Gi"}, "22Gi"),
+        ({"gpuMemory": "79Gi", "device": "cpu", "gpuResource": None}, {}, None),
+        ({}, {}, None),
+    ],
+    ids=["the profile's", "the job's", "on a CPU", "none"],
+)
+def test_the_memory_of_a_gpu_is_the_profiles_if_the_job_sets_none(
+    profile: dict[str, Any], resources: dict[str, Any], expected: str | None
+) -> None:
+    text = build("prepare", profile, resources=resources)["spec"]["template"]["metadata"]["annotations"][
+        "qlora.dev/spec"
+    ]
+    assert json.loads(text)["spec"].get("resources", {}).get("gpuMemory") == expected
+
+
 def test_the_document_has_no_operator_only_field() -> None:
     spec: dict[str, Any] = {
         "scheduling": {"queueName": "gpus"},
