@@ -1,5 +1,6 @@
 """Shows the GPU memory that a job needs: by component, compared with the GPU, and what to change if it does not fit."""
 
+import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -154,6 +155,8 @@ def make_plan(
             limits = fitting
             resolved = resolve(spec, settings := choose_within(limits))
     except DryRunFailed as failure:
+        limits = dataclasses.replace(limits, recomputed_blocks=None)
+        resolved = resolve(spec, settings := choose_within(limits))
         weights, unknown = weights_of(config, _shape(resolved, traits, limits.recomputed_blocks)), str(failure)
     return MemoryPlan(
         title=f"{name}: {spec.model.source}, rank {resolved.lora.rank}, "

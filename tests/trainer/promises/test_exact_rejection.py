@@ -29,13 +29,14 @@ from tests.support.training import StopAtStep, adapter_bytes, job, prepared, run
 from tests.trainer.conftest import MakeContext
 
 SECTIONS: dict[str, type[BaseModel]] = {"quantization": QuantizationSpec, "lora": LoraSpec, "training": TrainingSpec}
-# These decide when to save, to draw and to stop, and do not affect the computation.
+# These decide when to save, to draw and to stop, and what is computed twice.
 WITHOUT_EFFECT = {
     "training.save_every_steps": 1,
     "training.divergence_patience": 1000,
     "training.report_to": ("tensorboard",),
     "training.samples": 1,
     "training.auto_micro_batch": True,
+    "training.gradient_checkpointing": False,
 }
 # Values that the schema alone does not give.
 OTHER_VALUES: dict[str, Any] = {

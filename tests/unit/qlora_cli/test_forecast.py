@@ -50,7 +50,7 @@ def test_hours_and_time_follow_from_weights_tokens_and_speed(tmp_path: Path) -> 
 def test_a_named_gpu_gives_memory_and_speed(tmp_path: Path) -> None:
     once = with_value(JOB, "spec.training", {"epochs": 1})
     done = planned(tmp_path, once, "--gpu=l4", "--tokens=10000000")
-    assert "Forecast: 33s to 1m9s on 1 L4, less than 1 GPU minute" in done.output
+    assert "Forecast: 49s to 1m43s on 1 L4, about 1.2 GPU minutes" in done.output
     assert "of 121 TFLOPS" in done.output
     assert "on a GPU of 22.5 GiB with any activations" in planned(tmp_path, JOB, "--gpu=l4", config=LARGE).output
     old = planned(tmp_path, JOB, "--gpu=t4")

@@ -9,6 +9,8 @@ import pytest
 
 from qlora_api.automatic import Limits, ModelFacts, assume
 from qlora_api.spec.job import QLoRAJobSpec
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.memory.fit import MemoryFit, training_shape
 from qlora_trainer.model.memory.fitted import FittedSettings, fit_settings
 from tests.support.dry_runs import measure
@@ -81,6 +83,14 @@ def test_what_the_job_sets_is_kept(fit: Fit) -> None:
     assert choices(fit(8, training={"gradientCheckpointing": False}))[0] is False
     # Its micro batch is not made smaller to keep activations.
     assert choices(fit(22.5, training={"microBatchSize": 2, "maxSequenceLength": 2048})) == (12, 2)
+
+
+def test_all_is_recomputed_if_the_dry_run_fails(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> MeasuredMemory:
+        raise DryRunFailed("out of time")
+
+    monkeypatch.setattr("tests.unit.qlora_trainer.test_fitted.measure", failing)
+    assert choices(fit(80)) == (True, 2)
 
 
 def test_jobs_trained_together_and_sharded_ones_recompute(fit: Fit) -> None:

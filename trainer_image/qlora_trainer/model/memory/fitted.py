@@ -103,6 +103,9 @@ def fit_settings(
         resolved = resolve(spec, chosen := choose(limits))
         memory = measure(resolved, limits.recomputed_blocks, measured)
         if memory.measured is None:
+            # Nothing is known to fit.
+            limits = replace(limits, recomputed_blocks=None)
+            resolved = resolve(spec, chosen := choose(limits))
             break
         measured = memory.measured
         fitting = limits_that_fit(spec, choose, limits, gpu_gib, measured.blocks, _estimate_from(measured, shape))
