@@ -261,9 +261,10 @@ def _checkpointing(spec: QLoRAJobSpec, limits: Limits) -> Iterator[Choice]:
         blocks = limits.recomputed_blocks
         reason = "the GPU has room for all activations"
         if blocks is None:
-            reason = "activations are not known to fit"
+            reason = "room for activations is not known, or too small"
         elif blocks:
-            reason = f"the first {blocks} blocks: the GPU has room for the activations of the others"
+            of_first = f"the first {blocks} blocks" if blocks > 1 else "the first block"
+            reason = f"{of_first}: the GPU has room for the activations of the others"
         yield Choice.of("training.gradientCheckpointing", blocks != 0, reason)
 
 

@@ -13,8 +13,8 @@ from qlora_cli.local.given import Given
 from qlora_cli.local.quiet import quiet_libraries
 from qlora_trainer.core.failures import StepFailure
 
-# The result does not depend on it.
-_NOT_THE_ADAPTER = "training.autoMicroBatch"
+_NOT_THE_ADAPTER = frozenset({"training.autoMicroBatch", "training.gradientCheckpointing"})
+"""Settings that the result does not depend on."""
 
 
 def show_prospect(
@@ -25,7 +25,7 @@ def show_prospect(
     `claims` and `config_maps`: folders with their content. Rows elsewhere may take long to read.
     """
     left_open = open_settings(document.spec)
-    if not left_open - {_NOT_THE_ADAPTER}:
+    if not left_open - _NOT_THE_ADAPTER:
         return
     given = Given(document, claims, config_maps)
     try:

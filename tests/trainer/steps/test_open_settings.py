@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from qlora_api import automatic
 from qlora_api.contract import ExitCode
 from qlora_api.spec.resolved import open_settings
-from qlora_trainer.core.completion import PrepareRecord, read_completion
+from qlora_trainer.core.completion import PrepareRecord, asked_sha256, read_completion
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.data.prepared import PreparedDataset
@@ -73,6 +73,14 @@ def test_activations_are_kept_where_the_gpu_has_room_and_not_on_a_cpu(
     context = make_context(merged(OPEN, {"resources": {"gpuMemory": "24Gi"}}))
     record = prepare(dataclasses.replace(context, device=device), Recorded())
     assert values(record)["gradientCheckpointing"] is recomputed
+
+
+def test_settings_are_chosen_again_for_another_recomputation(make_context: MakeContext) -> None:
+    asked = {
+        asked_sha256(make_context(merged(OPEN, {"training": {"gradientCheckpointing": value}})).spec)
+        for value in (None, True, False)
+    }
+    assert len(asked) == 3
 
 
 def test_the_run_trains_with_the_choices_and_another_rule_changes_nothing_of_it(

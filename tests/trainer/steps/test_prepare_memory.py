@@ -20,6 +20,7 @@ from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.models.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.resolved import OPEN
+from tests.support.training import with_record
 from tests.trainer.conftest import MakeContext
 
 # Biases and norms are 2 % of anything smaller.
@@ -93,6 +94,14 @@ def test_the_chosen_micro_batch_is_halved_until_it_fits_with_the_same_sequences_
     larger = {"microBatchSize": found[1].micro_batch_size * 4}
     with failing(ExitCode.DOES_NOT_FIT, match="but a GPU of 1 GiB"):
         prepare(make_context(merged(small, {"training": larger}), model=model), records)
+
+
+def test_prepare_again_estimates_as_many_recomputed_blocks(make_context: MakeContext, records: Recorded) -> None:
+    context = make_context({"training": {"gradientCheckpointing": True}})
+    all_blocks = prepare(context, records).memory
+    again = prepare(with_record(context, recomputed_blocks=1), records)
+    assert again.recomputed_blocks == 1
+    assert (again.memory.estimate_bytes or 0) > (all_blocks.estimate_bytes or 0)
 
 
 def test_prepare_reports_the_shared_memory_of_a_group_from_a_joint_dry_run(

@@ -125,7 +125,8 @@ def asked_sha256(spec: QLoRAJobSpec) -> str:
     """SHA-256 of the parts of a spec that chosen settings follow; empty if it leaves none open."""
     if not open_settings(spec):
         return ""
-    without_effect = Decides.NOT_THE_ADAPTER.settings(spec.training)
+    # The micro batch follows from whether activations are kept.
+    without_effect = Decides.NOT_THE_ADAPTER.settings(spec.training).keys() - {"gradientCheckpointing"}
     training = {name: value for name, value in spec.training.dump().items() if name not in without_effect}
     gpus = (spec.resources.gpu_count, spec.resources.gpu_gib)
     parts = (spec.model.dump(), spec.dataset.dump(), spec.lora.dump(), training, spec.quantization.dump(), gpus)

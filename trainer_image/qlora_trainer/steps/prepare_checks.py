@@ -106,6 +106,7 @@ def refresh_record(
         folder / CONFIG,
         spec,
         record.target_modules,
+        record.recomputed_blocks,
         rows_apart=record.rows_apart,
         mixture_of_experts=record.mixture_of_experts,
         group_size=group_size,

@@ -221,7 +221,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
     progress.checkpoint_time = checkpoint.state.saved_at
     progress.best = checkpoint.best
     state = checkpoint.state.run
-    if state.recomputes:
+    if state.recomputes and run.job.may_recompute:
         recompute_activations(run.adapted_base)
         progress.recomputed_blocks = None
     if state.micro_batch_size is not None:

@@ -86,8 +86,7 @@ def _activations(measured: MeasuredMemory, training: TrainingShape) -> Activatio
     kept, loss, work, *of_blocks = _interpolated(steps, tokens, is_checkpointed=blocks is None)
     if blocks:
         inputs, _, recomputing, *_ = _interpolated(steps, tokens, is_checkpointed=True)
-        inputs = inputs * blocks // measured.blocks
-        kept = kept - sum(of_blocks[:blocks]) + inputs
+        kept = kept - sum(of_blocks[:blocks]) + inputs * blocks // measured.blocks
         work = max(work, inputs + recomputing - kept)
     return ActivationBytes.from_pass(kept, loss, work, recomputes_all=blocks is None)
 

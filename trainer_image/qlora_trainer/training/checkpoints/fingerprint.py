@@ -79,7 +79,7 @@ def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
 
 
 def settings_of(fingerprint: Fingerprint, left_open: Collection[str], reason: str) -> tuple[Choice, ...]:
-    """Return the run's values of settings that a job leaves open. autoMicroBatch is in no fingerprint."""
+    """Return the run's values of settings that a job leaves open, as far as they decide the adapter."""
     known = _flat(fingerprint) | {"training.autoMicroBatch": False}
     known.setdefault("training.keep", _SAME_AS_NOT_SET["keep"])
     found = {path: known.get(path.replace("dataset.", "data.dataset.")) for path in sorted(left_open)}
