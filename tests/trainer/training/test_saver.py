@@ -135,8 +135,11 @@ def test_a_stop_waits_for_both_saves(workspace: Prepare, monkeypatch: pytest.Mon
     assert read_attempts(context.workspace.records)[-1].saved_at is not None
 
 
+@pytest.mark.parametrize(
+    ("error", "saved"), [(None, "the checkpoint of step 3 is kept"), (FULL, "nothing was saved yet")]
+)
 def test_a_run_that_diverges_names_the_checkpoint_that_was_being_saved(
-    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+    error: Exception | None, saved: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, real = workspace(), loop.apply_gradient
 
@@ -146,13 +149,13 @@ def test_a_run_that_diverges_names_the_checkpoint_that_was_being_saved(
         return real(run, state, gradient)
 
     monkeypatch.setattr(loop, "apply_gradient", diverging)
-    Held(monkeypatch)
+    Held(monkeypatch, error)
 
     found = failure(context)
 
     assert found.exit_code.reason == "Diverged"
-    assert "the checkpoint of step 3 is kept" in found.message
-    assert files(context, 3)
+    assert saved in found.message
+    assert bool(files(context, 3)) is (error is None)
 
 
 def test_a_full_volume_is_reported_with_the_step_of_its_checkpoint(

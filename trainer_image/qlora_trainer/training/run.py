@@ -50,7 +50,7 @@ class RunProgress:
     schedule: Schedule
     """Its micro batches become smaller if the GPU runs out of memory."""
     recomputed_blocks: int | None
-    """Blocks whose activations are recomputed, None for all, as if the GPU runs out of memory."""
+    """Blocks whose activations are recomputed, None for all, as after the GPU ran out of memory."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint that has been read back."""
     checkpoint_time: str | None = None
@@ -62,7 +62,7 @@ class RunProgress:
     """The adapter of the best evaluation so far, in the process that writes; None if the job keeps the last."""
     pace: Pace = field(default_factory=Pace)
     reported: RunState = field(default_factory=RunState)
-    """The state that the latest progress record shows."""
+    """The state of the latest report, written or not."""
     next_sign_of_life: float = float("-inf")
 
 

@@ -106,11 +106,11 @@ def check_kept_adapter(run: Run, state: RunState) -> None:
 
 
 def divergence_failure(run: Run, state: RunState, symptom: str) -> StepFailure:
-    """Return the failure of a run that has diverged at this state, with its symptom.
-
-    Raises what the save has raised that is under way.
-    """
-    run.saver.wait()
+    """Return the failure of a run that has diverged at this state, with its symptom."""
+    try:
+        run.saver.wait()
+    except (OSError, StepFailure):
+        logger.exception("the checkpoint that was being saved is not complete")
     step = run.progress.checkpoint_step
     saved = f"the checkpoint of step {step} is kept" if step else "nothing was saved yet"
     if step and step + 1 == state.stability.suspect_since:

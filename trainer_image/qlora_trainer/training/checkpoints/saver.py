@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 class CheckpointSaver:
     """Saves one checkpoint at a time, which counts once the run's thread has collected it.
 
-    As a context manager it waits for the save that is under way. Its thread is no daemon: the process does too.
+    As a context manager it waits for the save that is under way, and so does the process, unless a lost rank ends it.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,6 @@ class CheckpointSaver:
         except Exception:
             if error is None:
                 raise
-            logger.exception("the checkpoint that was being saved at the failure is not complete")
+            logger.exception("saving the checkpoint that was under way at the failure has failed too")
         finally:
             self._executor.shutdown()
