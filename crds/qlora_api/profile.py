@@ -335,7 +335,8 @@ class Profile(PodOptions):
         120,
         ge=30,
         le=3600,
-        description="Seconds that train has to end a micro batch and save a checkpoint before it is killed.",
+        description="Seconds that train has to end a micro batch, and the checkpoint that it is writing, and to save "
+        "another before it is killed.",
     )
 
     @model_validator(mode="after")
