@@ -18,7 +18,6 @@ from qlora_api.naming import (
     peers_name,
 )
 from qlora_api.profile import Profile
-from qlora_api.schema import replace
 from qlora_api.spec.gate import GateSpec
 from qlora_api.spec.job import API_VERSION, KIND, STEP_FIELDS
 from qlora_api.status import Resolved, StepName
@@ -192,16 +191,25 @@ def document(job: QLoRAJob, profile: Profile) -> str:
     It leaves out fields that are for the operator only, so that a trainer of another release can read it. The GPU's
     memory is the profile's if the job sets none.
     """
-    resources = job.spec.resources
-    if resources.gpu_memory is None and profile.device == "cuda":
-        resources = replace(resources, gpu_memory=profile.gpu_memory)
-    spec = replace(job.spec, resources=resources).dump()
+    spec = job.spec.dump()
     content = {
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.run_uid},
         "spec": {field: spec[field] for field in STEP_FIELDS if field in spec},
     }
+    return with_gpu_memory(_as_json(content), job, profile)
+
+
+def with_gpu_memory(document: str, job: QLoRAJob, profile: Profile) -> str:
+    """Return the document with the memory of the profile's GPUs, unless the job sets it."""
+    if job.spec.resources.gpu_memory is not None:
+        return document
+    content = json.loads(document)
+    resources = content["spec"].setdefault("resources", {})
+    resources.pop("gpuMemory", None)
+    if profile.device == "cuda" and profile.gpu_memory is not None:
+        resources["gpuMemory"] = profile.gpu_memory
     return _as_json(content)
 
 

@@ -161,6 +161,21 @@ def test_a_job_that_has_prepared_nothing_uses_the_current_image_too() -> None:
     assert (status.resolved.profile, status.resolved.contract_version) == (newer, needed_contract(1, chosen=True))
 
 
+@pytest.mark.parametrize(("own", "expected"), [({}, "79Gi"), ({"resources": {"gpuMemory": "22Gi"}}, "22Gi")])
+def test_a_job_that_has_prepared_nothing_uses_the_current_memory_of_a_gpu(own: dict[str, Any], expected: str) -> None:
+    too_small = (child("prepare", Failed="PodFailurePolicy"), failed("prepare", 17, "DoesNotFit", "8Gi"))
+    small, mended = (Profile.model_validate(PROFILE.dump() | {"gpuMemory": memory}) for memory in ("8Gi", "79Gi"))
+    begun = follow(make_job(**own), profiles={"default": small})
+    stored = follow(make_job(status_in("prepare").model_copy(update={"resolved": begun.resolved}), **own), *too_small)
+    status = take_up(stored, "a", *too_small, profiles={"default": mended}, **own)
+    assert json.loads(present(status.resolved).document)["spec"]["resources"]["gpuMemory"] == expected
+
+
+def test_a_prepared_job_keeps_the_memory_of_a_gpu_that_its_settings_fit() -> None:
+    mended = Profile.model_validate(PROFILE.dump() | {"gpuMemory": "79Gi"})
+    assert "gpuMemory" not in present(take_up(failed_job(), profiles={"default": mended}).resolved).document
+
+
 def test_no_number_of_a_job_is_used_twice() -> None:
     """Prepare had seven Jobs, and training failed in its first: no step reuses a name."""
     many = follow(make_job(status_in("prepare", 7)), child("prepare", 7, Complete=""), succeeded("prepare", 7))
