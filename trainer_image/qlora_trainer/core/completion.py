@@ -16,7 +16,7 @@ from qlora_api.spec.gate import ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.spec.resolved import ResolvedSpec, open_settings, resolve
-from qlora_api.status import DatasetStatus, MemoryStatus, Share, Timestamp
+from qlora_api.status import Count, DatasetStatus, MemoryStatus, Share, Timestamp
 from qlora_api.usage import WorkStatus
 from qlora_trainer.core.cpu import ComputeType
 from qlora_trainer.core.failures import bad_configuration
@@ -60,7 +60,7 @@ class PreparedModel(ObservedModel):
     measured: MeasuredMemory | None = Field(
         None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
     )
-    recomputed_blocks: int | None = Field(
+    recomputed_blocks: Count | None = Field(
         None, description="Blocks, from the first, that training.gradientCheckpointing recomputes; not set for all."
     )
 

@@ -222,7 +222,7 @@ def _prepare(
         **dict(data),
         remarks=remarks,
         total_steps=total_steps,
-        settings=(*begun, *fitted.fitted.settings),
+        settings=(*begun, *fitted.settings),
         asked=asked_sha256(context.spec),
         initial_adapter=None if initial is None else initial.status,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from qlora_api.automatic import Choose, Limits
+from qlora_api.choice import Choice
 from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, decided_lora, resolve
@@ -62,6 +63,11 @@ class FittedModel:
     def spec(self) -> ResolvedSpec:
         """The job's, with the chosen settings."""
         return self.fitted.spec
+
+    @property
+    def settings(self) -> tuple[Choice, ...]:
+        """The chosen values of open settings."""
+        return self.fitted.settings
 
     @property
     def memory(self) -> MemoryFit:
