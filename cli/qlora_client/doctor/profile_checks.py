@@ -149,7 +149,7 @@ def _unfit_gpu(node: Object) -> str:
 
 
 def _wrong_memory(name: str, profile: Profile, nodes: Sequence[Object]) -> str:
-    """Return the correct gpuMemory if the profile has none or too much, by the same labels, or an empty text."""
+    """Return the remedy if the profile's gpuMemory is missing, or above the nodes' labels, or an empty text."""
     labels = [(node["metadata"].get("labels") or {}).get("nvidia.com/gpu.memory", "") for node in nodes]
     if not all(map(str.isdecimal, labels)):
         return ""
