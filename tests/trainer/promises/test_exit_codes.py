@@ -114,7 +114,7 @@ def test_17_a_run_that_cannot_fit_the_card(tmp_path: Path, files: Files, records
     # Of its weights nothing is read before.
     (models / "model" / "config.json").write_text(json.dumps(config | {"hidden_size": 4096, "vocab_size": 128_000}))
     spec = {"resources": {"gpuMemory": "1Gi"}, "training": {"microBatchSize": 4}}
-    with failing(ExitCode.DOES_NOT_FIT, "spec.resources.gpuMemory", "spec.training.microBatchSize"):
+    with failing(ExitCode.DOES_NOT_FIT, "gpuMemory of spec.resources", "spec.training.microBatchSize"):
         prepare(context(replace(files, models=models).with_spec(spec)), records)
     assert records.findings.memory is not None
     assert records.findings.memory.verdict == "exceeds"
