@@ -24,6 +24,7 @@ from benchmarks.memory import forget_peak, peak_resident_bytes, release_freed, r
 from benchmarks.operator import table
 from benchmarks.operator.table import head, row
 from examples.demo.__main__ import model_folder
+from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_trainer.core.cpu import preloaded_allocator
 
 MIB = 2**20
@@ -160,7 +161,7 @@ class _Adapters:
         release_freed()
         self.base_bytes = resident_bytes()
         self.model = attach_adapter(
-            base, lora, targets, seed=0, recomputed_blocks=None, base_name="model", base_revision="main"
+            base, lora, targets, seed=0, recomputation=RECOMPUTE_ALL, base_name="model", base_revision="main"
         )
         names = list(map(adapter_name, range(number)))
         for index, name in enumerate(names[1:], start=1):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tuning import Arm
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.filesystem import file_sha256
@@ -110,7 +111,7 @@ def load_subject(arm: Arm, model: Path, base_folder: Path, lora: ResolvedLora, s
         lora,
         resolve_targets(lora.target_modules, block_linears(base)),
         seed=seed,
-        recomputed_blocks=0,
+        recomputation=Recomputation(0),
         base_name="benchmark",
         base_revision="benchmark",
     )

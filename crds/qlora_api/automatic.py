@@ -14,6 +14,7 @@ from math import ceil
 from typing import TypeAlias
 
 from qlora_api.choice import Choice
+from qlora_api.memory.training_shape import RECOMPUTE_ALL, Recomputation
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.steps import FEW_STEPS, optimizer_steps
 
@@ -79,8 +80,8 @@ class Limits:
     """How many jobs are trained together in the same passes, itself included."""
     micro_batch: int | None = None
     """Sequences of a pass that the GPU has room for, None for any number."""
-    recomputed_blocks: int | None = None
-    """Blocks whose activations the GPU has no room for, None for all or if that is not known."""
+    recomputation: Recomputation = RECOMPUTE_ALL
+    """Of the blocks whose activations the GPU has no room for, all if that is not known."""
     adapter: Mapping[str, int] | None = None
     """Rank and alpha of the adapter that the run starts from, if it starts from one."""
 
@@ -258,9 +259,11 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
 
 def _checkpointing(spec: QLoRAJobSpec, limits: Limits) -> Iterator[Choice]:
     if spec.training.gradient_checkpointing is None:
-        blocks = limits.recomputed_blocks
+        blocks = limits.recomputation.blocks
         reason = "the GPU has room for all activations"
-        if blocks is None:
+        if limits.recomputation.offloads:
+            reason = "inputs of the blocks are held in host memory, too many for the GPU"
+        elif blocks is None:
             reason = "room for activations is not known, or too small"
         elif blocks:
             of_first = f"the first {blocks} blocks" if blocks > 1 else "the first block"

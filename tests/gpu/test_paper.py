@@ -19,6 +19,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from qlora_api.memory.advice import budget
 from qlora_api.memory.estimate import MemoryEstimate
+from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
 from qlora_api.spec.training import QuantizationSpec
@@ -127,7 +128,7 @@ def two_steps(config: LlamaConfig, device: str, lora: ResolvedLora) -> Trained:
         lora,
         block_linears(base),
         seed=0,
-        recomputed_blocks=None,
+        recomputation=RECOMPUTE_ALL,
         base_name="random/65b",
         base_revision="none",
     )

@@ -50,6 +50,8 @@ class GpuOfPlan:
     price: tuple[str, str] | None = None
     """Of one hour, and the currency."""
     label: str = "GPUs"
+    host_memory: str | None = None
+    """Of each train pod; None for that of the job."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,12 @@ def gpu_of_profile(_context: click.Context, _parameter: click.Parameter, file: T
         raise click.BadParameter(f"{file.name} is no QLoRAProfile: {error}") from None
     price = (profile.gpu_hour_price, profile.currency)
     gib = None if profile.gpu_memory is None or profile.device == "cpu" else gibibytes(profile.gpu_memory)
-    return GpuOfPlan(gib, profile.gpu_tflops, (price[0], price[1]) if price[0] and price[1] else None)
+    return GpuOfPlan(
+        gib,
+        profile.gpu_tflops,
+        (price[0], price[1]) if price[0] and price[1] else None,
+        host_memory=profile.resources.train.memory,
+    )
 
 
 def show_forecast(plan: MemoryPlan, epoch: Epoch, gpu: GpuOfPlan, console: Console) -> None:

@@ -1,5 +1,6 @@
 """Reads the manifest that a command shows, or makes the job of rows that a user names without one."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from qlora_api.addresses import advice_on_address
 from qlora_api.problems import explain
+from qlora_api.schema import replace
 from qlora_api.sources import parse_source
 from qlora_api.spec.job import API_VERSION, KIND, QLoRAJobDocument, QLoRAJobSpec
 from qlora_api.sweep.spec import QLoRASweepDocument
@@ -46,6 +48,18 @@ class Given:
     def mounts(self) -> Mounts:
         """Where the claims and ConfigMaps are."""
         return Mounts(claims=self.claims, config_map_folders=self.config_maps, local_names=self.local_names)
+
+    def on_pods_of(self, memory: str | None) -> "Given":
+        """Return the same with this host memory, unless the spec sets it."""
+        if memory is None or self.spec.resources.memory is not None:
+            return self
+        document, spec = self.document, replace(self.spec, resources=replace(self.spec.resources, memory=memory))
+        if isinstance(document, QLoRASweepDocument):
+            template = replace(document.spec.template, spec=spec)
+            with_memory: Document = replace(document, spec=replace(document.spec, template=template))
+        else:
+            with_memory = replace(document, spec=spec)
+        return dataclasses.replace(self, document=with_memory)
 
     @classmethod
     def load(cls, file: str, model: str | None, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> "Given":

@@ -29,7 +29,7 @@ from qlora_api.memory.advice import (
     verdict,
 )
 from qlora_api.memory.estimate import GIB, MemoryEstimate, without_activations
-from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.training_shape import RECOMPUTE_ALL, Recomputation, TrainingShape
 from qlora_api.memory.weights import WeightCounts
 from qlora_api.schema import replace
 from qlora_api.sources import HubSource, VolumeSource, parse_source
@@ -41,7 +41,7 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable
 from qlora_trainer.core.sandbox import DryRunFailed
 from qlora_trainer.model.families.family import Traits
-from qlora_trainer.model.memory.fit import training_shape, weights_of
+from qlora_trainer.model.memory.fit import memory_to_offload, training_shape, weights_of
 from qlora_trainer.model.memory.fitted import first_limits, limits_that_fit
 from qlora_trainer.model.memory.job_memory import Measure, MeasuredJob, measure_further
 from qlora_trainer.model.source.hub_config import FoundConfig, find_hub_config
@@ -146,7 +146,7 @@ def make_plan(
     weights, unknown = None, ""
     try:
         while True:
-            shape = _shape(resolved, traits, limits.recomputed_blocks)
+            shape = _shape(resolved, traits, limits.recomputation)
             job = MeasuredJob.from_config(config, resolved, shape, None if job is None else job.measured, measure)
             blocks = job.measured.blocks
             fitting = limits_that_fit(spec, choose_within, limits, gpu_gib, blocks, partial(_estimate, job, traits))
@@ -155,14 +155,14 @@ def make_plan(
             limits = fitting
             resolved = resolve(spec, settings := choose_within(limits))
     except DryRunFailed as failure:
-        limits = dataclasses.replace(limits, recomputed_blocks=None)
+        limits = dataclasses.replace(limits, recomputation=RECOMPUTE_ALL)
         resolved = resolve(spec, settings := choose_within(limits))
-        weights, unknown = weights_of(config, _shape(resolved, traits, limits.recomputed_blocks)), str(failure)
+        weights, unknown = weights_of(config, _shape(resolved, traits, limits.recomputation)), str(failure)
     return MemoryPlan(
         title=f"{name}: {spec.model.source}, rank {resolved.lora.rank}, "
         f"{resolved.training.micro_batch_size} × {resolved.training.max_sequence_length} tokens",
         job=job,
-        training=_shape(resolved, traits, limits.recomputed_blocks),
+        training=_shape(resolved, traits, limits.recomputation),
         gpu_gib=gpu_gib,
         spec=resolved,
         settings=settings,
@@ -176,13 +176,13 @@ def make_plan(
     )
 
 
-def _estimate(job: MeasuredJob, traits: Traits, spec: ResolvedSpec, recomputed_blocks: int | None) -> MemoryEstimate:
-    return job.estimate(_shape(spec, traits, recomputed_blocks))
+def _estimate(job: MeasuredJob, traits: Traits, spec: ResolvedSpec, recomputation: Recomputation) -> MemoryEstimate:
+    return job.estimate(_shape(spec, traits, recomputation))
 
 
-def _shape(spec: ResolvedSpec, traits: Traits, recomputed_blocks: int | None) -> TrainingShape:
+def _shape(spec: ResolvedSpec, traits: Traits, recomputation: Recomputation) -> TrainingShape:
     experts = traits.mixture_of_experts
-    return training_shape(spec, spec.lora.target_modules, recomputed_blocks, mixture_of_experts=experts)
+    return training_shape(spec, spec.lora.target_modules, recomputation, mixture_of_experts=experts)
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> FoundConfig:
@@ -312,6 +312,10 @@ def _show_verdict(job: MeasuredJob, gpu_gib: float, console: Console, *, rows_ap
     job = measure_further(job, job.with_smaller)
     if judged == "fits":
         _show_first_change(job, gpu_gib, memory.expected, console)
+        return
+    if (host_gib := memory_to_offload(job, gpu_gib)) is not None:
+        console.print("To hold the inputs of the blocks in host memory, with the same result:")
+        console.print(f"  spec.resources.memory: [bold]{host_gib}Gi[/]")
         return
     steps = advice(job.estimate, job.training, gpu_gib)
     if steps:

@@ -12,6 +12,19 @@ WHOLE_MODULES = frozenset({"embed_tokens", "lm_head"})
 _OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
 
 
+@dataclass(frozen=True, slots=True)
+class Recomputation:
+    """The blocks whose activations are recomputed in the backward pass."""
+
+    blocks: int | None = None
+    """From the first; None means all."""
+    offloads: bool = False
+    """Whether their inputs are held in host memory until then."""
+
+
+RECOMPUTE_ALL = Recomputation()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingShape:
     """Settings of a run that decide its memory, with the defaults of a QLoRAJob.
@@ -37,6 +50,8 @@ class TrainingShape:
     double_quantization: bool = True
     recomputed_blocks: int | None = None
     """Blocks, from the first, whose activations are recomputed in the backward pass; None means all."""
+    offloads_inputs: bool = False
+    """Whether the inputs of these blocks are held in host memory, if all are recomputed."""
     dropout: float = 0.0
     gpus: int = 1
     sharding: Sharding = "none"

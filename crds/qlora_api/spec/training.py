@@ -250,7 +250,8 @@ class TrainingSpec(ApiModel):
     gradient_checkpointing: Annotated[bool | None, Decides.NOT_THE_ADAPTER] = Field(
         default=None,
         description="Recompute activations in the backward pass: saves much memory, takes a third more time. "
-        "Automatic: where resources.gpuMemory is set, only blocks whose activations it has no room for.",
+        "Automatic: where resources.gpuMemory is set, only blocks whose activations it has no room for. If that has no "
+        "room for the inputs of recomputed blocks, these are held in host memory, in up to half of resources.memory.",
     )
     eval_every_steps: int | None = Field(
         default=None,

@@ -7,7 +7,7 @@ from qlora_api.profile import Profile
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.cleanup import clean_job_name
-from qlora_operator.decisions.manifests.objects import with_gate, with_gpu_memory
+from qlora_operator.decisions.manifests.objects import with_gate, with_memory
 from qlora_operator.decisions.observed.conditions import has_trained, is_true
 from qlora_operator.decisions.observed.facts import Facts, new_step, set_condition
 from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
@@ -79,8 +79,8 @@ def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) 
         return None
     document = with_gate(resolved.document, facts.job.spec.gate)
     if not prepared:
-        # A prepared job keeps the settings that prepare chose for the GPU's memory.
-        document = with_gpu_memory(document, facts.job, resolved.profile)
+        # A prepared job keeps the settings that prepare chose for this memory.
+        document = with_memory(document, facts.job, resolved.profile)
     return replace(resolved, document=document)
 
 

@@ -8,6 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
@@ -39,7 +40,7 @@ def adapted(
         spec,
         family.target_modules,
         seed=seed,
-        recomputed_blocks=None if checkpointing else 0,
+        recomputation=Recomputation(None if checkpointing else 0),
         base_name="org/tiny",
         base_revision="0123abc",
     )
@@ -52,7 +53,7 @@ def restored(base: Path, adapter: Path, family: Family, *, checkpointing: bool =
         resolved_lora(rank=4, alpha=8),
         family.target_modules,
         seed=0,
-        recomputed_blocks=None if checkpointing else 0,
+        recomputation=Recomputation(None if checkpointing else 0),
         base_name="tiny",
         base_revision="0",
     )

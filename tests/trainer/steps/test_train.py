@@ -238,9 +238,12 @@ def test_packing_and_micro_batches_do_not_change_the_loss(workspace: Prepare) ->
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_an_adapter_is_the_same_bytes_whatever_activations_are_kept(workspace: Prepare, dropout: float) -> None:
     trained = set()
-    for recomputed_blocks in (None, 0, 1):
-        spec = {"lora": {"dropout": dropout}, "training": {"gradientCheckpointing": recomputed_blocks != 0}}
-        run(context := with_record(workspace(f"{recomputed_blocks}", spec), recomputed_blocks=recomputed_blocks))
+    for blocks, offloads in ((None, False), (None, True), (0, False), (1, False)):
+        spec = {"lora": {"dropout": dropout}, "training": {"gradientCheckpointing": blocks != 0}}
+        context = with_record(
+            workspace(f"{blocks}-{offloads}", spec), recomputed_blocks=blocks, offloads_inputs=offloads
+        )
+        run(context)
         trained.add(adapter_bytes(context))
     assert len(trained) == 1
 

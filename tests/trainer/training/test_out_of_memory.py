@@ -14,6 +14,7 @@ import torch
 
 from qlora_api.choice import Choice
 from qlora_api.contract import ExitCode
+from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -126,7 +127,7 @@ def test_the_shares_that_are_named_add_up_to_the_estimate(
 
     with (
         pytest.raises(StepFailure) as caught,
-        explain_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, lambda: None, found),
+        explain_shortage(settings, settings.lora.target_modules, "cpu", lambda: 1, lambda: RECOMPUTE_ALL, found),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

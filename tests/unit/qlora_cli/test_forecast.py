@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from qlora_api.duration import format_duration
 from qlora_cli.__main__ import main
+from tests.support.dry_runs import stand_in
 from tests.support.manifests import MINIMAL, Manifest, with_value
 from tests.support.models.model_configs import SMALL_LLAMA
 from tests.support.resolved import DECIDED, TRAINING
@@ -114,6 +115,19 @@ def test_speed_and_price_may_come_from_a_profile_of_any_release(tmp_path: Path) 
         profile.write_text(text)
         done = planned(tmp_path, JOB, f"--profile={profile}")
         assert (done.exit_code, f"{profile} is no QLoRAProfile" in done.output) == (2, True)
+
+
+def test_a_profiles_host_memory_holds_what_its_gpus_have_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    profile = tmp_path / "profile.yaml"
+    job = with_value(JOB, "spec.training", {"maxSequenceLength": 16_384})
+    for memory, words in (("24Gi", "spec.resources.memory: 40Gi"), ("96Gi", "fits:")):
+        spec = {"image": "trainer", "gpuMemory": "70Gi", "resources": {"train": {"memory": memory}}}
+        profile.write_text(yaml.safe_dump({"kind": "QLoRAProfile", "spec": spec}))
+        done = planned(tmp_path, job, f"--profile={profile}", config=LARGE)
+        assert words in done.output, done.output
 
 
 def test_a_number_of_steps_bounds_the_tokens_and_a_budget_is_compared(tmp_path: Path) -> None:

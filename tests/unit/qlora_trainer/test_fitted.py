@@ -34,12 +34,12 @@ def fit(tmp_path: Path) -> Fit:
             lambda limits: assume(spec, OF_8B, None, limits),
             limits or Limits(),
             gpu_gib,
-            lambda resolved, blocks: training_shape(resolved, resolved.lora.target_modules, blocks),
-            lambda resolved, blocks, earlier: MemoryFit.from_config(
+            lambda resolved, recomputation: training_shape(resolved, resolved.lora.target_modules, recomputation),
+            lambda resolved, recomputation, earlier: MemoryFit.from_config(
                 config,
                 resolved,
                 resolved.lora.target_modules,
-                blocks,
+                recomputation,
                 gpu_gib=gpu_gib,
                 earlier=earlier,
                 measure=measure,
@@ -51,7 +51,7 @@ def fit(tmp_path: Path) -> Fit:
 
 def choices(fitted: FittedSettings) -> tuple[bool | int, int]:
     """Whether all blocks are recomputed, or how many, and the micro batch."""
-    training, blocks = fitted.spec.training, fitted.recomputed_blocks
+    training, blocks = fitted.spec.training, fitted.recomputation.blocks
     return blocks or training.gradient_checkpointing, training.micro_batch_size
 
 
@@ -76,6 +76,21 @@ def test_as_many_activations_are_kept_as_fit_even_in_smaller_micro_batches_of_20
     found = fit(gpu_gib, training={"maxSequenceLength": tokens})
     assert choices(found) == expected
     assert found.memory.status.verdict == ("unknown" if gpu_gib is None else "fits")
+
+
+@pytest.mark.parametrize(("memory", "offloads", "verdict"), [("72Gi", True, "fits"), ("24Gi", False, "exceeds")])
+def test_inputs_of_blocks_too_large_for_the_gpu_are_held_in_host_memory_that_has_room(
+    fit: Fit, memory: str, offloads: bool, verdict: str
+) -> None:
+    found = fit(44.4, training={"maxSequenceLength": 131_072}, resources={"memory": memory})
+    assert (choices(found), found.recomputation.offloads) == ((True, 1), offloads)
+    assert found.memory.status.verdict == verdict
+    if not offloads:
+        assert "set spec.resources.memory: 62Gi, to hold the inputs of the blocks" in str(found.memory.objection)
+
+
+def test_host_memory_holds_no_inputs_that_the_gpu_has_room_for(fit: Fit) -> None:
+    assert not fit(44.4, training={"maxSequenceLength": 8192}, resources={"memory": "72Gi"}).recomputation.offloads
 
 
 def test_what_the_job_sets_is_kept(fit: Fit) -> None:

@@ -12,7 +12,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.memory.advice import SHARDING_FIELDS, advice
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.together import ShareOfMemory, add_up
-from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.training_shape import Recomputation, TrainingShape
 from qlora_api.spec.gate import GateSpec, ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec
@@ -53,7 +53,7 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
         resources={"gpus": 2},
     )
     scored = spec.model_copy(update={"gate": GateSpec(score=ScoreSpec(check="exactMatch", max_new_tokens=64))})
-    shape = training_shape(scored, ["model.layers.0.self_attn.q_proj", "v_proj"])
+    shape = training_shape(scored, ["model.layers.0.self_attn.q_proj", "v_proj"], Recomputation(offloads=True))
     assert shape == TrainingShape(
         rank=8,
         adapter_bytes=2,
@@ -67,6 +67,7 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
         optimizer="adamw",
         double_quantization=False,
         recomputed_blocks=0,
+        offloads_inputs=True,
         dropout=0.1,
         gpus=2,
         sharding="full",

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, InitialAdapterStatus, MergedStatus
 from qlora_api.choice import Choice
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.schema import Decides, ObservedModel
 from qlora_api.spec.gate import ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
@@ -63,6 +64,12 @@ class PreparedModel(ObservedModel):
     recomputed_blocks: Count | None = Field(
         None, description="Blocks, from the first, that training.gradientCheckpointing recomputes; not set for all."
     )
+    offloads_inputs: bool = Field(False, description="Whether their inputs are held in host memory, if it is all.")
+
+    @property
+    def recomputation(self) -> Recomputation:
+        """The blocks that training.gradientCheckpointing recomputes."""
+        return Recomputation(self.recomputed_blocks, self.offloads_inputs)
 
 
 class PreparedBase(ObservedModel):

@@ -64,7 +64,7 @@ class Decoder(Network, Protocol):
     def get_output_embeddings(self) -> nn.Module | None:
         """The head, or None without one."""
 
-    def activation_checkpointing_enable(self, settings: Mapping[str, object], /) -> None:
+    def activation_checkpointing_enable(self, settings: Mapping[str, object], /, *, offload: bool) -> None:
         """Keep only the inputs of blocks, and compute the rest again for backward."""
 
     def activation_checkpointing_disable(self) -> None:

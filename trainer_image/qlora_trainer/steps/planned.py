@@ -14,7 +14,7 @@ from qlora_api.automatic import NO_LIMITS, Limits, ModelFacts, assume
 from qlora_api.choice import Choice
 from qlora_api.memory.model_shape import mixes_experts
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
-from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.training_shape import Recomputation, TrainingShape
 from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import GgufSpec
@@ -120,12 +120,12 @@ def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tupl
     traits = check_config(config, spec)
     targets, experts = spec.lora.target_modules, traits.mixture_of_experts
 
-    def measure(resolved: ResolvedSpec, recomputed_blocks: int | None, earlier: MeasuredMemory | None) -> MemoryFit:
+    def measure(resolved: ResolvedSpec, recomputation: Recomputation, earlier: MeasuredMemory | None) -> MemoryFit:
         return MemoryFit.from_config(
             config,
             resolved,
             targets,
-            recomputed_blocks,
+            recomputation,
             rows_apart=traits.keeps_rows_apart(resolved.training.max_sequence_length),
             mixture_of_experts=experts,
             gpu_gib=gpu_gib,
@@ -133,8 +133,8 @@ def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tupl
             measure=measure_with(traits, gpu_gib),
         )
 
-    def shape(resolved: ResolvedSpec, recomputed_blocks: int | None) -> TrainingShape:
-        return training_shape(resolved, targets, recomputed_blocks, mixture_of_experts=experts)
+    def shape(resolved: ResolvedSpec, recomputation: Recomputation) -> TrainingShape:
+        return training_shape(resolved, targets, recomputation, mixture_of_experts=experts)
 
     gpu_gib = gpu_gib or spec.resources.gpu_gib
     return traits, fit_settings(spec, partial(assume_settings, spec, traits), NO_LIMITS, gpu_gib, shape, measure)

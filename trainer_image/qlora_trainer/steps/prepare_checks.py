@@ -106,7 +106,7 @@ def refresh_record(
         folder / CONFIG,
         spec,
         record.target_modules,
-        record.recomputed_blocks,
+        record.recomputation,
         rows_apart=record.rows_apart,
         mixture_of_experts=record.mixture_of_experts,
         group_size=group_size,

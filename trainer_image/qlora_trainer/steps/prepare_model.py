@@ -8,7 +8,7 @@ from typing import Self
 
 from qlora_api.automatic import Choose, Limits
 from qlora_api.choice import Choice
-from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.training_shape import RECOMPUTE_ALL, Recomputation, TrainingShape
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, decided_lora, resolve
 from qlora_trainer.core.completion import PreparedModel
@@ -104,7 +104,8 @@ class FittedModel:
             fixed_positions=family.fixed_positions,
             memory=self.memory.status,
             measured=self.memory.measured,
-            recomputed_blocks=self.fitted.recomputed_blocks,
+            recomputed_blocks=self.fitted.recomputation.blocks,
+            offloads_inputs=self.fitted.recomputation.offloads,
         )
 
 
@@ -130,11 +131,13 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: 
     family = model.family
     require_settings(family, model.folder / CONFIG, resolve(spec, choose(limits)))
 
-    def shape(resolved: ResolvedSpec, blocks: int | None) -> TrainingShape:
-        return training_shape(resolved, family.target_modules, blocks, mixture_of_experts=family.mixture_of_experts)
+    def shape(resolved: ResolvedSpec, recomputation: Recomputation) -> TrainingShape:
+        return training_shape(
+            resolved, family.target_modules, recomputation, mixture_of_experts=family.mixture_of_experts
+        )
 
-    def measure(resolved: ResolvedSpec, blocks: int | None, earlier: MeasuredMemory | None) -> MemoryFit:
-        return measure_memory(model.folder, resolved, family, limits.group_size, blocks, earlier)
+    def measure(resolved: ResolvedSpec, recomputation: Recomputation, earlier: MeasuredMemory | None) -> MemoryFit:
+        return measure_memory(model.folder, resolved, family, limits.group_size, recomputation, earlier)
 
     gpu_gib = spec.resources.gpu_gib
     fitted = fit_settings(spec, choose, limits, gpu_gib, shape, measure, may_keep=on_gpu)
@@ -147,7 +150,7 @@ def measure_memory(
     spec: ResolvedSpec,
     family: Family,
     group_size: int,
-    recomputed_blocks: int | None = None,
+    recomputation: Recomputation = RECOMPUTE_ALL,
     earlier: MeasuredMemory | None = None,
 ) -> MemoryFit:
     """Measure in dry runs the memory that `group_size` such jobs need together."""
@@ -155,7 +158,7 @@ def measure_memory(
         folder / CONFIG,
         spec,
         family.target_modules,
-        recomputed_blocks,
+        recomputation,
         rows_apart=family.keeps_rows_apart(spec.training.max_sequence_length),
         mixture_of_experts=family.mixture_of_experts,
         group_size=group_size,

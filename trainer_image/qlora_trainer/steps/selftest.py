@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 from transformers.utils.logging import disable_progress_bar
 
+from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.context import Device
@@ -112,7 +113,7 @@ def _train_step(folder: Path, device: Device, optimizer_name: str, compute_type:
         _LORA,
         resolve_targets(_LORA.target_modules, block_linears(base)),
         seed=0,
-        recomputed_blocks=None,
+        recomputation=RECOMPUTE_ALL,
         base_name="selftest",
         base_revision="selftest",
     )

@@ -61,20 +61,20 @@ def train(
         base_check = BaseCheck(job.base_folder, job.prepared.base_sha256) if rank_info.local_rank == 0 else None
         if base_check is not None:
             held.callback(base_check.close)
-        with shortage(lambda: job.spec.training.micro_batch_size, lambda: job.recomputed_blocks):
+        with shortage(lambda: job.spec.training.micro_batch_size, lambda: job.recomputation):
             run, state = open_run(job, ProcessSettings(runtime, ranks, base_check), checkpoint)
         if run.history is not None:
             held.enter_context(run.history)
         held.enter_context(run.saver)
         leaving = leaving_curves(job, context.mounts.sweep) if ranks.is_main else nullcontext()
-        with shortage(lambda: run.progress.schedule.micro_batch_size, lambda: run.progress.recomputed_blocks), leaving:
+        with shortage(lambda: run.progress.schedule.micro_batch_size, lambda: run.progress.recomputation), leaving:
             state = run_to_end(run, state)
         if base_check is not None:
             base_check.wait()
         # Each node has read the base.
         ranks.wait()
         # All that still needs GPU memory is the comparison, which takes one sequence at a time.
-        with shortage(lambda: 1, lambda: run.progress.recomputed_blocks):
+        with shortage(lambda: 1, lambda: run.progress.recomputation):
             record = finish_run(run, state) if ranks.is_main else None
         # Not read from the workspace, where another node may see the file only after a while.
         text = ranks.broadcast_text("trained", "" if record is None else record.model_dump_json())

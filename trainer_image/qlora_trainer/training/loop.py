@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import Interrupted, damaged, is_out_of_gpu_memory
@@ -218,14 +219,14 @@ def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch])
 
 def _can_recompute(run: Run) -> bool:
     """Whether some activations are still kept, as prepare has chosen."""
-    return run.job.may_recompute and run.progress.recomputed_blocks is not None
+    return run.job.may_recompute and run.progress.recomputation.blocks is not None
 
 
 def _recompute(run: Run, state: RunState) -> RunState:
     """Prepare the same step with activations that are recomputed, which gives the same bits."""
     free_memory(run.device)
     recompute_activations(run.adapted_base)
-    run.progress.recomputed_blocks = None
+    run.progress.recomputation = RECOMPUTE_ALL
     logger.warning("all activations are recomputed from here on, as the GPU has no room for them")
     return replace(state, recomputes=True)
 

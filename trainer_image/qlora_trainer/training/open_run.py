@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 
+from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device, base_name
 from qlora_trainer.core.cpu import ComputeType
@@ -135,7 +136,7 @@ def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool)
         spec.lora,
         job.prepared.target_modules,
         seed=spec.training.seed,
-        recomputed_blocks=job.recomputed_blocks,
+        recomputation=job.recomputation,
         base_name=base_name(spec.model),
         base_revision=job.prepared.model_revision,
     )
@@ -182,7 +183,7 @@ def open_on_model(
         base_check=process.base_check,
         saver=CheckpointSaver(),
         attempts=read_attempts(records) if ranks.is_main else (),
-        progress=RunProgress(_schedule(job, data), job.recomputed_blocks),
+        progress=RunProgress(_schedule(job, data), job.recomputation),
     )
     state = RunState() if checkpoint is None else _restore(run, checkpoint)
     ranks.copy_from_main(run.parameters.values())
@@ -223,7 +224,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> RunState:
     state = checkpoint.state.run
     if state.recomputes and run.job.may_recompute:
         recompute_activations(run.adapted_base)
-        progress.recomputed_blocks = None
+        progress.recomputation = RECOMPUTE_ALL
     if state.micro_batch_size is not None:
         progress.schedule = progress.schedule.with_micro_batch_size(state.micro_batch_size)
     return state

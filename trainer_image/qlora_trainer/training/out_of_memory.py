@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import GIB, MemoryEstimate
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.schema import replace
 from qlora_api.spec.resolved import ResolvedSpec, ResolvedTraining
 from qlora_trainer.core.context import Device
@@ -33,12 +34,12 @@ def explain_shortage(
     target_modules: Iterable[str],
     device: Device,
     micro_batch_size: Callable[[], int],
-    recomputed_blocks: Callable[[], int | None],
+    recomputation: Callable[[], Recomputation],
     measured: MeasuredMemory | None = None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) with the first change to make.
 
-    `micro_batch_size` and `recomputed_blocks` (None for all) are called when it happens: the run may have lowered or
+    `micro_batch_size` and `recomputation` are called when it happens: the run may have lowered or
     raised them. The estimate is from `measured`.
     """
     try:
@@ -49,11 +50,14 @@ def explain_shortage(
         size, planned = micro_batch_size(), spec.training
         # The same sequences per step, in these micro batches.
         steps = -(-planned.micro_batch_size * planned.gradient_accumulation_steps // size)
-        blocks = recomputed_blocks()
+        recomputing = recomputation()
         planned = replace(
-            planned, micro_batch_size=size, gradient_accumulation_steps=steps, gradient_checkpointing=blocks != 0
+            planned,
+            micro_batch_size=size,
+            gradient_accumulation_steps=steps,
+            gradient_checkpointing=recomputing.blocks != 0,
         )
-        shape = training_shape(replace(spec, training=planned), target_modules, blocks)
+        shape = training_shape(replace(spec, training=planned), target_modules, recomputing)
         estimated = "there is no estimate"
         if measured is not None:
             estimated = f"the estimate is {_by_share(measured_estimate(measured, shape))}"

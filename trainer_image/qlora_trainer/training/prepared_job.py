@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, score_settings
 from qlora_trainer.core.context import Device, Identity, StepContext
@@ -75,12 +76,12 @@ class PreparedJob:
     def may_recompute(self) -> bool:
         """Whether prepare has chosen to keep activations, which can be recomputed after all."""
         chosen = any(choice.setting == "training.gradientCheckpointing" for choice in self.prepared.settings)
-        return chosen and self.recomputed_blocks is not None
+        return chosen and self.recomputation.blocks is not None
 
     @property
-    def recomputed_blocks(self) -> int | None:
-        """Blocks, from the first, whose activations are recomputed; None for all."""
-        return self.prepared.recomputed_blocks if self.spec.training.gradient_checkpointing else 0
+    def recomputation(self) -> Recomputation:
+        """Of its blocks in backward passes."""
+        return self.prepared.recomputation if self.spec.training.gradient_checkpointing else Recomputation(0)
 
     @property
     def model_folder(self) -> Path:

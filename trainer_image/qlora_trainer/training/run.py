@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, nine_digits
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.spec.resolved import ResolvedTraining
 from qlora_trainer.core.cpu import ComputeType
 from qlora_trainer.core.failures import StopRequest
@@ -49,8 +50,8 @@ class RunProgress:
 
     schedule: Schedule
     """Its micro batches become smaller if the GPU runs out of memory."""
-    recomputed_blocks: int | None
-    """Blocks whose activations are recomputed, None for all, as after the GPU ran out of memory."""
+    recomputation: Recomputation
+    """Of all blocks after the GPU ran out of memory."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint that has been read back."""
     checkpoint_time: str | None = None

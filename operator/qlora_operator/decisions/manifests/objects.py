@@ -188,8 +188,8 @@ def _peers(job: QLoRAJob) -> dict[str, str]:
 def document(job: QLoRAJob, profile: Profile) -> str:
     """Serialize the part of the QLoRAJob's manifest that the trainer reads.
 
-    It leaves out fields that are for the operator only, so that a trainer of another release can read it. The GPU's
-    memory is the profile's if the job sets none.
+    It leaves out fields that are for the operator only, so that a trainer of another release can read it. Memory of
+    the GPU and of the pod is the profile's if the job sets none.
     """
     spec = job.spec.dump()
     content = {
@@ -198,18 +198,22 @@ def document(job: QLoRAJob, profile: Profile) -> str:
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.run_uid},
         "spec": {field: spec[field] for field in STEP_FIELDS if field in spec},
     }
-    return with_gpu_memory(_as_json(content), job, profile)
+    return with_memory(_as_json(content), job, profile)
 
 
-def with_gpu_memory(document: str, job: QLoRAJob, profile: Profile) -> str:
-    """Return the document with the memory of the profile's GPUs, unless the job sets it."""
-    if job.spec.resources.gpu_memory is not None:
-        return document
-    content = json.loads(document)
+def with_memory(document: str, job: QLoRAJob, profile: Profile) -> str:
+    """Return the document with the memory of the profile's GPUs and train pods, unless the job sets them."""
+    own, content = job.spec.resources, json.loads(document)
+    gpu = profile.gpu_memory if profile.device == "cuda" else None
     resources = content["spec"].setdefault("resources", {})
-    resources.pop("gpuMemory", None)
-    if profile.device == "cuda" and profile.gpu_memory is not None:
-        resources["gpuMemory"] = profile.gpu_memory
+    for name, value in (
+        ("gpuMemory", own.gpu_memory or gpu),
+        # It may hold what the GPU has no room for.
+        ("memory", own.memory or (profile.resources.train.memory if own.gpu_memory or gpu else None)),
+    ):
+        resources.pop(name, None)
+        if value is not None:
+            resources[name] = value
     return _as_json(content)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Phi3Config, Qwen2Config
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
@@ -251,7 +252,7 @@ def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
     base = load_base(context.workspace.base, NF4, "cpu", attention=record.attention or ATTENTION)
     lora = record.resolve(context.spec).lora
     adapter = attach_adapter(
-        base, lora, record.target_modules, seed=3, recomputed_blocks=0, base_name="tiny", base_revision="1"
+        base, lora, record.target_modules, seed=3, recomputation=Recomputation(0), base_name="tiny", base_revision="1"
     )
     context.workspace.trained.mkdir()
     save_adapter(adapter, context.workspace.trained)

@@ -315,7 +315,7 @@ def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callab
     """Return the peak bytes of live tensors in both passes, besides the arguments."""
     module.config._experts_implementation = EXPERTS
     weights = torch.ones(chosen.shape, dtype=states.dtype, device=states.device)
-    with LiveBytes() as live:
+    with LiveBytes(states.device.type) as live:
         for tensor in (states, chosen, weights, *module.buffers()):
             live.add(tensor)
         before = live.bytes

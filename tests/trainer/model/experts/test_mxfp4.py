@@ -82,7 +82,7 @@ def test_dequantizing_takes_little_more_memory_than_its_result(monkeypatch: pyte
     # No multiple of it.
     monkeypatch.setattr(experts_in_stacks, "_PLACES", 100)
 
-    with LiveBytes() as live:
+    with LiveBytes("cpu") as live:
         for buffer in stack.buffers():
             live.add(buffer)
         before = live.bytes

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
+from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.model.adapter.attach import (
     activate_adapter,
@@ -46,7 +47,7 @@ def alone(folder: Path, name: str) -> Any:
     targets = inspect_family(folder, lora).target_modules
     base = load_base(folder, NF4, "cpu")
     return attach_adapter(
-        base, lora, targets, seed=seed, recomputed_blocks=None, base_name=NAME, base_revision=REVISION
+        base, lora, targets, seed=seed, recomputation=RECOMPUTE_ALL, base_name=NAME, base_revision=REVISION
     )
 
 

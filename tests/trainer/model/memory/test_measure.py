@@ -13,6 +13,7 @@ from qlora_api.memory.advice import verdict
 from qlora_api.memory.estimate import GIB
 from qlora_api.memory.families import FAMILIES
 from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.memory.weights import count_weights
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec
@@ -146,17 +147,20 @@ def test_each_recomputed_block_frees_what_it_keeps_besides_its_input(config: Pre
     both = [StepSize(1, tokens, way) for way in (False, True)]
     found = measure(tmp_path / "config.json", spec, both, "", family)
     batch = full_batch(1, tokens)
-    for blocks in range(1, 4):
+    for blocks in (1, 2, 3, None):
+        recomputation = Recomputation(blocks, offloads=blocks is None)
         model = adapted_skeleton(config, family, spec.lora, spec.training, spec.quantization)
-        recompute_activations(model, blocks)
+        recompute_activations(model, recomputation)
         with fake_cuda():
             on_fake_cuda(model)
             for parameter in adapter_parameters(model).values():
                 parameter.grad = torch.empty_like(parameter)
             taken = step_bytes(model, fake_batch(batch))
-        memory = measured_estimate(found, replace(training_shape(spec, ()), recomputed_blocks=blocks))
-        assert memory.checkpoints == 0
-        assert memory.layer_working_set == pytest.approx(taken.kept + taken.work, rel=0.02), blocks
+        memory = measured_estimate(
+            found, replace(training_shape(spec, ()), recomputed_blocks=blocks, offloads_inputs=blocks is None)
+        )
+        assert (memory.checkpoints == 0) is (blocks is not None)
+        assert memory.checkpoints + memory.layer_working_set == pytest.approx(taken.kept + taken.work, rel=0.02), blocks
 
 
 def test_magnitudes_of_dora_are_part_of_the_adapter(tmp_path: Path, plain: MeasuredMemory) -> None:

@@ -100,7 +100,7 @@ def attention_peak(capability: tuple[int, int], rows: int, key_heads: int) -> in
             for heads in (8, key_heads, key_heads)
         )
         output, _ = rows_attention(torch.nn.Module(), query, key, value, None, rows=on_gpu)
-        with LiveBytes() as live:
+        with LiveBytes("cuda") as live:
             gradients(output, [query, key, value], torch.empty_like(output))
             return live.take_peak()
 

@@ -101,7 +101,7 @@ def allocated(function: Callable[[], Tensor]) -> int:
     ids=["mxfp4", "nf4", "nf4 of one level"],
 )
 def test_the_allocator_matches_the_count_of_a_dry_run(stack: ExpertStack | Mxfp4Stack) -> None:
-    live = LiveBytes()
+    live = LiveBytes("cpu")
     with live:
         for buffer in stack.buffers():
             # Places that are in the tables.

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, OPTConfig
 
 from qlora_api.contract import ExitCode
+from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -155,7 +156,7 @@ def to_be_sharded(folder: Path) -> Any:
         lora,
         inspect_family(folder, lora).target_modules,
         seed=0,
-        recomputed_blocks=None,
+        recomputation=RECOMPUTE_ALL,
         base_name="tiny",
         base_revision="0",
     )

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_api.memory.training_shape import RECOMPUTE_ALL, Recomputation
 from qlora_api.spec.resolved import ResolvedLora
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.architecture.decoder import block_linears, compute_as_in_use, decoder_blocks, taken_for_experts
@@ -29,14 +30,14 @@ def attach_adapter(
     target_modules: tuple[str, ...],
     *,
     seed: int,
-    recomputed_blocks: int | None,
+    recomputation: Recomputation,
     base_name: str,
     base_revision: str,
 ) -> AdaptedModel:
     """The base with a LoRA adapter on `target_modules` (exact names), in training mode. Only the adapter has gradients.
 
     A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss.
-    `recomputed_blocks`: those, from the first, whose activations are recomputed in backward passes; None for all.
+    `recomputation`: of blocks in backward passes.
     """
     compute_as_in_use(base)
     torch.manual_seed(seed)
@@ -45,19 +46,19 @@ def attach_adapter(
     _name_origin(config, base, target_modules, base_name, base_revision)
     _set_types(model, lora)
     fuse_lora(model, recomputed=False)
-    if recomputed_blocks != 0:
-        recompute_activations(model, recomputed_blocks)
+    if recomputation.blocks != 0:
+        recompute_activations(model, recomputation)
     return model.train()
 
 
-def recompute_activations(model: AdaptedModel, blocks: int | None = None) -> None:
-    """Recompute so many blocks, None for all, in backward passes from now on, with the same bits.
+def recompute_activations(model: AdaptedModel, recomputation: Recomputation = RECOMPUTE_ALL) -> None:
+    """Recompute blocks in backward passes from now on, with the same bits.
 
     The first ones: they are recomputed last, when the others' activations are freed.
     """
-    base = model.get_base_model()
+    base, blocks = model.get_base_model(), recomputation.blocks
     # Without re-entry gradients reach the adapters although the embeddings have none.
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    base.activation_checkpointing_enable({"use_reentrant": False}, offload=recomputation.offloads)
     all_blocks = decoder_blocks(base)
     for block in all_blocks[:blocks]:
         mark_recomputed(block)

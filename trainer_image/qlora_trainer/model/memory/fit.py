@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from qlora_api.memory.advice import (
 from qlora_api.memory.estimate import GIB, ActivationBytes
 from qlora_api.memory.model_shape import ModelShape, UnlistedModelError, UnsupportedModelError
 from qlora_api.memory.together import shared_bytes
-from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.training_shape import RECOMPUTE_ALL, Recomputation, TrainingShape
 from qlora_api.memory.weights import WeightCounts, count_weights
 from qlora_api.schema import replace
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
@@ -41,6 +42,7 @@ from qlora_trainer.model.memory.job_memory import (
     MeasurePasses,
     measure_further,
     memory_together,
+    pod_memory_for_inputs,
 )
 
 
@@ -69,14 +71,14 @@ def type_of_model(config: Path) -> str:
 def training_shape(
     spec: ResolvedSpec,
     target_modules: Iterable[str],
-    recomputed_blocks: int | None = None,
+    recomputation: Recomputation = RECOMPUTE_ALL,
     *,
     mixture_of_experts: bool = False,
 ) -> TrainingShape:
     """The settings of a job that decide its memory.
 
-    `target_modules`: names of the adapted layers, exact or their last part. `recomputed_blocks`: with gradient
-    checkpointing, as prepare chose; None for all.
+    `target_modules`: names of the adapted layers, exact or their last part. `recomputation`: with gradient
+    checkpointing, as prepare chose.
     """
     return TrainingShape(
         rank=spec.lora.rank,
@@ -87,7 +89,8 @@ def training_shape(
         gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
         optimizer=spec.training.optimizer,
         double_quantization=spec.quantization.double_quant,
-        recomputed_blocks=recomputed_blocks if spec.training.gradient_checkpointing else 0,
+        recomputed_blocks=recomputation.blocks if spec.training.gradient_checkpointing else 0,
+        offloads_inputs=recomputation.offloads,
         dropout=spec.lora.dropout,
         adapted_layers=len(set(spec.lora.layers_to_transform)) if spec.lora.layers_to_transform else None,
         use_dora=spec.lora.use_dora,
@@ -163,7 +166,7 @@ class MemoryFit:
         config: Path,
         spec: ResolvedSpec,
         target_modules: Iterable[str],
-        recomputed_blocks: int | None = None,
+        recomputation: Recomputation = RECOMPUTE_ALL,
         *,
         rows_apart: bool = True,
         mixture_of_experts: bool = False,
@@ -175,19 +178,20 @@ class MemoryFit:
     ) -> "MemoryFit":
         """Estimate a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
 
-        `recomputed_blocks`: as of `training_shape`. `rows_apart`: whether a micro batch may hold several rows.
+        `recomputation`: as of `training_shape`. `rows_apart`: whether a micro batch may hold several rows.
         `gpu_gib`: memory of another GPU than the job's. `group_size`: how many jobs are trained together with it,
         itself included. `earlier`: dry runs. If the dry run fails, the memory is unknown.
         Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
         """
-        training = training_shape(spec, target_modules, recomputed_blocks, mixture_of_experts=mixture_of_experts)
+        training = training_shape(spec, target_modules, recomputation, mixture_of_experts=mixture_of_experts)
         try:
             job = MeasuredJob.from_config(config, spec, training, earlier, measure)
         except DryRunFailed as failure:
             weights = weights_of(config, training)
             status = MemoryStatus(verdict="unknown", message=f"the memory is unknown: {failure}"[:MAX_MESSAGE_LENGTH])
             return cls(status, None, None if weights is None else weights.parameters, None)
-        fit = _estimate(job, gpu_gib or spec.resources.gpu_gib, rows_apart)
+        gpu_gib = gpu_gib or spec.resources.gpu_gib
+        fit = _estimate(job, gpu_gib, rows_apart=rows_apart, alone=group_size == 1)
         if group_size == 1 or not rows_apart or fit.objection is not None:
             return fit
         return _with_shared(fit, lambda: _shared_bytes(config, spec, job, group_size, measure_passes))
@@ -198,7 +202,7 @@ class MemoryFit:
             raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
 
 
-def _estimate(job: MeasuredJob, gpu_gib: float | None, rows_apart: bool) -> MemoryFit:
+def _estimate(job: MeasuredJob, gpu_gib: float | None, *, rows_apart: bool, alone: bool) -> MemoryFit:
     memory = job.estimate(job.training)
     judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
     objection, remark = None, ""
@@ -207,7 +211,7 @@ def _estimate(job: MeasuredJob, gpu_gib: float | None, rows_apart: bool) -> Memo
         objection = (
             f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
             f"but a GPU of {round(gpu_gib, 1):g} GiB (gpuMemory of spec.resources or the profile) has "
-            f"{budget(gpu_gib) / GIB:.1f} to use: {_remedy(job, gpu_gib)}"
+            f"{budget(gpu_gib) / GIB:.1f} to use: {_remedy(job, gpu_gib, alone=alone)}"
         )
     elif gpu_gib is not None and judged == "fits" and rows_apart and not job.training.recomputed_blocks:
         job = measure_further(job, job.with_larger)
@@ -256,7 +260,19 @@ def _settings(step: Advice) -> str:
     return " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
 
 
-def _remedy(job: MeasuredJob, gpu_gib: float) -> str:
+def memory_to_offload(job: MeasuredJob, gpu_gib: float) -> int | None:
+    """Return the GiB of each pod that fits the GPU with the inputs of its blocks in host memory, or None."""
+    training = job.training
+    if training.recomputed_blocks is not None or training.offloads_inputs or training.micro_batch_size > 1:
+        return None
+    offloaded = job.estimate(dataclasses.replace(training, offloads_inputs=True))
+    needed = pod_memory_for_inputs(job.estimate(training), offloaded, job.spec.resources.gpus)
+    return math.ceil(needed / GIB) if needed and verdict(offloaded, gpu_gib) == "fits" else None
+
+
+def _remedy(job: MeasuredJob, gpu_gib: float, *, alone: bool) -> str:
+    if alone and (memory := memory_to_offload(job, gpu_gib)) is not None:
+        return f"set spec.resources.memory: {memory}Gi, to hold the inputs of the blocks in host memory"
     steps = advice(job.estimate, job.training, gpu_gib)
     more = more_gpus(job.estimate, job.training, gpu_gib)
     larger = "use a larger GPU"

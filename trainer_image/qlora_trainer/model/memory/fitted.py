@@ -5,20 +5,22 @@ from dataclasses import dataclass, replace
 
 from qlora_api.automatic import Choose, Limits
 from qlora_api.choice import Choice
+from qlora_api.kubernetes_values import amount
 from qlora_api.memory.advice import verdict
 from qlora_api.memory.estimate import MemoryEstimate
-from qlora_api.memory.training_shape import TrainingShape
+from qlora_api.memory.training_shape import RECOMPUTE_ALL, Recomputation, TrainingShape
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec, resolve
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.memory.fit import MemoryFit
-from qlora_trainer.model.memory.job_memory import measured_estimate
+from qlora_trainer.model.memory.job_memory import measured_estimate, pod_memory_for_inputs
 
 _ENOUGH_TOKENS = 2048
 """Of a micro batch: smaller ones cost more than recomputing activations, which takes a third of the time again."""
-Estimate = Callable[[ResolvedSpec, int | None], MemoryEstimate]
-"""The memory of a job that recomputes so many blocks, None for all."""
-Measure = Callable[[ResolvedSpec, int | None, MeasuredMemory | None], MemoryFit]
+_OFFLOADED = Recomputation(offloads=True)
+Estimate = Callable[[ResolvedSpec, Recomputation], MemoryEstimate]
+"""The memory of a job that recomputes these blocks."""
+Measure = Callable[[ResolvedSpec, Recomputation, MeasuredMemory | None], MemoryFit]
 """The same from dry runs, as far as earlier ones do not hold."""
 
 
@@ -29,7 +31,7 @@ def first_limits(spec: QLoRAJobSpec, limits: Limits, gpu_gib: float | None) -> L
     """
     is_open = spec.training.gradient_checkpointing is None and spec.training.sharding == "none"
     may_keep = is_open and gpu_gib is not None and limits.group_size == 1
-    return replace(limits, recomputed_blocks=0) if may_keep else limits
+    return replace(limits, recomputation=Recomputation(0)) if may_keep else limits
 
 
 def limits_that_fit(
@@ -38,28 +40,40 @@ def limits_that_fit(
     """Limit the chosen micro batch until the run fits the GPU, or it is 1. The other settings follow it.
 
     Before it has fewer than 2,048 tokens, as few of the model's blocks as possible are recomputed. To count them takes
-    a dry run that recomputes: for 1, which is returned first.
+    a dry run that recomputes: for 1, which is returned first. If it does not fit with all of them, their inputs are
+    held in host memory, where that has room.
     """
 
-    def fits(resolved: ResolvedSpec, recomputed: int | None) -> bool:
-        return gpu_gib is None or verdict(estimate(resolved, recomputed), gpu_gib) == "fits"
+    def fits(resolved: ResolvedSpec, recomputation: Recomputation) -> bool:
+        return gpu_gib is None or verdict(estimate(resolved, recomputation), gpu_gib) == "fits"
 
-    while not fits(resolved := resolve(spec, choose(limits)), recomputed := limits.recomputed_blocks):
-        size = resolved.training.micro_batch_size
+    while not fits(resolved := resolve(spec, choose(limits)), limits.recomputation):
+        recomputed, size = limits.recomputation.blocks, resolved.training.micro_batch_size
         can_halve = spec.training.micro_batch_size is None and size > 1
         is_large = size * resolved.training.max_sequence_length >= 2 * _ENOUGH_TOKENS
         if can_halve and (recomputed is None or is_large):
             limits = replace(limits, micro_batch=size // 2)
         elif recomputed == 0 and blocks > 1:
-            return replace(limits, recomputed_blocks=1)
+            return replace(limits, recomputation=Recomputation(1))
         elif recomputed is not None:
-            some = (count for count in range(recomputed, blocks) if fits(resolved, count))
-            limits = replace(limits, recomputed_blocks=next(some, None))
-            if limits.recomputed_blocks is None:
+            some = (each for count in range(recomputed, blocks) if fits(resolved, each := Recomputation(count)))
+            limits = replace(limits, recomputation=next(some, RECOMPUTE_ALL))
+            if limits.recomputation.blocks is None:
                 return replace(limits, micro_batch=None)
+        elif _can_offload(resolved, limits, estimate):
+            limits = replace(limits, recomputation=_OFFLOADED)
         else:
             break
     return limits
+
+
+def _can_offload(resolved: ResolvedSpec, limits: Limits, estimate: Estimate) -> bool:
+    """Whether the pod has memory for the inputs of all blocks. It is not known unless the job or a profile sets it."""
+    memory = resolved.resources.memory
+    if memory is None or limits.group_size > 1 or limits.recomputation.offloads:
+        return False
+    both = estimate(resolved, RECOMPUTE_ALL), estimate(resolved, _OFFLOADED)
+    return 0 < pod_memory_for_inputs(*both, resolved.resources.gpus) <= amount(memory)
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,8 @@ class FittedSettings:
     spec: ResolvedSpec
     settings: tuple[Choice, ...]
     """The chosen values of open settings."""
-    recomputed_blocks: int | None
-    """Blocks, from the first, that the spec's gradient checkpointing recomputes; None for all."""
+    recomputation: Recomputation
+    """By the spec's gradient checkpointing."""
     memory: MemoryFit
 
     @property
@@ -78,8 +92,8 @@ class FittedSettings:
         """The share of the blocks whose activations are recomputed."""
         if not self.spec.training.gradient_checkpointing:
             return 0.0
-        measured = self.memory.measured
-        return 1.0 if self.recomputed_blocks is None or measured is None else self.recomputed_blocks / measured.blocks
+        measured, blocks = self.memory.measured, self.recomputation.blocks
+        return 1.0 if blocks is None or measured is None else blocks / measured.blocks
 
 
 def fit_settings(
@@ -87,7 +101,7 @@ def fit_settings(
     choose: Choose,
     limits: Limits,
     gpu_gib: float | None,
-    shape: Callable[[ResolvedSpec, int | None], TrainingShape],
+    shape: Callable[[ResolvedSpec, Recomputation], TrainingShape],
     measure: Measure,
     *,
     may_keep: bool = True,
@@ -101,10 +115,10 @@ def fit_settings(
     measured: MeasuredMemory | None = None
     while True:
         resolved = resolve(spec, chosen := choose(limits))
-        memory = measure(resolved, limits.recomputed_blocks, measured)
+        memory = measure(resolved, limits.recomputation, measured)
         if memory.measured is None:
             # Nothing is known to fit.
-            limits = replace(limits, recomputed_blocks=None)
+            limits = replace(limits, recomputation=RECOMPUTE_ALL)
             resolved = resolve(spec, chosen := choose(limits))
             break
         measured = memory.measured
@@ -112,8 +126,8 @@ def fit_settings(
         if fitting == limits:
             break
         limits = fitting
-    return FittedSettings(resolved, chosen, limits.recomputed_blocks, memory)
+    return FittedSettings(resolved, chosen, limits.recomputation, memory)
 
 
-def _estimate_from(measured: MeasuredMemory, shape: Callable[[ResolvedSpec, int | None], TrainingShape]) -> Estimate:
-    return lambda spec, recomputed: measured_estimate(measured, shape(spec, recomputed))
+def _estimate_from(measured: MeasuredMemory, shape: Callable[[ResolvedSpec, Recomputation], TrainingShape]) -> Estimate:
+    return lambda spec, recomputation: measured_estimate(measured, shape(spec, recomputation))

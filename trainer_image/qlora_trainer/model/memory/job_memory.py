@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 Measure = Callable[[Path, ResolvedSpec, Sequence[StepSize], str], MeasuredMemory]
 MeasurePasses = Callable[[Path, Sequence[ResolvedSpec], Sequence[tuple[int, ...]]], tuple[ActivationBytes, ...]]
 """Measures passes of some of the jobs, given by their numbers."""
+_MOST_OF_HOST = 0.5
+"""Of a pod's memory, for inputs of blocks: the rest is for the trainer, checkpoints and paged optimizer state."""
 _PACKAGES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -40,6 +43,11 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
     the last block, as if none was, or at a recomputed one, as if all were, with the others' activations freed.
     """
     return _combine([(measured, training)], lambda trainings: _activations(measured, trainings[0]))
+
+
+def pod_memory_for_inputs(on_gpu: MemoryEstimate, offloaded: MemoryEstimate, gpus: int) -> int:
+    """Return the bytes that a pod needs to hold the inputs of blocks of so many GPUs; 0 if there are none."""
+    return math.ceil((on_gpu.checkpoints - offloaded.checkpoints) * gpus / _MOST_OF_HOST)
 
 
 def memory_together(
@@ -84,6 +92,9 @@ def _count_weights(measured: MeasuredMemory, training: TrainingShape) -> WeightC
 def _activations(measured: MeasuredMemory, training: TrainingShape) -> ActivationBytes:
     steps, tokens, blocks = measured.steps, training.tokens, training.recomputed_blocks
     kept, loss, work, *of_blocks = _interpolated(steps, tokens, is_checkpointed=blocks is None)
+    if training.offloads_inputs:
+        # On the GPU are the first, which the embeddings' output is, and that of the block at work.
+        kept, work = kept - sum(of_blocks[1:]), work + max(of_blocks, default=0)
     if blocks:
         inputs, _, recomputing, *_ = _interpolated(steps, tokens, is_checkpointed=True)
         kept = kept - sum(of_blocks[:blocks]) + inputs * blocks // measured.blocks

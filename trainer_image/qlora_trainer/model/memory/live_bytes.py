@@ -53,20 +53,21 @@ def _flash_backward(query: Tensor, key: Tensor, rows: int) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of all storages that operations make, until they are freed, and keeps the largest sum.
+    """Adds up the bytes of all storages that operations make on a device, until they are freed, and their largest sum.
 
     It counts the workspace of FlashAttention, and neither the CUDA context nor the allocator's fragmentation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self._device = device
         self.bytes = self.peak = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage from now on."""
         storage = tensor.untyped_storage()
-        if storage in self._known:
+        if tensor.device.type != self._device or storage in self._known:
             return
         self._known.add(storage)
         size = storage.nbytes()

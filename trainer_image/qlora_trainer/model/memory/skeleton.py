@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qlora_api.memory.training_shape import Recomputation
 from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.adapter.attach import attach_adapter
@@ -58,7 +59,7 @@ def adapted_skeleton(
             lora,
             family.target_modules,
             seed=training.seed,
-            recomputed_blocks=None if training.gradient_checkpointing else 0,
+            recomputation=Recomputation(None if training.gradient_checkpointing else 0),
             base_name="",
             base_revision="",
         )

@@ -78,7 +78,7 @@ def _bytes(
 ) -> StepBytes:
     base, device = model.get_base_model(), model.device.type
     gc.collect()
-    with LiveBytes() as live:
+    with LiveBytes(device) as live:
         for tensor in _tensors(model, batches):
             live.add(tensor)
         before = live.bytes

@@ -126,20 +126,22 @@ def test_the_document_is_fixed_when_the_job_starts() -> None:
 @pytest.mark.parametrize(
     ("profile", "resources", "expected"),
     [
-        ({"gpuMemory": "79Gi"}, {}, "79Gi"),
-        ({"gpuMemory": "79Gi"}, {"gpuMemory": "22Gi"}, "22Gi"),
-        ({"gpuMemory": "79Gi", "device": "cpu", "gpuResource": None}, {}, None),
-        ({}, {}, None),
+        ({"gpuMemory": "79Gi"}, {}, ("79Gi", "24Gi")),
+        ({"gpuMemory": "79Gi"}, {"gpuMemory": "22Gi", "memory": "64Gi"}, ("22Gi", "64Gi")),
+        ({}, {"gpuMemory": "22Gi"}, ("22Gi", "24Gi")),
+        ({"gpuMemory": "79Gi", "device": "cpu", "gpuResource": None}, {}, (None, None)),
+        ({}, {}, (None, None)),
     ],
-    ids=["the profile's", "the job's", "on a CPU", "none"],
+    ids=["the profile's", "the job's", "the GPU's of the job", "on a CPU", "none"],
 )
-def test_the_memory_of_a_gpu_is_the_profiles_if_the_job_sets_none(
-    profile: dict[str, Any], resources: dict[str, Any], expected: str | None
+def test_the_memory_of_gpu_and_pod_is_the_profiles_if_the_job_sets_none(
+    profile: dict[str, Any], resources: dict[str, Any], expected: tuple[str | None, str | None]
 ) -> None:
     text = build("prepare", profile, resources=resources)["spec"]["template"]["metadata"]["annotations"][
         "qlora.dev/spec"
     ]
-    assert json.loads(text)["spec"].get("resources", {}).get("gpuMemory") == expected
+    found = json.loads(text)["spec"].get("resources", {})
+    assert (found.get("gpuMemory"), found.get("memory")) == expected
 
 
 def test_the_document_has_no_operator_only_field() -> None:
