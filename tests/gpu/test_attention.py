@@ -9,7 +9,7 @@ from torch import Tensor
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 
 LENGTHS = (7, 130, 1, 64, 300)
-SHAPES = [(4, 4, 64), (8, 2, 64), (8, 1, 128), (4, 2, 256), (2, 2, 96)]
+SHAPES = [(4, 4, 64), (8, 2, 64), (8, 1, 128), (4, 2, 256), (2, 2, 96), (4, 2, 512)]
 
 
 def inputs(heads: int, key_heads: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +66,11 @@ def test_no_row_sees_another_bit_for_bit(window: int | None) -> None:
 
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("sinks", [None, (-1.0, 0.0, 2.0, 5.0)], ids=["without sinks", "with sinks"])
-def test_output_and_gradients_equal_those_of_the_cpu(sinks: tuple[float, ...] | None, window: int | None) -> None:
-    tensors = tuple(tensor.requires_grad_() for tensor in inputs(4, 2, 64))
+@pytest.mark.parametrize("size", [64, 512])
+def test_output_and_gradients_equal_those_of_the_cpu(
+    sinks: tuple[float, ...] | None, window: int | None, size: int
+) -> None:
+    tensors = tuple(tensor.requires_grad_() for tensor in inputs(4, 2, size))
     there = tuple(tensor.detach().cpu().float().requires_grad_() for tensor in tensors)
     found, expected = attend(tensors, window, sinks=sinks).float(), attend(there, window, sinks=sinks)
     torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)

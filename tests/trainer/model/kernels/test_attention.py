@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from benchmarks.kernels import Launches
 from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
+from qlora_trainer.model.memory.backward import gradients
+from qlora_trainer.model.memory.device import fake_cuda
 from tests.support.models.attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 ROWS = RowBoundaries.from_lengths(LENGTHS, torch.device("cpu"))
@@ -127,6 +130,25 @@ def test_attention_and_its_gradients_are_those_of_explicit_scores(
         # A token that sees only itself has a gradient of 0 for its query, but for the rounding of sums in 32 bit.
         rounding_of_zeros = 1e-5 * found.numel() ** 0.5
         assert (found.double() - reference).norm() <= tolerance * reference.norm() + rounding_of_zeros
+
+
+@pytest.mark.parametrize(("size", "value_size", "groups"), [(512, 512, 4), (192, 128, 1)], ids=["large", "latent"])
+def test_a_gpu_computes_heads_that_flash_attention_does_not_take_in_one_call_for_all_rows(
+    size: int, value_size: int, groups: int
+) -> None:
+    counts = set()
+    for lengths in ((341,), (300, 40, 1)):
+        with fake_cuda(), Launches() as launches:
+            rows = RowBoundaries(lengths, torch.empty(5, dtype=torch.int32, device="cuda"))
+            query, key, value = (
+                torch.empty(1, heads, 341, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+                for heads, width in ((4, size), (4 // groups, size), (4 // groups, value_size))
+            )
+            output, _ = rows_attention(MODULE, query, key, value, None, rows=rows)
+            gradients(output, [query, key, value], torch.empty_like(output))
+        assert output.shape == (1, 341, 4, value_size)
+        counts.add(launches.operations)
+    assert len(counts) == 1
 
 
 def test_inputs_of_other_types_are_computed_in_the_type_of_autocast() -> None:

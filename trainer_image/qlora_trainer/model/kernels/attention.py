@@ -29,6 +29,8 @@ ATTENTION = "qlora_rows"
 _LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 _SHORTEST_BOUND = 256
+# Of PyTorch's memory-efficient attention: a token sees those before it.
+_CAUSAL = 1
 # transformers passes these to every attention. Dropout of weights is a setting of the base's own training.
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "dropout"})
 
@@ -123,6 +125,8 @@ def rows_attention(
     has_kernel = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
     if query.is_cuda and has_kernel:
         return _all_rows_at_once(query, key, value, s_aux, rows, scale, sliding_window), None
+    if query.is_cuda and s_aux is None and sliding_window is None:
+        return _rows_of_large_heads(query, key, value, rows, scale), None
     if cpu.fuses_attention(query.device.type):
         return causal_rows(query, key, value, s_aux, rows.lengths, scale, sliding_window), None
     return _row_by_row(query, key, value, s_aux, rows, scale, sliding_window), None
@@ -160,6 +164,19 @@ def _all_rows_at_once(
         enable_gqa=True,
     )
     return cast("Tensor", without_sums)[..., :size].unsqueeze(0)
+
+
+def _rows_of_large_heads(query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, scale: float) -> Tensor:
+    """Compute heads of any size, which only the memory-efficient kernel takes, and no groups of them."""
+    groups, size = query.shape[1] // key.shape[1], value.shape[3]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    heads = (_for_kernel(tensor.squeeze(0).transpose(0, 1)).unsqueeze(0) for tensor in (query, key, value))
+    offsets, longest = rows.real_offsets, rows.longest
+    output, *_ = torch.ops.aten._efficient_attention_forward(
+        *heads, None, offsets, offsets, longest, longest, 0.0, _CAUSAL, True, scale=scale
+    )
+    return cast("Tensor", output)[..., :size]
 
 
 def _for_kernel(heads: Tensor) -> Tensor:
