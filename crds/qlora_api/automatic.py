@@ -260,14 +260,14 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
 def _checkpointing(spec: QLoRAJobSpec, limits: Limits) -> Iterator[Choice]:
     if spec.training.gradient_checkpointing is None:
         blocks = limits.recomputation.blocks
-        reason = "the GPU has room for all activations"
+        reason = "there is room for all activations"
         if limits.recomputation.offloads:
             reason = "inputs of the blocks are held in host memory, too many for the GPU"
         elif blocks is None:
             reason = "room for activations is not known, or too small"
         elif blocks:
             of_first = f"the first {blocks} blocks" if blocks > 1 else "the first block"
-            reason = f"{of_first}: the GPU has room for the activations of the others"
+            reason = f"{of_first}: there is room for the activations of the others"
         yield Choice.of("training.gradientCheckpointing", blocks != 0, reason)
 
 

@@ -251,7 +251,8 @@ class TrainingSpec(ApiModel):
         default=None,
         description="Recompute activations in the backward pass: saves much memory, takes a third more time. "
         "Automatic: where resources.gpuMemory is set, only blocks whose activations it has no room for. If that has no "
-        "room for the inputs of recomputed blocks, these are held in host memory, in up to half of resources.memory.",
+        "room for the inputs of recomputed blocks, these are held in host memory, in up to half of resources.memory. "
+        "On a CPU: all blocks, unless resources.memory has room for their activations.",
     )
     eval_every_steps: int | None = Field(
         default=None,

@@ -65,12 +65,20 @@ def test_a_job_with_only_a_model_and_data_reports_each_choice_with_its_reason(
     assert f"learningRate {values(record)['learningRate']} (for a width of 64), scheduler linear (falls to 0" in shown
 
 
-@pytest.mark.parametrize(("device", "recomputed"), [("cpu", True), ("cuda", False)])
-def test_activations_are_kept_where_the_gpu_has_room_and_not_on_a_cpu(
-    device: Device, recomputed: bool, make_context: MakeContext, rows: Callable[..., None]
+@pytest.mark.parametrize(
+    ("device", "memory", "recomputed"),
+    [
+        ("cpu", {}, True),
+        ("cpu", {"memory": "2Gi"}, True),
+        ("cpu", {"memory": "8Gi"}, False),
+        ("cuda", {"gpuMemory": "24Gi"}, False),
+    ],
+)
+def test_activations_are_kept_where_the_memory_of_the_gpu_or_a_cpus_pod_has_room(
+    device: Device, memory: dict[str, str], recomputed: bool, make_context: MakeContext, rows: Callable[..., None]
 ) -> None:
     rows(2)
-    context = make_context(merged(OPEN, {"resources": {"gpuMemory": "24Gi"}}))
+    context = make_context(merged(OPEN, {"resources": memory}))
     record = prepare(dataclasses.replace(context, device=device), Recorded())
     assert values(record)["gradientCheckpointing"] is recomputed
 

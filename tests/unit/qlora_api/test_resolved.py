@@ -24,7 +24,7 @@ CHOICES = (
     Choice.of("training.autoMicroBatch", True, ""),
     Choice.of("training.maxSequenceLength", 256, ""),
     Choice.of("training.packing", False, ""),
-    Choice.of("training.gradientCheckpointing", False, "the GPU has room for all activations"),
+    Choice.of("training.gradientCheckpointing", False, "there is room for all activations"),
     Choice.of("training.evalEverySteps", 50, ""),
     Choice.of("training.keep", "best", ""),
     Choice.of(HELD_OUT, 0.1, ""),

@@ -22,7 +22,7 @@ from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.memory.dry_run import measure_together_within_limits, measure_within_limits
 from qlora_trainer.model.memory.fit import MemoryFit, training_shape
-from qlora_trainer.model.memory.fitted import FittedSettings, fit_settings
+from qlora_trainer.model.memory.fitted import FittedSettings, fit_settings, gib_on_cpu
 from qlora_trainer.model.source.files import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.gguf import require_convertible
 from qlora_trainer.report.serving import warn_if_not_served
@@ -125,8 +125,7 @@ def check_settings(folder: Path, spec: QLoRAJobSpec, scratch: Path) -> Family:
 def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: Limits, *, on_gpu: bool) -> FittedModel:
     """Return the model with the chosen settings, the micro batch lowered until it fits the GPU.
 
-    `on_gpu`: whether it is trained on one, whose memory may hold all activations. Raises StepFailure if the model
-    cannot be trained so.
+    `on_gpu`: whether it is trained on one. Raises StepFailure if the model cannot be trained so.
     """
     family = model.family
     require_settings(family, model.folder / CONFIG, resolve(spec, choose(limits)))
@@ -139,8 +138,8 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: 
     def measure(resolved: ResolvedSpec, recomputation: Recomputation, earlier: MeasuredMemory | None) -> MemoryFit:
         return measure_memory(model.folder, resolved, family, limits.group_size, recomputation, earlier)
 
-    gpu_gib = spec.resources.gpu_gib
-    fitted = fit_settings(spec, choose, limits, gpu_gib, shape, measure, may_keep=on_gpu)
+    room = spec.resources.gpu_gib if on_gpu else gib_on_cpu(spec.resources.memory)
+    fitted = fit_settings(spec, choose, limits, room, shape, measure, on_gpu=on_gpu)
     warn_if_not_served(fitted.spec)
     return FittedModel(model, fitted)
 

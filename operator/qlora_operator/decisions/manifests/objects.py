@@ -208,8 +208,8 @@ def with_memory(document: str, job: QLoRAJob, profile: Profile) -> str:
     resources = content["spec"].setdefault("resources", {})
     for name, value in (
         ("gpuMemory", own.gpu_memory or gpu),
-        # It may hold what the GPU has no room for.
-        ("memory", own.memory or (profile.resources.train.memory if own.gpu_memory or gpu else None)),
+        # It holds activations on a CPU, and inputs of blocks that the GPU has no room for.
+        ("memory", own.memory or profile.resources.train.memory),
     ):
         resources.pop(name, None)
         if value is not None:

@@ -94,7 +94,8 @@ def test_only_training_on_a_cpu_is_given_another_allocator(step: StepName) -> No
 
 
 def test_the_trainer_is_given_the_document_and_its_own_folder() -> None:
-    job = build("train", training={"learningRate": 3e-4, "maxSteps": 5})
+    spec: dict[str, Any] = {"training": {"learningRate": 3e-4, "maxSteps": 5}, "resources": {"memory": "8Gi"}}
+    job = build("train", **spec)
     assert container_of(job)["args"] == [
         "train",
         "--job",
@@ -106,7 +107,7 @@ def test_the_trainer_is_given_the_document_and_its_own_folder() -> None:
     text = job["spec"]["template"]["metadata"]["annotations"]["qlora.dev/spec"]
     document = QLoRAJobDocument.model_validate_json(text)
     assert (document.metadata.name, document.metadata.namespace, document.metadata.uid) == (NAME, "team", UID)
-    assert document.spec == make_job(training={"learningRate": 3e-4, "maxSteps": 5}).spec
+    assert document.spec == make_job(**spec).spec
     assert document.spec.training.learning_rate == 3e-4
     items = next(volume for volume in pod_of(job)["volumes"] if volume["name"] == "job")["downwardAPI"]["items"]
     assert items == [{"path": "job.json", "fieldRef": {"fieldPath": "metadata.annotations['qlora.dev/spec']"}}]
@@ -129,8 +130,8 @@ def test_the_document_is_fixed_when_the_job_starts() -> None:
         ({"gpuMemory": "79Gi"}, {}, ("79Gi", "24Gi")),
         ({"gpuMemory": "79Gi"}, {"gpuMemory": "22Gi", "memory": "64Gi"}, ("22Gi", "64Gi")),
         ({}, {"gpuMemory": "22Gi"}, ("22Gi", "24Gi")),
-        ({"gpuMemory": "79Gi", "device": "cpu", "gpuResource": None}, {}, (None, None)),
-        ({}, {}, (None, None)),
+        ({"gpuMemory": "79Gi", "device": "cpu", "gpuResource": None}, {}, (None, "24Gi")),
+        ({}, {}, (None, "24Gi")),
     ],
     ids=["the profile's", "the job's", "the GPU's of the job", "on a CPU", "none"],
 )
