@@ -7,6 +7,7 @@ a Parquet file: a few of its bytes may become gigabytes, or crash the library th
 import gc
 import logging
 import multiprocessing
+import pickle
 import resource
 import signal
 import sys
@@ -77,15 +78,18 @@ def iterate_within_limits(
         while True:
             if not receiver.poll(seconds):
                 raise LimitReached(f"{what} took more than {seconds:g} seconds")
-            answer = receiver.recv()
+            try:
+                received = receiver.recv_bytes()
+            except EOFError:
+                process.join()
+                raise DryRunFailed(f"{what} was ended by signal or exit code {process.exitcode}") from None
+            # Outside of the try: reading an answer may import modules, whose errors are others.
+            answer = pickle.loads(received)  # noqa: S301 - as `recv` reads it
             if isinstance(answer, _End):
                 return
             if isinstance(answer, StepFailure | DryRunFailed):
                 raise answer
             yield answer
-    except EOFError:
-        process.join()
-        raise DryRunFailed(f"{what} was ended by signal or exit code {process.exitcode}") from None
     finally:
         process.kill()
         process.join()
