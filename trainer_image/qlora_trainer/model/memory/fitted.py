@@ -26,12 +26,12 @@ Measure = Callable[[ResolvedSpec, Recomputation, MeasuredMemory | None], MemoryF
 """The same from dry runs, as far as earlier ones do not hold."""
 
 
-def gib_on_cpu(memory: str | None) -> float | None:
-    """Return the GiB of a GPU with as much room as a CPU's pod with this memory, None if it is not known.
+def gib_on_cpu(memory: str | None) -> float:
+    """Return the GiB of a GPU with as much room as a CPU's pod with this memory, 0 if it is not known.
 
     SmolLM2-135M took 3.0 GB in bfloat16 with all activations of 2,048 tokens, and 1.5 GiB of a GPU by the dry run.
     """
-    return None if memory is None else max(0.1, (float(amount(memory)) / GIB - _CPU_PROCESS_GIB) / _CPU_FACTOR)
+    return 0.0 if memory is None else max(0.0, (float(amount(memory)) / GIB - _CPU_PROCESS_GIB) / _CPU_FACTOR)
 
 
 def first_limits(spec: QLoRAJobSpec, limits: Limits, gpu_gib: float | None) -> Limits:
@@ -55,7 +55,7 @@ def limits_that_fit(
     """
 
     def fits(resolved: ResolvedSpec, recomputation: Recomputation) -> bool:
-        return gpu_gib is None or verdict(estimate(resolved, recomputation), gpu_gib) == "fits"
+        return gpu_gib is None or _fits(estimate(resolved, recomputation), gpu_gib)
 
     while not fits(resolved := resolve(spec, choose(limits)), limits.recomputation):
         recomputed, size = limits.recomputation.blocks, resolved.training.micro_batch_size
@@ -75,6 +75,10 @@ def limits_that_fit(
         else:
             break
     return limits
+
+
+def _fits(estimate: MemoryEstimate, gib: float) -> bool:
+    return verdict(estimate, gib) == "fits"
 
 
 def _can_offload(resolved: ResolvedSpec, limits: Limits, estimate: Estimate) -> bool:
@@ -114,14 +118,14 @@ def fit_settings(
     shape: Callable[[ResolvedSpec, Recomputation], TrainingShape],
     measure: Measure,
     *,
-    on_gpu: bool = True,
+    cpu_gib: float | None = None,
 ) -> FittedSettings:
     """Return the job with the chosen settings, its chosen micro batch as large as the GPU has room for.
 
-    `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one. `on_gpu`:
-    whether `gpu_gib` is that of one. On a CPU, all activations are kept or none, and the micro batch stays.
+    `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one. `cpu_gib`:
+    room of the CPU that it is trained on, None on a GPU. There it decides whether all activations are kept, or none.
     """
-    limits = first_limits(spec, limits, gpu_gib)
+    limits = first_limits(spec, limits, gpu_gib if cpu_gib is None else cpu_gib or None)
     measured: MeasuredMemory | None = None
     while True:
         resolved = resolve(spec, chosen := choose(limits))
@@ -133,11 +137,10 @@ def fit_settings(
             break
         measured = memory.measured
         estimate = _estimate_from(measured, shape)
-        if on_gpu:
-            fitting = limits_that_fit(spec, choose, limits, gpu_gib, measured.blocks, estimate)
-        else:
-            fits = gpu_gib is not None and verdict(estimate(resolved, limits.recomputation), gpu_gib) == "fits"
-            fitting = limits if fits else replace(limits, recomputation=RECOMPUTE_ALL)
+        if cpu_gib and limits.recomputation.blocks == 0 and not _fits(estimate(resolved, Recomputation(0)), cpu_gib):
+            limits = replace(limits, recomputation=RECOMPUTE_ALL)
+            continue
+        fitting = limits_that_fit(spec, choose, limits, gpu_gib, measured.blocks, estimate)
         if fitting == limits:
             break
         limits = fitting
