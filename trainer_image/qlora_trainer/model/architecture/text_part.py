@@ -13,6 +13,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.errors import ModelError, explain_errors
+from qlora_trainer.model.kernels.linear_attention import use_rows
 
 # Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
 _TEXT = ((auto.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING),)
@@ -37,7 +38,9 @@ def without_weights(config: PretrainedConfig, **settings: object) -> PreTrainedM
     """The whole model on the meta device. Its configuration has an `auto_class`."""
     loader = cast("type[_BaseAutoModelClass]", auto_class(config))
     with torch.device("meta"):
-        return loader.from_config(config, trust_remote_code=False, **settings)
+        model = loader.from_config(config, trust_remote_code=False, **settings)
+    use_rows(model)
+    return model
 
 
 def text_part(config: PretrainedConfig, **settings: object) -> PreTrainedModel:
@@ -55,7 +58,9 @@ def random_text_part(config: PretrainedConfig, **settings: object) -> PreTrained
     """
     loader = cast("type[_BaseAutoModelClass]", auto_class(config))
     if not is_multimodal(config):
-        return loader.from_config(config, trust_remote_code=False, **settings)
+        model = loader.from_config(config, trust_remote_code=False, **settings)
+        use_rows(model)
+        return model
     model = without_weights(config, **settings)
     beside = {id(module) for name in parts_beside_text(model) for module in model.get_submodule(name).modules()}
     module: Any
@@ -111,7 +116,9 @@ def load_text_part(folder: Path, **settings: object) -> tuple[PreTrainedModel, M
         output_loading_info=True,
         **settings,
     )
-    return cast("tuple[PreTrainedModel, Mapping[str, Collection[object]]]", loaded)
+    model, report = cast("tuple[PreTrainedModel, Mapping[str, Collection[object]]]", loaded)
+    use_rows(model)
+    return model, report
 
 
 def parts_beside_text(model: PreTrainedModel) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ a mask transformers would decide itself what a token sees.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import cast
 
@@ -65,6 +66,12 @@ class RowBoundaries:
     def longest(self) -> int:
         """A bound of the tokens of each row."""
         return max(_SHORTEST_BOUND, _power_of_two(max(self.lengths)))
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """int64 [tokens] on the device: the row of each token, from 0. Computed once for all blocks."""
+        tokens = torch.arange(sum(self.lengths), dtype=self.offsets.dtype, device=self.offsets.device)
+        return torch.searchsorted(self.offsets[1:], tokens, right=True)
 
     def position_ids(self) -> Tensor:
         """int64 [1, tokens] in main memory: positions, from 0 in each row."""
