@@ -120,6 +120,11 @@ def matmul_parts(rows: int, columns: int, device_type: str) -> int:
     return 2 if device_type == "cpu" and 512 < columns <= 1024 and 768 <= rows <= 1024 else 1
 
 
+def multiplies_into_float32(device_type: str) -> bool:
+    """Whether a product of 16-bit matrices may be made in 32 bit, without rounding. PyTorch has that for GPUs only."""
+    return device_type != "cpu"
+
+
 def fuses_norms(device_type: str) -> bool:
     """Whether `model.kernels.norms` replaces root mean squares, as on a CPU only."""
     return device_type == "cpu"

@@ -11,6 +11,7 @@ from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
 from bitsandbytes.optim.optimizer import Optimizer2State
 from bitsandbytes.utils import sync_gpu
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from qlora_api.spec.resolved import ResolvedTraining
 
@@ -32,7 +33,7 @@ class _WaitingOnce(Optimizer2State):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update each parameter that has a gradient, and wait for the last, since the host reads paged state."""
-        updated = None
+        updated: list[nn.Parameter] = []
         for number, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
@@ -41,9 +42,11 @@ class _WaitingOnce(Optimizer2State):
                     self.init_state(group, parameter, number, index)
                 self.prefetch_state(parameter)
                 self.update_step(group, parameter, number, index)
-                updated = parameter
-        if updated is not None:
-            sync_gpu(updated)
+                updated.append(parameter)
+        if updated:
+            sync_gpu(updated[-1])
+        # bitsandbytes writes around PyTorch, which would call copies of the weights current (model.kernels).
+        increment_version(updated)
 
 
 class _PagedAdamW32bit(_WaitingOnce, PagedAdamW32bit):

@@ -1,5 +1,8 @@
 """The fused LoRA layer computes the same as PEFT's, and leaves unsupported options to PEFT."""
 
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,10 +10,13 @@ import torch
 from bitsandbytes.nn import Linear4bit as Base
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_trainer.model.kernels import fused_lora
-from qlora_trainer.model.kernels.fused_lora import fuse_lora
+from qlora_trainer.model.kernels.fused_lora import fuse_lora, mark_recomputed
+from qlora_trainer.training.optimizer import make_optimizer
+from tests.support.resolved import resolved_training
 
 
 class OneLayer(nn.Module):
@@ -26,14 +32,16 @@ class OneLayer(nn.Module):
         return output
 
 
-def adapted(*, bias: bool = False, outputs: int = 128, dtype: torch.dtype = torch.bfloat16, **lora: Any) -> Any:
-    """The layer with an adapter of scale 1/2 whose B is not 0."""
+def adapted(
+    *, bias: bool = False, outputs: int = 128, dtype: torch.dtype = torch.bfloat16, alpha: int = 4, **lora: Any
+) -> Any:
+    """The layer with an adapter of scale 1/2, or another, whose B is not 0."""
     torch.manual_seed(0)
     model = OneLayer(bias, outputs, dtype).to(dtype).requires_grad_(False).to("cpu")
     model.layer.support_avx512bf16_for_cpu = False
     # PEFT asks for this before it makes a layer for 4-bit weights.
     model.is_loaded_in_4bit = True
-    peft = get_peft_model(model, LoraConfig(r=8, lora_alpha=4, target_modules=["layer"], **lora))
+    peft = get_peft_model(model, LoraConfig(r=8, lora_alpha=alpha, target_modules=["layer"], **lora))
     nn.init.normal_(peft.base_model.model.layer.lora_B["default"].weight)
     return peft
 
@@ -87,10 +95,12 @@ def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(
         assert error(found[name], value) < 2**-7, name
 
 
+# The second scale is not a power of two.
+@pytest.mark.parametrize("alpha", [4, 3])
 @pytest.mark.parametrize("recomputed", [False, True], ids=["once", "recomputed"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_in_float32_output_and_gradients_are_those_of_peft(
-    bias: bool, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+    bias: bool, recomputed: bool, alpha: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No rounding hides a small mistake."""
     asked: list[torch.dtype] = []
@@ -101,7 +111,7 @@ def test_in_float32_output_and_gradients_are_those_of_peft(
         return dequantize(weight, state, dtype)
 
     monkeypatch.setattr(fused_lora, "_dequantize", noted)
-    settings: dict[str, Any] = {"bias": bias, "dtype": torch.float32}
+    settings: dict[str, Any] = {"bias": bias, "dtype": torch.float32, "alpha": alpha}
     expected = results(adapted(**settings), dtype=torch.float32)
     found = results(fused(recomputed=recomputed, **settings), dtype=torch.float32)
 
@@ -109,6 +119,101 @@ def test_in_float32_output_and_gradients_are_those_of_peft(
     assert found.keys() == expected.keys()
     errors = {name: error(found[name], value) for name, value in expected.items()}
     assert max(errors.values()) < 1e-6, errors
+
+
+def test_a_power_of_two_scales_in_the_matmul_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_matmul = results(fused())
+    monkeypatch.setattr("math.frexp", lambda _scale: (0.75, 0))
+    afterwards = results(fused())
+
+    assert all(torch.equal(in_matmul[name], value) for name, value in afterwards.items())
+
+
+@torch.no_grad()
+def assign(weight: nn.Parameter) -> None:
+    weight.copy_(weight * 1.5)
+
+
+@torch.inference_mode()
+def scale_in_inference(weight: nn.Parameter) -> None:
+    weight.mul_(1.5)
+
+
+def replace_data(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 1.5
+
+
+def step(weight: nn.Parameter, **settings: Any) -> None:
+    training = resolved_training(learning_rate=0.1, **settings)
+    weight.grad = torch.ones_like(weight)
+    make_optimizer([weight], training).step()
+    weight.grad = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        assign,
+        scale_in_inference,
+        replace_data,
+        *(partial(step, optimizer=name) for name in ("adamw", "paged_adamw_32bit", "paged_adamw_8bit")),
+    ],
+    ids=["assign", "inference", "data", "adamw", "32bit", "8bit"],
+)
+def test_a_pass_computes_with_the_weights_as_they_are_now(change: Callable[[nn.Parameter], None]) -> None:
+    model, other = fused(), fused()
+    before = results(model)
+    model.zero_grad()
+    for name in ("lora_A", "lora_B"):
+        change(getattr(layer(model), name)["default"].weight)
+        # The other has computed nothing yet.
+        setattr(layer(other), name, getattr(layer(model), name))
+
+    found, expected = results(model), results(other)
+    assert not torch.equal(found["output"], before["output"])
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class Conversions(TorchDispatchMode):
+    """Counts the adapter's matrices that are converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.matrices += len(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_converted_once_until_they_change() -> None:
+    model = fused()
+    with Conversions() as counted:
+        for _micro_batch in range(3):
+            results(model)
+        assert counted.matrices == 2
+        assign(layer(model).lora_A["default"].weight)
+        results(model)
+    assert counted.matrices == 3
+
+
+def test_a_block_that_is_recomputed_keeps_no_converted_weights() -> None:
+    model = fused()
+    results(model)
+    freed = weakref.ref(layer(model).copies.of([layer(model).lora_A["default"].weight], torch.bfloat16)[0])
+    mark_recomputed(model)
+    assert freed() is None
+    with Conversions() as counted:
+        results(model)
+    # Forward, and again for backward.
+    assert counted.matrices == 4
+
+
+def test_weights_of_the_matmuls_own_type_are_not_converted() -> None:
+    with Conversions() as counted:
+        results(fused(dtype=torch.float32), dtype=torch.float32)
+    assert counted.matrices == 0
 
 
 @pytest.mark.parametrize(("recomputed", "dequantized"), [(False, 5), (True, 4)])

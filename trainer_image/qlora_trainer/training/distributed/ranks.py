@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
 from qlora_trainer.training.distributed.launch import RankInfo
@@ -137,6 +138,8 @@ class Ranks:
         with self._exchange():
             for parameter in parameters:
                 torch.distributed.broadcast(parameter.data, src=0)
+                # `data` is written without PyTorch's count, by which copies of the weights are kept current.
+                increment_version(parameter)
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
