@@ -171,6 +171,10 @@ types: $(VENV)/.synced ## Check the trainer against the types of PyTorch and tra
 benchmarks: $(VENV)/.synced-benchmarks ## Compare the trainer with TRL and others: 40 minutes on an idle machine
 	@$(PYTHON) -m benchmarks
 
+.PHONY: bench-gpu
+bench-gpu: $(VENV)/.synced ## Compare the trainer with TRL and Unsloth on one GPU: half an hour, and 3 GB of downloads
+	@UV=$(UV) $(PYTHON) -m benchmarks.gpu $(BENCH_OPTIONS)
+
 .PHONY: kernels
 kernels: $(VENV)/.synced ## Count the GPU work of a block, without a GPU, and write the ceilings and their table: a minute
 	@CUDA_VISIBLE_DEVICES= $(PYTHON) -m benchmarks.kernels

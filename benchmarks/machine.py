@@ -64,13 +64,18 @@ def describe_machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             kernel=platform.release().partition("-")[0],
             python=platform.python_version(),
-            libraries={name: _version(name) for name in libraries},
+            libraries=describe_libraries(libraries),
             environment=describe_environment(),
             load=os.getloadavg(),
             commit=commit,
             changed=changed,
         )
     )
+
+
+def describe_libraries(names: Sequence[str]) -> dict[str, str | None]:
+    """Return the versions of the libraries, None if not installed."""
+    return {name: _version(name) for name in names}
 
 
 def describe_environment() -> dict[str, str | None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_trainer.core.context import Mounts, StepContext, load_document
+from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.process import set_environment
 from qlora_trainer.core.records import RecordWriter
@@ -21,9 +21,7 @@ WORKSPACE = "workspace"
 JOB_UID = "7d0c2f5e-0000-4000-8000-000000000003"
 
 
-def prepare_command(
-    folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], dataset: dict[str, Any] | None = None
-) -> list[str]:
+def prepare_command(folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any]) -> list[str]:
     """Return the command that prepares `folder`/train.jsonl with default settings."""
     (folder / JOB).write_text(
         json.dumps(
@@ -33,7 +31,7 @@ def prepare_command(
                 "metadata": {"name": "benchmark", "uid": JOB_UID},
                 "spec": {
                     "model": {"source": "pvc://model"},
-                    "dataset": {"source": "pvc://data/train.jsonl", **(dataset or {})},
+                    "dataset": {"source": "pvc://data/train.jsonl"},
                     "lora": lora,
                     "training": training,
                 },
@@ -46,23 +44,23 @@ def prepare_command(
 
 
 def prepared_context(
-    folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], dataset: dict[str, Any] | None = None
+    folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], device: Device = "cpu"
 ) -> StepContext:
     """Run prepare, and return the context of train.
 
     Raises CalledProcessError if it fails; see its record.
     """
-    command = prepare_command(folder, model, training, lora, dataset)
-    subprocess.run(command, check=True, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=sys.stderr)
-    return context_of(folder, model)
+    command = prepare_command(folder, model, training, lora)
+    subprocess.run(command, check=True, env={**os.environ, "QLORA_DEVICE": device}, stdout=sys.stderr)
+    return context_of(folder, model, device)
 
 
-def context_of(folder: Path, model: Path) -> StepContext:
+def context_of(folder: Path, model: Path, device: Device = "cpu") -> StepContext:
     """Return train's context in a prepared folder. PyTorch must not be loaded yet."""
     workspace = WorkspaceLayout(folder / WORKSPACE)
-    set_environment("train", workspace.root)
+    set_environment("train", workspace.root, device=device)
     mounts = Mounts(claims={"model": model, "data": folder})
-    return StepContext(load_document(folder / JOB), workspace, mounts, "cpu", "local", 1, str(workspace.root))
+    return StepContext(load_document(folder / JOB), workspace, mounts, device, "local", 1, str(workspace.root))
 
 
 def train_here(context: StepContext) -> None:

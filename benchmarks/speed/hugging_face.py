@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from benchmarks.speed.settings import ALPHA, RANK
 
 
-def load_base(folder: Path) -> Any:
-    """Load the base in NF4, double quantized, with bf16 products and fused attention."""
+def load_base(folder: Path, device: str = "cpu", attention: str = "sdpa") -> Any:
+    """Load the base in NF4, double quantized, with bf16 products."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(
@@ -24,8 +24,8 @@ def load_base(folder: Path) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
         ),
         dtype=torch.bfloat16,
-        attn_implementation="sdpa",
-        device_map="cpu",
+        attn_implementation=attention,
+        device_map=device,
         local_files_only=True,
     )
     for layer in model.modules():
@@ -35,9 +35,9 @@ def load_base(folder: Path) -> Any:
     return model
 
 
-def lora_config() -> LoraConfig:
+def lora_config(rank: int = RANK, alpha: int = ALPHA) -> LoraConfig:
     """Adapters on every linear layer of the blocks."""
-    return LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+    return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

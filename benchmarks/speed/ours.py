@@ -34,10 +34,11 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
     context = prepared_context(inputs.folder, inputs.model, training, {"rank": RANK, "alpha": ALPHA})
     instrument.install()
     train_here(context)
-    return _useful(context)
+    return useful(context)
 
 
-def _useful(context: StepContext) -> tuple[list[int], list[int]]:
+def useful(context: StepContext) -> tuple[list[int], list[int]]:
+    """Return the tokens and the rows of each step of a prepared job."""
     from qlora_trainer.core.completion import PrepareRecord, read_completion
     from qlora_trainer.data.prepared import PreparedDataset
     from qlora_trainer.training.schedule import Schedule

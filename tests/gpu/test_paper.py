@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers import LlamaConfig
 
+from benchmarks.gpu.base import random_model
 from qlora_api.memory.advice import budget
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.training_shape import RECOMPUTE_ALL
@@ -71,34 +70,9 @@ LLAMA_8B = LlamaConfig(
 
 
 def random_base(config: LlamaConfig, device: str) -> Any:
-    """A model with random 4-bit weights, made by layer: 130 GB in 16 bit never exist."""
+    """A model with random 4-bit weights and the trainer's kernels."""
     register_attention()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            values = torch.empty(module.out_features, module.in_features, dtype=torch.bfloat16, device=device)
-            values.normal_(std=0.02)
-            module.weight = Params4bit(
-                values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=module
-            ).to(device)
-            module.support_avx512bf16_for_cpu = False
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            filled = torch.ones if parameter.ndim == 1 else torch.zeros
-            value = filled(parameter.shape, dtype=torch.bfloat16, device=device)
-            if parameter.ndim > 1:
-                value.normal_(std=0.02)
-            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
-    decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)
+    model = random_model(config, device, ATTENTION)
     fuse_norms(model)
     fuse_activations(model)
     # PEFT asks for this before it makes its layer for 4-bit weights.
