@@ -38,7 +38,7 @@ def train(case: Case, workload: Workload, folder: Path, model: Path) -> dict[str
     if job.prepared.measured is None:
         raise AssertionError("prepare has measured the job's memory")
     estimate = measured_estimate(
-        job.prepared.measured, training_shape(job.spec, job.prepared.target_modules, job.recomputed_blocks)
+        job.prepared.measured, training_shape(job.spec, job.prepared.target_modules, job.recomputation)
     )
     meter = Meter(workload)
     meter.install()
