@@ -16,6 +16,14 @@ def on_gpu(files: Files, *steps: str) -> Files:
     return files
 
 
+def on_cpu(files: Files, root: Path) -> Files:
+    """A copy of prepared files, trained on the CPU."""
+    there = files.copied(root)
+    done = there.run("train", QLORA_DEVICE="cpu")
+    assert done.exit_code == 0, done.stdout + done.stderr
+    return there
+
+
 def record(files: Files, step: str) -> dict[str, Any]:
     """The completion record of a step."""
     found: dict[str, Any] = json.loads((files.workspace / "records" / f"{step}.json").read_text())

@@ -1,4 +1,4 @@
-"""Two GPUs of one run: gathered blocks of a sharded base, and the loss of a process."""
+"""Two GPUs of one run: gathered blocks of a sharded base, two nodes, and the loss of a process."""
 
 import json
 import os
@@ -9,11 +9,18 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from tests.gpu.figures import Figures
-from tests.gpu.runs import record
+from tests.gpu.runs import losses, on_gpu, record
 from tests.support.commands.command import Files
 from tests.support.manifests import merged
-from tests.support.ranks import SHARDED, TWO, beginning_with, other, succeeded, until
+from tests.support.ranks import SHARDED, TWO, Pods, beginning_with, other, succeeded, until
 
+ONLY_SOCKETS = {
+    "NCCL_P2P_DISABLE": "1",
+    "NCCL_SHM_DISABLE": "1",
+    "NCCL_IB_DISABLE": "1",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+"""As between machines, although the GPUs are in one."""
 NOTING = """
 from pathlib import Path
 from tests.support.models.gathered import note_gathered
@@ -37,6 +44,19 @@ def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(
     figures.add(
         "1B, 2 × 2048 tokens, sharded over two GPUs: memory", record(files, "train")["peakMemoryBytes"] / 2**30, "GiB"
     )
+
+
+@pytest.mark.gpu(cards=2)
+def test_two_nodes_that_meet_over_sockets_train_as_one_gpu(tmp_path: Path, tiny: Files) -> None:
+    spec = {"resources": {"nodes": 2}, "training": {"gradientAccumulationSteps": 2}}
+    pods = Pods.of(tiny.copied(tmp_path / "nodes").with_spec(spec))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    both = [pods.start(node, QLORA_DEVICE="cuda", CUDA_VISIBLE_DEVICES=gpus[node], **ONLY_SOCKETS) for node in (1, 0)]
+    for pod in both:
+        done = pod.done()
+        assert done.exit_code == 0, done.stdout + done.stderr
+    one = on_gpu(tiny.copied(tmp_path / "one").with_spec({**spec, "resources": {"nodes": 1}}), "train")
+    assert losses(pods.files) == pytest.approx(losses(one), rel=2e-2)
 
 
 @pytest.mark.gpu(cards=2)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures
-from tests.gpu.runs import losses, metrics, on_gpu, record
+from tests.gpu.runs import losses, metrics, on_cpu, on_gpu, record
 from tests.support.commands.command import Files
 from tests.support.models.tiny import JOB_UID, POD_UID
 
@@ -33,8 +33,7 @@ def test_a_run_lowers_the_held_out_loss_and_is_published(undisturbed: Files) -> 
 
 
 def test_a_run_is_close_to_the_same_on_a_cpu(undisturbed: Files, tiny: Files, tmp_path: Path) -> None:
-    there = tiny.copied(tmp_path / "job")
-    assert there.run("train", QLORA_DEVICE="cpu").exit_code == 0
+    there = on_cpu(tiny, tmp_path / "job")
     # On a CPU, float32 instead of bfloat16 moves no loss of these 30 steps by more than 1e-3 of itself; other kernels,
     # which sum in another order, change less than another type.
     assert losses(undisturbed) == pytest.approx(losses(there), rel=1e-2)

@@ -107,6 +107,8 @@ class Files:
     root: Path
     models: Path
     spec: dict[str, Any] = field(default_factory=lambda: SPEC)
+    others: tuple["Files", ...] = ()
+    """Jobs that are trained together with this one, on the same base."""
 
     @property
     def workspace(self) -> Path:
@@ -141,7 +143,13 @@ class Files:
             *(sys.executable, "-m", "qlora_trainer", step, "--job", str(job), "--workspace", str(self.workspace)),
             *("--volume", f"models={self.models}", "--volume", f"data={self.data}"),
             *("--termination-log", str(self.root / "termination-log")),
+            *(argument for other in self.others for argument in other._beside(step)),
         ]
+
+    def _beside(self, step: str) -> tuple[str, ...]:
+        """The arguments for this job, with its document written, where another job has it among its `others`."""
+        self.command(step)
+        return "--with", str(self.root / "job.json"), str(self.workspace)
 
     def start(self, step: str, prefix: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
         """The step's process, running: a fork, unless a program starts it or variables are read at its start."""
