@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,12 +26,13 @@ from benchmarks.operator.table import head, row
 from benchmarks.together import PAGE
 from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
 from qlora_api.spec.training import QuantizationSpec
+from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
 from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.memory.device import fake_batch
 from qlora_trainer.model.memory.measure import trained_on_fake_cuda
 from qlora_trainer.model.memory.skeleton import adapted_skeleton
-from qlora_trainer.model.memory.step import StepBytes, full_batch, step_bytes
+from qlora_trainer.model.memory.step import StepBytes, full_batch, joint_step_bytes, step_bytes
 from qlora_trainer.model.source.hub_config import packaged_config
 
 NAME, COMMAND = "kernels", "benchmarks.kernels"
@@ -52,11 +54,14 @@ class Case:
     """Its entry in the configuration's `layer_types`."""
     gpu_gib: float = 24
     recomputed: bool = False
+    jobs: int = 1
+    """Equal ones in one pod, each with its part of the tokens."""
 
 
 CASES = (
     Case("Llama 3.1 8B", "meta-llama/Llama-3.1-8B-Instruct"),
     Case("Llama 3.1 8B, recomputed", "meta-llama/Llama-3.1-8B-Instruct", recomputed=True),
+    Case("Llama 3.1 8B, recomputed, 8 jobs", "meta-llama/Llama-3.1-8B-Instruct", recomputed=True, jobs=8),
     Case("Gemma 3 12B, sliding window", "google/gemma-3-12b-it", "sliding_attention"),
     Case("Qwen3-30B-A3B, experts one by one", "Qwen/Qwen3-30B-A3B"),
     Case("Qwen3-30B-A3B, experts together", "Qwen/Qwen3-30B-A3B", gpu_gib=80),
@@ -143,7 +148,7 @@ def _run(case: Case, blocks: int) -> tuple[Launches, StepBytes]:
     """Run a micro batch of the model with so many blocks."""
     config, family = _inspect(case.model, case.kind)
     _set_blocks(config, case.kind, blocks)
-    rows = 1 if family.one_row else ROWS
+    rows = case.jobs if case.jobs > 1 else 1 if family.one_row else ROWS
     training = ResolvedTraining(
         micro_batch_size=rows,
         max_sequence_length=TOKENS // rows,
@@ -155,9 +160,14 @@ def _run(case: Case, blocks: int) -> tuple[Launches, StepBytes]:
         gradient_checkpointing=case.recomputed,
     )
     model = adapted_skeleton(config, family, LORA, training, QuantizationSpec())
-    batch = full_batch(rows, TOKENS // rows)
+    jobs = [adapter_name(position) for position in range(case.jobs)]
+    for name in jobs[1:]:
+        with torch.device("meta"):
+            attach_further_adapter(model, name, LORA, family.target_modules, seed=0, base_name="", base_revision="")
+    batch = full_batch(rows // case.jobs, TOKENS // rows)
     with trained_on_fake_cuda(model, case.gpu_gib), Launches() as launches:
-        return launches, step_bytes(model, fake_batch(batch))
+        batches = {name: fake_batch(batch) for name in jobs}
+        return launches, joint_step_bytes(model, batches) if case.jobs > 1 else step_bytes(model, batches[jobs[0]])
 
 
 @cache

@@ -120,6 +120,14 @@ def matmul_parts(rows: int, columns: int, device_type: str) -> int:
     return 2 if device_type == "cpu" and 512 < columns <= 1024 and 768 <= rows <= 1024 else 1
 
 
+def stacked_ranks(device_type: str) -> int:
+    """The most ranks of several adapters that are multiplied as one, with each token's products for the others dropped.
+
+    A tile of a GPU's matmul has as many columns, so fewer take as long. On a CPU the dropped products take time.
+    """
+    return 0 if device_type == "cpu" else 256
+
+
 def multiplies_into_float32(device_type: str) -> bool:
     """Whether a product of 16-bit matrices may be made in 32 bit, without rounding. PyTorch has that for GPUs only."""
     return device_type != "cpu"

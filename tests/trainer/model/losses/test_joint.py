@@ -9,6 +9,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from qlora_api.memory.training_shape import RECOMPUTE_ALL
+from qlora_trainer.core import cpu
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.model.adapter.attach import (
     activate_adapter,
@@ -22,7 +23,7 @@ from qlora_trainer.model.adapter.attach import (
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.families.inspection import inspect_family
-from qlora_trainer.model.kernels.fused_lora import require_apart
+from qlora_trainer.model.kernels.fused_lora import require_apart, routing_of
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.losses.loss import batch_loss
@@ -113,18 +114,39 @@ def test_each_adapter_is_initialized_and_saved_as_alone(tiny_llama: Path, tmp_pa
         assert {path.name: path.read_bytes() for path in (tmp_path / "together").iterdir()} == files
 
 
-def test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone(tiny_llama: Path) -> None:
+# All apart as on a CPU, two of three, and all stacked.
+@pytest.mark.parametrize("stacked_ranks", [0, 12, 256])
+def test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone(
+    stacked_ranks: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "stacked_ranks", lambda _device_type: stacked_ranks)
     model = together(tiny_llama)
     for seed, name in enumerate(ADAPTERS):
         activate_adapter(model, name)
         leave_zero(model, seed)
     found = together_results(model, BATCHES)
+    # Those of each pass differ.
+    assert not routing_of(model).masks
     for seed, name in enumerate(ADAPTERS):
         single = alone(tiny_llama, name)
         leave_zero(single, seed)
         for value, expected in zip(found[name], alone_results(single, BATCHES[name]), strict=True):
             # Rounding to 16 bit alone makes a difference of about one percent to the gradients in 32 bit.
             assert float((value - expected).norm() / expected.norm()) < 0.01
+
+
+def test_a_loss_that_is_not_finite_reaches_no_other_adapter(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "stacked_ranks", lambda _device_type: 256)
+    model = together(tiny_llama)
+    with route(model, BATCHES):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            default, *others = joint_losses(model, BATCHES).values()
+        (default * torch.nan + sum(others)).backward()
+    found = {}
+    for name in ADAPTERS:
+        activate_adapter(model, name)
+        found[name] = all(bool(parameter.grad.isfinite().all()) for parameter in adapter_parameters(model).values())
+    assert found == {"default": False, "job00": True, "job01": True}
 
 
 def test_an_adapter_without_rows_in_a_pass_gets_no_gradient(tiny_llama: Path) -> None:

@@ -3,13 +3,16 @@
 The adapter's matmul adds in place to the base's output, and likewise to the gradient in backward, which dequantizes the
 weight again instead of keeping it. Only rounding to 16 bit differs: it happens less often.
 
-A sequence may have segments with different adapters: the base's matmul is one for all tokens, and each
-adapter's matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 2310.18547).
+A sequence may have segments with different adapters: the base's matmul is one for all tokens. On a CPU each adapter's
+matmuls are of its tokens only (as in Punica, Chen et al. 2023, arXiv 2310.18547). On a GPU, which idles while the host
+launches many small ones, the tokens of several are multiplied by their stacked matrices, and a mask drops the products
+with other adapters.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol, cast
 
 import torch
@@ -21,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_trainer.core import cpu
 from qlora_trainer.model.errors import ModelError
-from qlora_trainer.model.kernels.weight_copies import WeightCopies, convert
+from qlora_trainer.model.kernels.weight_copies import WeightCopies, convert, stack_weights
 from qlora_trainer.model.protocols import AutogradContext, Network
 
 _NOT_APART = "one of its layers does not take the tokens of several adapters together"
@@ -44,6 +47,26 @@ class Routing:
     """In the order of the tokens; those in none, as padding, have no adapter. Empty: all have the active adapter."""
     tokens: int = 0
     """Of the whole sequence."""
+    masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    """Of segments whose adapters are stacked, by segments, ranks and scales."""
+
+    def clear(self) -> None:
+        """Give all tokens the active adapter."""
+        self.segments = ()
+        self.masks.clear()
+
+    def mask(
+        self, segments: Sequence[Segment], ranks: Sequence[int], scales: Sequence[float], device: torch.device
+    ) -> Tensor:
+        """The scale of each stacked rank for each token, float32 [tokens from first to last, ranks]; 0 for others'."""
+        key = (tuple(segments), tuple(ranks), tuple(scales))
+        if key not in self.masks:
+            first = segments[0].start
+            made = torch.zeros(segments[-1].stop - first, sum(ranks), device=device)
+            for segment, scale, columns in zip(segments, scales, made.split(list(ranks), dim=1), strict=True):
+                columns[segment.start - first : segment.stop - first] = scale
+            self.masks[key] = made
+        return self.masks[key]
 
 
 class FusedLora(Linear4bit):
@@ -69,12 +92,9 @@ class FusedLora(Linear4bit):
         # Wider only behind what autocast computes in float32: it would multiply in 16 bit too.
         x = x.to(base.compute_dtype)
         weights = [weight for segment in segments for weight in self._weights(segment.adapter)]
-        # Kept activations would keep the copies anyway. Of recomputed blocks they would take memory that is short.
-        copies = convert(weights, x.dtype) if self.recomputed else self.copies.of(weights, x.dtype)
-        parts = tuple(
-            _Part.of(segment, weight.dtype, self.scaling[segment.adapter])
-            for segment, weight in zip(segments, weights[::2], strict=True)
-        )
+        stacks = self._stacks(segments, x.device.type)
+        parts = [self._part(stack, x.device) for stack in stacks]
+        copies = [copy for stack in stacks for copy in self._copies(stack, x.dtype)]
         kept = cpu.keeps_dequantized(x.device.type, recomputed=self.recomputed and self.is_loaded)
         output, dense, *inners = _LoraMatmul.apply(x, base.weight, base.quant_state, parts, kept, copies, *weights)
         if dense is None:
@@ -88,6 +108,41 @@ class FusedLora(Linear4bit):
 
     def _weights(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+
+    def _stacks(self, segments: Sequence[Segment], device_type: str) -> list[list[Segment]]:
+        """Group the segments, in order, by the stack of their adapters."""
+        stacks, ranks = list[list[Segment]](), 0
+        for segment in segments:
+            ranks += self.r[segment.adapter]
+            if not stacks or ranks > cpu.stacked_ranks(device_type):
+                stacks.append([])
+                ranks = self.r[segment.adapter]
+            stacks[-1].append(segment)
+        return stacks
+
+    def _part(self, stack: Sequence[Segment], device: torch.device) -> "_Part":
+        tokens, names = slice(stack[0].start, stack[-1].stop), [segment.adapter for segment in stack]
+        ranks, scales = [self.r[name] for name in names], [self.scaling[name] for name in names]
+        members = [
+            _Member(
+                slice(segment.start - tokens.start, segment.stop - tokens.start),
+                slice(end - rank, end),
+                self._weights(segment.adapter)[0].dtype,
+            )
+            for segment, rank, end in zip(stack, ranks, accumulate(ranks), strict=True)
+        ]
+        if len(stack) > 1:
+            return _Part(tokens, members, mask=self.routing.mask(stack, ranks, scales, device))
+        is_exact = math.frexp(scales[0])[0] == 0.5
+        return _Part(tokens, members, *((scales[0], 1.0) if is_exact else (1.0, scales[0])))
+
+    def _copies(self, stack: Sequence[Segment], dtype: torch.dtype) -> Sequence[Tensor]:
+        """The matrices A and B of a stack in this type."""
+        weights = [self._weights(segment.adapter) for segment in stack]
+        if len(stack) > 1:
+            return stack_weights(weights, dtype)
+        # Kept activations would keep the copies anyway. Of recomputed blocks they would take memory that is short.
+        return convert(weights[0], dtype) if self.recomputed else self.copies.of(weights[0], dtype)
 
     def _segments(self, x: Tensor) -> tuple[Segment, ...]:
         """The tokens with an adapter in this layer. Jobs may adapt different layers."""
@@ -172,20 +227,52 @@ def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | No
 
 @dataclass(frozen=True)
 class _Part:
-    """Tokens with an adapter, whose scale is `scale` times `later_scale`: one of them is 1."""
+    """Tokens with an adapter, or with one of several whose matrices are stacked.
+
+    The scale of an adapter is the product of `scale`, `later_scale` and `mask`, of which all but one are 1.
+    """
 
     tokens: slice
-    dtype: torch.dtype
-    """Of the adapter's weights, and of their gradients."""
-    scale: float
+    members: Sequence["_Member"]
+    scale: float = 1.0
     """A power of two, so a matmul can apply it before it rounds, without another operation."""
-    later_scale: float
+    later_scale: float = 1.0
     """Applied to a rounded result."""
+    mask: Tensor | None = None
+    """Of stacked adapters, [tokens, ranks]."""
 
-    @classmethod
-    def of(cls, segment: Segment, dtype: torch.dtype, scale: float) -> "_Part":
-        is_exact = math.frexp(scale)[0] == 0.5
-        return cls(slice(segment.start, segment.stop), dtype, *((scale, 1.0) if is_exact else (1.0, scale)))
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product, [tokens, ranks], with `scale` and `mask`."""
+        made = left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=self.scale)
+        return made if self.mask is None else made.mul_(self.mask)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An adapter of a part."""
+
+    tokens: slice
+    """Of the part's."""
+    ranks: slice
+    """Of the part's."""
+    dtype: torch.dtype
+    """Of the weights, and of their gradients."""
+
+    def weight_gradients(
+        self, x: Tensor, inner: Tensor, inner_gradient: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of A [rank, in] and B [out, rank], given the part's tensors.
+
+        They are sums over tokens: those of other adapters would pass on a NaN even if multiplied by 0.
+        """
+        own = self.tokens, self.ranks
+        return self._product(inner_gradient[own], x[self.tokens]), self._product(gradient[self.tokens], inner[own])
+
+    def _product(self, outer: Tensor, inner: Tensor) -> Tensor:
+        """The product outerᵀ inner."""
+        if self.dtype == torch.float32 != outer.dtype and cpu.multiplies_into_float32(outer.device.type):
+            return torch.mm(outer.T, inner, out_dtype=self.dtype)
+        return outer.T @ inner
 
 
 class _Context(AutogradContext, Protocol):
@@ -196,11 +283,11 @@ class _Context(AutogradContext, Protocol):
 
 
 class _LoraMatmul(torch.autograd.Function):
-    """`x` is [..., in], `weight` the frozen packed one of [out, in]. Each part has `a` [rank, in], `b` [out, rank].
+    """`x` is [..., in], `weight` the frozen packed one of [out, in]. Each part has `a` [ranks, in], `b` [out, ranks].
 
     It computes with `copies` of the adapters' weights in the type of `x`, and gives the weights their gradients.
     Returns an uninitialized output, which the caller computes; the dequantized weight if it is `kept` for backward; and
-    the scaled x Aᵀ of each part, [its tokens, rank], which has no gradient. Recomputing a block stops when the last
+    the scaled x Aᵀ of each part, [its tokens, ranks], which has no gradient. Recomputing a block stops when the last
     tensor that backward needs exists, and so leaves out the block's last matmul: 7 % of a step's operations with
     Llama's widths.
     """
@@ -217,7 +304,7 @@ class _LoraMatmul(torch.autograd.Function):
         *_adapters: Tensor,
     ) -> tuple[Tensor | None, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        inners = [_scaled(rows[part.tokens], a.T, part.scale) for part, a in zip(parts, copies[::2], strict=True)]
+        inners = [part.inner(rows[part.tokens], a.T) for part, a in zip(parts, copies[::2], strict=True)]
         dense = _dequantize(weight, state, x.dtype) if kept else None
         context.save_for_backward(rows, dense, *inners, *copies)
         context.mark_non_differentiable(*inners, *(() if dense is None else (dense,)))
@@ -238,32 +325,22 @@ class _LoraMatmul(torch.autograd.Function):
                 dense = _dequantize(context.weight, context.state, gradient.dtype)
             x_gradient = gradient.new_empty(rows.shape)
             _matmul_into(x_gradient, gradient, dense, None)
-        gradients = []
+        gradients = list[Tensor]()
         for part, inner, a, b in zip(parts, inners, copies[::2], copies[1::2], strict=True):
-            of_part = gradient[part.tokens]
-            inner_gradient = _scaled(of_part, b, part.scale)
-            b_gradient = _weight_gradient(of_part, inner, part.dtype)
+            x, of_part = rows[part.tokens], gradient[part.tokens]
+            inner_gradient = part.inner(of_part, b)
             if part.later_scale != 1:
                 inner_gradient.mul_(part.later_scale)
-                b_gradient.mul_(part.later_scale)
             if x_gradient is not None:
                 x_gradient[part.tokens].addmm_(inner_gradient, a)
-            gradients += [_weight_gradient(inner_gradient, rows[part.tokens], part.dtype), b_gradient]
+            for member in part.members:
+                a_gradient, b_gradient = member.weight_gradients(x, inner, inner_gradient, of_part)
+                if part.later_scale != 1:
+                    b_gradient.mul_(part.later_scale)
+                gradients += (a_gradient, b_gradient)
         if x_gradient is not None:
             x_gradient = x_gradient.view(context.shape)
         return x_gradient, None, None, None, None, None, *gradients
-
-
-def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """`scale` times the product, in one operation."""
-    return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
-
-
-def _weight_gradient(outer: Tensor, inner: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product outerᵀ inner, [columns of outer, of inner], for a weight of this type."""
-    if dtype == torch.float32 and outer.dtype != dtype and cpu.multiplies_into_float32(outer.device.type):
-        return torch.mm(outer.T, inner, out_dtype=dtype)
-    return outer.T @ inner
 
 
 def _dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:

@@ -62,6 +62,18 @@ class WeightCopies:
 
 
 @torch.no_grad()
+def stack_weights(weights: Sequence[tuple[nn.Parameter, nn.Parameter]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The matrices A [ranks, in] and B [out, ranks] of several adapters, one after the other, in this type."""
+    a, b = zip(*weights, strict=True)
+    ranks = [len(matrix) for matrix in a]
+    stacked = torch.empty(sum(ranks), a[0].shape[1], dtype=dtype, device=a[0].device)
+    made = [torch.empty_like(matrix, dtype=dtype) for matrix in b]
+    # Into matrices without gaps: others would be copied one by one.
+    torch._foreach_copy_([*stacked.split(ranks), *made], [*a, *b])
+    return stacked, torch.cat(made, dim=1)
+
+
+@torch.no_grad()
 def convert(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
     """The values of each in this type, without gradients, in one operation. Those of this type are not copied."""
     made = [

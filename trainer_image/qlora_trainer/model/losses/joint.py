@@ -35,7 +35,7 @@ def route(model: AdaptedModel, batches: Mapping[str, Batch]) -> Iterator[None]:
     try:
         yield
     finally:
-        routing.segments = ()
+        routing.clear()
 
 
 def joint_losses(model: AdaptedModel, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
