@@ -24,7 +24,7 @@ _WEIGHT_BITS = 4
 # Two values a byte and a scale of one byte per group of 32 (OCP Microscaling Formats 1.0).
 _MXFP4_BITS = 4 + 8 / 32
 _CONSTANT_BITS_SINGLE = 32 / 64
-_CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
+_CONSTANT_BITS_DOUBLE, _OUTER_BITS = 8 / 64, 32 / (64 * 256)
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
 _LEAST_WORK = 0.80
@@ -181,10 +181,10 @@ def combine(
         context               0.6 GB, a guess: CUDA context, cuBLAS and bitsandbytes workspaces; with several GPUs,
                               NCCL's buffers too
         base_weights          4.127 bits per linear parameter, 4.5 without double quantization (arXiv 2305.14314,
-                              section 3); when sharded, the 4 bits are divided by the GPUs, the constants are not
-                              (bitsandbytes keeps them outside)
-        gathered_blocks       when sharded: the 4 bits of two blocks, the one at work and the next
-        unquantized_weights   2 bytes per embedding and output-layer parameter
+                              section 3); when sharded, divided by the GPUs but for 0.002 bits of the constants
+        gathered_blocks       when sharded: what is divided of two blocks, the one at work and the next
+        unquantized_weights   2 bytes per embedding and output-layer parameter; when sharded, divided by the GPUs unless
+                              trained whole
         adapters, gradients   N·a each; modules trained whole, with their frozen originals, 2 bytes a parameter each
         optimizer             8·N for 32-bit Adam, 2·N for 8-bit Adam, 2·N·a for PyTorch's Adam
         checkpoints, layer_working_set, logits
@@ -245,7 +245,7 @@ def _at_peak(
         context=_context_bytes(first.training.gpus),
         base_weights=base_weights,
         gathered_blocks=gathered_blocks,
-        unquantized_weights=first.weights.unquantized_bytes,
+        unquantized_weights=_unquantized_weights(first.weights, first.training),
         adapters=gradients,
         gradients=gradients,
         optimizer=optimizer,
@@ -276,13 +276,24 @@ def _trained_bytes(run: CountedRun) -> tuple[int, int, int]:
 def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, int]:
     """Return bytes of quantized layers that stay on a GPU, and of gathered ones."""
     constant_bits = _CONSTANT_BITS_DOUBLE if training.double_quantization else _CONSTANT_BITS_SINGLE
-    constants = weights.quantized_parameters * constant_bits / 8
-    packed = weights.quantized_parameters * _WEIGHT_BITS / 8
-    experts = weights.mxfp4_parameters * _MXFP4_BITS / 8
-    if training.sharding == "none" or training.gpus == 1:
-        return math.ceil(packed + constants + experts), 0
-    gathered = min(_GATHERED_BLOCKS, weights.blocks) * packed / weights.blocks
-    return math.ceil(packed / training.gpus + constants + experts), math.ceil(gathered)
+    divided = weights.quantized_parameters * (_WEIGHT_BITS + constant_bits) / 8
+    whole = weights.mxfp4_parameters * _MXFP4_BITS / 8
+    if training.double_quantization:
+        whole += weights.quantized_parameters * _OUTER_BITS / 8
+    if not _is_sharded(training):
+        return math.ceil(divided + whole), 0
+    gathered = min(_GATHERED_BLOCKS, weights.blocks) * divided / weights.blocks
+    return math.ceil(divided / training.gpus + whole), math.ceil(gathered)
+
+
+def _unquantized_weights(weights: WeightCounts, training: TrainingShape) -> int:
+    if not _is_sharded(training):
+        return weights.unquantized_bytes
+    return weights.unquantized_bytes - weights.vocabulary_bytes + math.ceil(weights.vocabulary_bytes / training.gpus)
+
+
+def _is_sharded(training: TrainingShape) -> bool:
+    return training.sharding == "full" and training.gpus > 1
 
 
 def _optimizer_bytes(training: TrainingShape, parameter_bytes: int) -> int:

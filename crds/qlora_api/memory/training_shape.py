@@ -55,7 +55,7 @@ class TrainingShape:
     dropout: float = 0.0
     gpus: int = 1
     sharding: Sharding = "none"
-    """`full`: each GPU holds a part of the quantized blocks, and all of everything else."""
+    """`full`: each GPU holds a part of the quantized blocks and of the vocabulary, and all of everything else."""
     answer_tokens: tuple[int, int] | None = None
     """Of the longest answer that is scored after training: those of its prompt, and those of both; None without."""
     fixed: frozenset[str] = frozenset()

@@ -26,6 +26,8 @@ class WeightCounts:
     """Those of the adapter in tensors that are large enough to be paged."""
     whole_parameters: int
     """Of modules that are trained whole."""
+    vocabulary_bytes: int = 0
+    """The part of `unquantized_bytes` that sharding divides: embeddings and output layer, unless trained whole."""
     mxfp4_parameters: int = 0
     """Of experts in MXFP4."""
 
@@ -44,6 +46,7 @@ def count_weights(model: ModelShape, training: TrainingShape) -> WeightCounts:
     tensors = [training.rank * features for shape in shapes for features in shape]
     if training.use_dora:
         tensors += [outputs for _, outputs in shapes]
+    whole_parameters = len(training.whole_modules) * model.vocab_size * model.hidden_size
     layers = min(training.adapted_layers or model.num_hidden_layers, model.num_hidden_layers)
     return WeightCounts(
         blocks=model.num_hidden_layers,
@@ -51,7 +54,8 @@ def count_weights(model: ModelShape, training: TrainingShape) -> WeightCounts:
         unquantized_bytes=2 * model.embedding_parameters,
         adapter_parameters=layers * sum(tensors),
         pageable_parameters=layers * sum(size for size in tensors if size >= SMALLEST_PAGED_TENSOR),
-        whole_parameters=len(training.whole_modules) * model.vocab_size * model.hidden_size,
+        whole_parameters=whole_parameters,
+        vocabulary_bytes=2 * (model.embedding_parameters - whole_parameters),
     )
 
 

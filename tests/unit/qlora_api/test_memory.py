@@ -231,9 +231,22 @@ def test_adapters_on_fewer_layers_take_their_share() -> None:
 def test_sharding_divides_the_weights_and_gathers_two_blocks() -> None:
     whole = estimate(LLAMA_70B_SHAPE, TrainingShape(rank=16))
     shared = estimate(LLAMA_70B_SHAPE, TrainingShape(rank=16, gpus=2, sharding="full"))
-    packed = LLAMA_70B_SHAPE.linear_parameters // 2
-    assert whole.base_weights - shared.base_weights == pytest.approx(packed / 2, abs=2)
-    assert shared.gathered_blocks == pytest.approx(2 * packed / 80, abs=1)
+    # Four bits and a constant of eight for each 64 weights.
+    divided = LLAMA_70B_SHAPE.linear_parameters * (4 + 8 / 64) / 8
+    assert whole.base_weights - shared.base_weights == pytest.approx(divided / 2, abs=2)
+    assert shared.gathered_blocks == pytest.approx(2 * divided / 80, abs=1)
+
+
+@pytest.mark.parametrize(("trained", "shares"), [((), 2), (("lm_head",), 1), (("embed_tokens", "lm_head"), 0)])
+def test_sharding_divides_embeddings_and_output_layer_unless_they_are_trained(
+    trained: tuple[str, ...], shares: int
+) -> None:
+    training = TrainingShape(rank=16, gpus=4, whole_modules=frozenset(trained))
+    whole, shared = (estimate(LLAMA_70B_SHAPE, replace(training, sharding=way)) for way in ("none", "full"))
+    each = 2 * LLAMA_70B_SHAPE.vocab_size * LLAMA_70B_SHAPE.hidden_size
+    assert whole.unquantized_weights == 2 * each
+    assert shared.unquantized_weights == (2 - shares) * each + shares * each // 4
+    assert shared.adapters == whole.adapters
 
 
 def test_a_sharded_70b_model_fits_two_24_gb_cards() -> None:

@@ -32,6 +32,7 @@ class MeasuredMemory(ObservedModel):
     quantized_parameters: Count = Field(description="Weights in 4-bit layers.")
     mxfp4_parameters: Count = Field(0, description="Weights of experts in MXFP4.")
     unquantized_bytes: Bytes = Field(description="Frozen weights that are not in 4-bit.")
+    vocabulary_bytes: Bytes = Field(0, description="Those of the embeddings and the output layer that are sharded.")
     adapter_parameters: Count = Field(description="Weights of the adapter.")
     pageable_parameters: Count = Field(description="Those in tensors that are large enough to be paged.")
     whole_parameters: Count = Field(description="Weights of modules that are trained whole.")

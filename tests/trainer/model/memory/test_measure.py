@@ -76,6 +76,7 @@ def test_every_part_of_a_llama_is_counted(plain: MeasuredMemory) -> None:
     assert (plain.blocks, plain.quantized_parameters) == (2, shape.linear_parameters)
     norms = 2 * 1024 * 5
     assert plain.unquantized_bytes == 2 * shape.embedding_parameters + norms
+    assert plain.vocabulary_bytes == 2 * shape.embedding_parameters
     adapter = 2 * 16 * (4 * 1024 + 2 * (1024 + 512) + 3 * (1024 + 4096))
     assert (memory.adapters, memory.optimizer) == (4 * adapter, 8 * adapter)
     answering = replace(training_shape(job(), ("all-linear",)), answer_tokens=(128, 256))
@@ -99,7 +100,14 @@ def test_the_dry_run_of_each_listed_family_counts_the_same_weights(model_type: s
     spec = job(training={"maxSequenceLength": 16})
     found = measure(tmp_path / "config.json", spec, [StepSize(1, 16, True)], "")
     counted = count_weights(ModelShape.from_config(config.to_dict()), training_shape(spec, ("all-linear",)))
-    for field in ("blocks", "quantized_parameters", "adapter_parameters", "pageable_parameters", "whole_parameters"):
+    for field in (
+        "blocks",
+        "quantized_parameters",
+        "adapter_parameters",
+        "pageable_parameters",
+        "whole_parameters",
+        "vocabulary_bytes",
+    ):
         assert getattr(found, field) == getattr(counted, field), field
     assert found.unquantized_bytes == pytest.approx(counted.unquantized_bytes, rel=0.01)
 
@@ -174,6 +182,7 @@ def test_modules_trained_whole_are_counted_with_their_frozen_originals(tmp_path:
     whole = own_step(tmp_path, job({"modulesToSave": ["lm_head"]}))
     assert (plain.whole_parameters, whole.whole_parameters) == (0, 4096 * 1024)
     assert whole.unquantized_bytes == plain.unquantized_bytes
+    assert (plain.vocabulary_bytes, whole.vocabulary_bytes) == (2 * 2 * 4096 * 1024, 2 * 4096 * 1024)
     assert whole.adapter_parameters == plain.adapter_parameters
 
 

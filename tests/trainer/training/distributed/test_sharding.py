@@ -43,7 +43,7 @@ NF4 = QuantizationSpec()
 
 
 def holds_half(context: StepContext) -> None:
-    """Each process has half of the bytes of the decoder blocks."""
+    """Each process has half of the bytes of the blocks, their constants, and of embeddings and output layer."""
     for log in logs(context):
         said = re.search(r"holds (\d+) of (\d+) bytes", log)
         assert said is not None
@@ -57,7 +57,7 @@ def test_a_sharded_base_gives_the_same_losses_from_half_of_its_bytes(
 
     train_ranks(spread)
 
-    same_numbers(spread, together[1], 1e-5)
+    same_numbers(spread, together[1], 5e-4, of_norms=2e-3)
     holds_half(spread)
 
 
@@ -82,7 +82,7 @@ def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
 
     train_ranks(spread)
 
-    same_numbers(spread, alone, 1e-4)
+    same_numbers(spread, alone, 5e-4, of_norms=2e-3)
     holds_half(spread)
 
 

@@ -1,5 +1,6 @@
 """The training loss: cross-entropy of labeled tokens, without full logits."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -12,7 +13,9 @@ from transformers import PretrainedConfig
 
 from qlora_trainer.core import cpu
 from qlora_trainer.model.architecture.decoder import decoder_states
+from qlora_trainer.model.architecture.vocabulary import SpreadHead, largest
 from qlora_trainer.model.losses.batch import Batch
+from qlora_trainer.model.losses.spread import spread_chunk_losses
 from qlora_trainer.model.protocols import Decoder
 
 
@@ -73,7 +76,7 @@ def summed_loss(
     exist (Hsu et al. 2024, arXiv 2410.10989); for a head that is trained, backward recomputes each chunk's logits
     (Chen et al. 2016, arXiv 1604.06174). The caller divides by the number of targets of the whole optimizer step.
     """
-    if not len(targets):
+    if not len(targets) and not isinstance(head, SpreadHead):
         return hidden.sum().float() * 0.0
     if _is_frozen(head):
         return _FrozenHeadLoss.apply(hidden, targets, head, transform, chunk_tokens)
@@ -88,7 +91,7 @@ def target_losses(
     The losses may count with any weights, which need not be known before backward: what is kept from the forward pass
     is the gradient of each loss by its state, [targets, hidden size] in the states' type, as for the sum.
     """
-    if not len(targets):
+    if not len(targets) and not isinstance(head, SpreadHead):
         return hidden.sum(dim=-1).float() * 0.0
     if _is_frozen(head):
         return _FrozenHeadLosses.apply(hidden, targets, head, transform, chunk_tokens)
@@ -122,8 +125,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for first in range(0, len(targets), chunk_tokens):
-            chunk = slice(first, first + chunk_tokens)
+        for chunk in _chunks(len(targets), head, chunk_tokens):
             loss += _chunk_losses(hidden, targets, head, transform, chunk, gradient).sum()
         context.save_for_backward(gradient)
         return loss
@@ -144,8 +146,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for first in range(0, len(targets), chunk_tokens):
-            chunk = slice(first, first + chunk_tokens)
+        for chunk in _chunks(len(targets), head, chunk_tokens):
             losses[chunk] = _chunk_losses(hidden, targets, head, transform, chunk, gradient).squeeze(1)
         context.save_for_backward(gradient)
         return losses
@@ -158,10 +159,20 @@ class _FrozenHeadLosses(torch.autograd.Function):
         return torch.mul(gradient, weights.unsqueeze(1), out=torch.empty_like(gradient)), None, None, None, None
 
 
+def _chunks(targets: int, head: nn.Module, chunk_tokens: int) -> Iterator[slice]:
+    """The chunks of so many targets. With a spread head they are as many in each rank, and computed together."""
+    if isinstance(head, SpreadHead):
+        targets, chunk_tokens = largest(targets), max(1, chunk_tokens // head.part.ranks)
+    for first in range(0, targets, chunk_tokens):
+        yield slice(first, min(first + chunk_tokens, targets))
+
+
 def _chunk_losses(
     hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform, chunk: slice, gradient: Tensor | None
 ) -> Tensor:
     """Return each target's loss, float32 [chunk, 1], and set its part of `gradient`."""
+    if isinstance(head, SpreadHead):
+        return spread_chunk_losses(hidden, targets, head, transform, chunk, gradient)
     needed = gradient is not None
     with torch.set_grad_enabled(needed):
         part = hidden[chunk].detach().requires_grad_(needed)

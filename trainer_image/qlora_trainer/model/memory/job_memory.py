@@ -83,6 +83,7 @@ def _count_weights(measured: MeasuredMemory, training: TrainingShape) -> WeightC
         quantized_parameters=measured.quantized_parameters,
         mxfp4_parameters=measured.mxfp4_parameters,
         unquantized_bytes=measured.unquantized_bytes,
+        vocabulary_bytes=measured.vocabulary_bytes,
         adapter_parameters=round(measured.adapter_parameters * share),
         pageable_parameters=round(measured.pageable_parameters * share),
         whole_parameters=measured.whole_parameters,

@@ -18,6 +18,7 @@ from qlora_api.schema import replace
 from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
+from qlora_trainer.model.architecture.vocabulary import spreadable
 from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack, expert_stacks
 from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.families.inspection import inspect_family
@@ -138,6 +139,9 @@ def _count(model: AdaptedModel, spec: ResolvedSpec, steps: Sequence[MeasuredStep
         + sum(stack.parameters_count for stack in stacks if isinstance(stack, ExpertStack)),
         mxfp4_parameters=sum(stack.parameters_count for stack in stacks if isinstance(stack, Mxfp4Stack)),
         unquantized_bytes=sum(parameter.nbytes for parameter in frozen),
+        vocabulary_bytes=sum(
+            weight.nbytes for weight in {module.weight for module in spreadable(model.get_base_model())}
+        ),
         adapter_parameters=sum(adapter),
         pageable_parameters=sum(size for size in adapter if size >= SMALLEST_PAGED_TENSOR),
         whole_parameters=sum(parameter.numel() for name, parameter in trained if ".lora_" not in name),
