@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qlora_api.gpus import OLDEST_DRIVER
 from release import dockerfiles
 from release.project import DOCKERFILES, ROOT
 
@@ -21,6 +22,17 @@ _SIZE = (
     "loads on a GPU: cuBLAS, cuDNN, cuFFT, cuSPARSE, cuSPARSELt, cuSOLVER, NCCL, NVRTC, CUPTI, cuFile and NVSHMEM's "
     "library for the host. The tests of the cluster train in the image as it is, on a CPU."
 )
+_DRIVERS = """\
+| NVIDIA driver of the node | Image |
+|---|---|
+| {oldest} or later | the trainer's image: CUDA 13 comes with PyTorch |
+| older | none: upgrade the driver |
+
+The operator starts no job while all nodes of its profile that have the labels of NVIDIA's GPU Feature Discovery have \
+an older driver (`nvidia.com/cuda.driver-version.major`), or GPUs of a compute capability below 8.0: it waits with the \
+reason [`GPUNotSupported`](../how-to/troubleshooting.md#gpunotsupported). `kubectl qlora doctor` reports both per \
+profile. A pod of `train` that reaches such a node all the same fails with `BadConfiguration`, after `prepare` has \
+downloaded and quantized."""
 # GB (10⁹ bytes), unpacked: the image with them, and they themselves.
 _WHOLE, _SAVED = "6.8", "1.6"
 
@@ -32,6 +44,8 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     removals = [removal for layer in layers for removal in layer.removals]
     parts = [
         _HEAD + _ORDER,
+        "## Drivers",
+        _DRIVERS.format(oldest=OLDEST_DRIVER),
         "## Layers",
         f"On top of the base, `{dockerfiles.base_image(dockerfile)}`:",
         "\n".join(f"{number}. {layer.purpose}" for number, layer in enumerate(layers, 1)),

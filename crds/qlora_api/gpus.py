@@ -1,4 +1,4 @@
-"""The GPUs that a plan can name: their memory and speed.
+"""The GPUs that a plan can name: their memory and speed; and those of nodes that training cannot use.
 
 Memory is the total that `nvidia-smi` shows, with error correction as it is delivered: the readings that modal-labs
 publishes of its machines (modal-client, pull request 2797), for the RTX 4090 RLinf (RLinf, issue 255), and NVIDIA's for
@@ -16,7 +16,10 @@ GROUPED_MAJORS = (9, 10)
 """Major compute capabilities with PyTorch's kernel for groups of rows: Hopper, and Blackwell of data centers."""
 _GROUPED_GIB = 64
 OLDEST_DRIVER = 580
-"""Major version of the oldest driver for CUDA 13, which the trainer's image has (NVIDIA's table of compatibility)."""
+"""Major version of the oldest driver for CUDA 13, which PyTorch brings.
+
+NVIDIA, CUDA Compatibility, Minor Version Compatibility.
+"""
 _MIB_PER_GIB = 1024
 
 
@@ -58,6 +61,22 @@ def find_gpu(name: str) -> Gpu:
     if not GPUS[name].has_bfloat16:
         raise ValueError(f"gpu is {name!r}, which has no bfloat16, and training needs it: must be one of {able}")
     return GPUS[name]
+
+
+def why_unfit(labels: Mapping[str, str]) -> str | None:
+    """Return why the trainer's image cannot use the GPUs of a node with these labels.
+
+    The labels are those of NVIDIA's GPU Feature Discovery. Returns an empty text if it can, and None without a label of
+    the driver: nothing is known then.
+    """
+    capability = tuple(labels.get(f"nvidia.com/gpu.compute.{part}", "") for part in ("major", "minor"))
+    if all(map(str.isdecimal, capability)) and tuple(map(int, capability)) < FIRST_CAPABILITY:
+        return f"compute capability {'.'.join(capability)}, and {'.'.join(map(str, FIRST_CAPABILITY))} is needed"
+    # The second is the older name, which is deprecated.
+    driver = labels.get("nvidia.com/cuda.driver-version.major", labels.get("nvidia.com/cuda.driver.major", ""))
+    if not driver.isdecimal():
+        return None
+    return f"driver {driver}, and {OLDEST_DRIVER} is needed" if int(driver) < OLDEST_DRIVER else ""
 
 
 def has_room_for_groups(gib: float | None) -> bool:

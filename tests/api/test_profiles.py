@@ -82,6 +82,23 @@ def test_a_job_waits_for_its_profile_and_then_for_its_namespaces_label(operated:
     operated.kubectl("wait", "--for=condition=Ready", "qloraprofile/late", "--timeout=60s")
 
 
+def test_a_job_waits_until_a_node_has_the_driver_that_its_image_needs(operated: Nodeless) -> None:
+    pool = {"pool": "driver"}
+    labels = pool | {"nvidia.com/cuda.driver-version.major": "570"}
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "old-gpu", "labels": labels}}
+    operated.kubectl.apply(json.dumps(node))
+    apply_profile(operated.plane, "driver", {"image": CPU["image"], "nodeSelector": pool})
+    operated.kubectl("wait", "--for=condition=Ready", "qloraprofile/driver", "--timeout=60s")
+    submit(operated, "driven", "driver")
+    job = wait_for_reason(operated, "driven", "GPUNotSupported")
+    messages = {each["type"]: each["message"] for each in job["status"]["conditions"]}
+    assert "old-gpu with driver 570, and 580 is needed" in messages["Succeeded"]
+    assert operated.children("driven") == []
+    operated.kubectl("label", "node", "old-gpu", "--overwrite", "nvidia.com/cuda.driver-version.major=580")
+    operated.wait_for_phase("driven", "Preparing")
+    operated.kubectl("delete", "node", "old-gpu")
+
+
 def test_a_pause_stops_a_running_job_and_another_change_does_not(operated: Nodeless) -> None:
     apply_profile(operated.plane, "paused", CPU)
     submit(operated, "held", "paused")

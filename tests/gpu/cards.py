@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_api.gpus import FIRST_CAPABILITY
+from qlora_api.gpus import FIRST_CAPABILITY, OLDEST_DRIVER
 
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 DRIVER_DEVICE = Path("/dev/nvidiactl")
@@ -56,6 +56,6 @@ def unusable(pytorch: str, cuda: str | None, visible: str | None) -> str | None:
     chosen = "" if visible is None else f", CUDA_VISIBLE_DEVICES has to name GPUs that there are (it is {visible!r})"
     return (
         f"this machine has NVIDIA's driver ({driver}), and PyTorch {pytorch} sees no GPU. The driver has to be new "
-        f"enough for CUDA {cuda} (tests/gpu/README.md says which is), a container needs to be given the GPUs{chosen}. "
+        f"enough for CUDA {cuda} ({OLDEST_DRIVER} or later), a container needs to be given the GPUs{chosen}. "
         "To skip the tests that need a GPU, set CUDA_VISIBLE_DEVICES to nothing"
     )

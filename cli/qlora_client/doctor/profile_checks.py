@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import ValidationError
 
-from qlora_api.gpus import FIRST_CAPABILITY, OLDEST_DRIVER
+from qlora_api.gpus import why_unfit
 from qlora_api.kubernetes_values import gibibytes
 from qlora_api.profile import Profile
 from qlora_client.doctor.facts import (
@@ -120,7 +120,8 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
         )
     with_gpus = [count for count in counts if count]
     offering = [node for node, count in zip(usable, counts, strict=True) if count]
-    if unfit := {node["metadata"]["name"]: why for node in offering if (why := _unfit_gpu(node))}:
+    labels_of = {node["metadata"]["name"]: node["metadata"].get("labels") or {} for node in offering}
+    if unfit := {node: why for node, found in labels_of.items() if (why := why_unfit(found))}:
         reasons = "; ".join(f"{node} with {why}" for node, why in unfit.items())
         verdict: Verdict = "problem" if len(unfit) == len(offering) else "warning"
         remedy = f"name other nodes in spec.nodeSelector of QLoRAProfile {name}, or upgrade an old driver"
@@ -131,21 +132,6 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
     return Check(
         title, "ok", f"{nodes_text} with {sum(counts)} {profile.gpu_resource} in all, and {max(counts)} on the largest"
     )
-
-
-def _unfit_gpu(node: Object) -> str:
-    """Return why the trainer's image cannot use the node's GPUs, or an empty text.
-
-    By the labels of NVIDIA's GPU Feature Discovery; nothing is known without them.
-    """
-    labels = node["metadata"].get("labels") or {}
-    capability = tuple(labels.get(f"nvidia.com/gpu.compute.{part}", "") for part in ("major", "minor"))
-    if all(map(str.isdecimal, capability)) and tuple(map(int, capability)) < FIRST_CAPABILITY:
-        return f"compute capability {'.'.join(capability)}, and {'.'.join(map(str, FIRST_CAPABILITY))} is needed"
-    driver = labels.get("nvidia.com/cuda.driver-version.major", labels.get("nvidia.com/cuda.driver.major", ""))
-    if driver.isdecimal() and int(driver) < OLDEST_DRIVER:
-        return f"driver {driver}, and {OLDEST_DRIVER} is needed"
-    return ""
 
 
 def _wrong_memory(name: str, profile: Profile, nodes: Sequence[Object]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from qlora_api.profile import Profile
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import QLoRAJob, Reason
-from qlora_operator.decisions.resolution import job_limit_reached, objection_to_job, objection_to_retry
+from qlora_operator.decisions.resolution import job_limit_reached, objection_before_limit, objection_to_retry
 from qlora_operator.decisions.retry import is_to_be_taken_up
 
 
@@ -29,10 +29,7 @@ def held_back(facts: Facts) -> Reason | None:
     reached = job_limit_reached(job, facts.profiles, facts.jobs_of_profile)
     if reached is None or not _needs_a_place(job):
         return None
-    if _is_new(job):
-        other = objection_to_job(job, facts.profiles, facts.continued, facts.continued_writer)
-    else:
-        other = objection_to_retry(job, facts.profiles)
+    other = objection_before_limit(facts) if _is_new(job) else objection_to_retry(job, facts.profiles)
     return reached if other is None else None
 
 

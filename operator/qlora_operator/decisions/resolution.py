@@ -106,9 +106,13 @@ def _may_still_change(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed,
 
 
 def objection(facts: Facts) -> Reason | None:
-    """Return why settings or other jobs keep the job from starting."""
-    other = objection_to_job(facts.job, facts.profiles, facts.continued, facts.continued_writer)
-    return other or job_limit_reached(facts.job, facts.profiles, facts.jobs_of_profile)
+    """Return why settings, nodes or other jobs keep the job from starting."""
+    return objection_before_limit(facts) or job_limit_reached(facts.job, facts.profiles, facts.jobs_of_profile)
+
+
+def objection_before_limit(facts: Facts) -> Reason | None:
+    """Return what keeps the job from starting also if its profile has a place for it."""
+    return objection_to_job(facts.job, facts.profiles, facts.continued, facts.continued_writer) or facts.no_gpu
 
 
 def objection_to_job(

@@ -334,7 +334,15 @@ class Cluster(Api):
 
     async def namespace_labels(self) -> dict[str, Mapping[str, str]]:
         """Read the labels of every Namespace, by its name."""
-        pages = self._pages(f"{_CORE}/namespaces", [], _labels_of, accept=_METADATA_ONLY)
+        return await self._labels(f"{_CORE}/namespaces", [])
+
+    async def node_labels(self, selected: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
+        """Read the labels of every Node that has the selected ones, by its name."""
+        selector = ",".join(f"{key}={value}" for key, value in selected.items())
+        return await self._labels(f"{_CORE}/nodes", [("labelSelector", selector)])
+
+    async def _labels(self, path: str, selector: Query) -> dict[str, Mapping[str, str]]:
+        pages = self._pages(path, selector, _labels_of, accept=_METADATA_ONLY)
         return {name: labels async for page in pages for name, labels in page.items}
 
     async def apply_profile_status(self, profile: StoredProfile, status: Object) -> Object:

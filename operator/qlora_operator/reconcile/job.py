@@ -316,6 +316,7 @@ class Reconciler:
             continued=continued,
             continued_writer=writer,
             shared=shared,
+            no_gpu=self.accounts.no_gpu.get(view.job.spec.scheduling.profile_name),
             jobs_of_profile=others,
             counted_seconds=self.accounts.counted_seconds(view.job),
         )

@@ -9,6 +9,8 @@ from datetime import datetime
 from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.schema import replace
 from qlora_operator.decisions.observed.holds import is_spent
+from qlora_operator.decisions.observed.objects import Reason
+from qlora_operator.decisions.profiles.gpu_nodes import objection_to_nodes
 from qlora_operator.decisions.profiles.ledger import is_counted, seconds_of_month, unknown, with_usage
 from qlora_operator.decisions.profiles.stored_profile import StoredProfile, judged
 from qlora_operator.keys import Key
@@ -113,6 +115,7 @@ class ProfileReconciler:
         try:
             self._profiles.compare(*await self._cluster.list_profiles())
             await self._select()
+            await self._look_at_nodes()
         except ClusterError as error:
             problem = str(error)
         if problem and problem != self._problem:
@@ -130,6 +133,24 @@ class ProfileReconciler:
             self._profiles.select(await self._cluster.namespace_labels())
         except RejectedError as error:
             self._obstacle = f"the operator may not list Namespaces: {error}"
+
+    async def _look_at_nodes(self) -> None:
+        """Read the labels of each profile's nodes, and requeue the jobs of one whose GPUs become fit or unfit.
+
+        Without the right to do so nothing is known of the nodes, and all jobs start.
+        """
+        cuda = {name: profile for name, profile in self._profiles.items() if profile.device == "cuda"}
+        found: dict[str, Reason] = {}
+        try:
+            for name, profile in cuda.items():
+                why = objection_to_nodes(name, await self._cluster.node_labels(profile.node_selector))
+                found |= {name: why} if why is not None else {}
+        except RejectedError as error:
+            logger.debug("the operator may not list Nodes: %s", error)
+            found = {}
+        changed = {name for name, _ in found.items() ^ self._accounts.no_gpu.items()}
+        self._accounts.no_gpu = found
+        self._enqueue_all(self._jobs.jobs.of(changed))
 
     async def _status(self, stored: StoredProfile) -> QLoRAProfileStatus:
         now, lines = self._clock(), list(self._jobs.jobs.lines(stored.name))

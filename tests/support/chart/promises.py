@@ -32,6 +32,7 @@ PROFILE_RIGHTS = {
     "qloraprofiles.qlora.dev": {"list", "watch"},
     "qloraprofiles.qlora.dev/status": {"patch"},
     "namespaces": {"list"},
+    "nodes": {"list"},
 }
 # Further rights in the operator's namespace.
 OWN_RIGHTS = {

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from docs.generate import pages
 from docs.screenshots import watch_lines
 from qlora_api.automatic import Limits, ModelFacts, assume
 from qlora_api.contract import ExitCode
+from qlora_api.gpus import OLDEST_DRIVER
 from qlora_api.profile import PROFILE_KIND, Profile
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.sweep.spec import SWEEP_KIND, QLoRASweepSpec
@@ -116,6 +118,15 @@ def test_troubleshooting_has_a_section_for_each_reason() -> None:
     sections = set(re.findall(r"^### `(\w+)`$", (DOCS / "how-to" / "troubleshooting.md").read_text(), re.MULTILINE))
     reasons = {code.reason for code in ExitCode} - {"Done", "Interrupted"}
     assert reasons | reasons_of_the_operator() <= sections
+
+
+def test_the_pages_name_the_driver_that_the_locked_cuda_needs() -> None:
+    """By NVIDIA's table of minor version compatibility."""
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    (cuda,) = (each["version"] for each in packages if each["name"] == "cuda-toolkit")
+    assert {"12": 525, "13": 580}[cuda.partition(".")[0]] == OLDEST_DRIVER
+    for name in ("README.md", "docs/quick-start.md", "docs/how-to/install.md", "tests/gpu/README.md"):
+        assert f"driver {OLDEST_DRIVER} or later" in (ROOT / name).read_text(), name
 
 
 @pytest.mark.parametrize("record", sorted((DOCS / "decisions").glob("0*.md")), ids=name_of)

@@ -46,6 +46,8 @@ class Facts:
     """The latest record of the other cells that the pod of a sweep trains."""
     counted_seconds: int = 0
     """GPU seconds of the job that the stored status of its profile includes, until the job has noted that."""
+    no_gpu: Reason | None = None
+    """Why train can use no GPU of the profile's nodes, as far as their labels show."""
     jobs_of_profile: int = 0
     """How many other jobs of its profile and namespace have started and not ended, if its profile limits them."""
 

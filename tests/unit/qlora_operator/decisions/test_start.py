@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.profile import Profile
+from qlora_operator.decisions.observed.objects import Reason
 from tests.support.builders import (
     DATASET,
     NAME,
@@ -51,6 +52,16 @@ def test_a_job_of_an_unknown_profile_waits_and_names_the_profiles_that_exist() -
     assert conditions_of(status)["Stalled"] == "False"
     later = follow(make_job(status, scheduling={"profileName": "h100"}), profiles={"h100": PROFILE})
     assert later.resolved is not None
+
+
+def test_a_job_waits_for_a_gpu_that_training_can_use_and_nothing_takes_it_back_once_it_has_started() -> None:
+    none = Reason("GPUNotSupported", "gpu-1 with driver 570, and 580 is needed")
+    status = follow(make_job(), no_gpu=none)
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "GPUNotSupported")
+    assert message_of(status) == none.sentence
+    assert conditions_of(status)["Stalled"] == "False"
+    assert follow(make_job(status)).resolved is not None
+    assert follow(make_job(status_in("prepare")), child("prepare"), no_gpu=none).phase == "Preparing"
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class World:
         self.fault = "none"
         self.labels: dict[str, dict[str, str]] | None = {}
         self.denied: set[str] = set()
+        self.nodes: dict[str, dict[str, str]] | None = {}
         self.restart()
 
     @property
@@ -94,6 +95,11 @@ class World:
         if self.labels is None:
             raise RejectedError("forbidden")
         return self.labels
+
+    async def node_labels(self, selected: dict[str, str]) -> dict[str, dict[str, str]]:
+        if self.nodes is None:
+            raise RejectedError("forbidden")
+        return {name: labels for name, labels in self.nodes.items() if selected.items() <= labels.items()}
 
     async def sweep_names(self, _namespace: str | None) -> list[Key]:
         return []
@@ -307,6 +313,27 @@ def test_a_spent_month_holds_the_namespaces_jobs_until_the_next() -> None:
     world.now = datetime(2026, 12, 1, tzinfo=UTC)
     world.look()
     assert (reason(uid), world.asked) == (None, [key])
+
+
+def test_jobs_wait_while_the_drivers_of_all_nodes_of_their_profile_are_too_old() -> None:
+    pool, driver = {"pool": "gpu"}, "nvidia.com/cuda.driver-version.major"
+    world = World(device="cuda", nodeSelector=pool)
+    key = (NAMESPACES[0], world.create())
+    old, new = ({**pool, driver: version} for version in ("570", "580"))
+
+    def after(nodes: dict[str, dict[str, str]] | None) -> tuple[bool, list[Key]]:
+        world.nodes = nodes
+        world.asked.clear()
+        world.look()
+        return "default" in world.accounts.no_gpu, world.asked
+
+    assert after({"gpu-1": old, "other": {driver: "580"}}) == (True, [key])
+    assert after({"gpu-1": old}) == (True, []), "the job knows"
+    world.restart()
+    assert "default" in world.accounts.no_gpu, "before any job is worked on"
+    assert after({"gpu-1": old, "gpu-2": new}) == (False, [key])
+    assert after({"gpu-1": old}) == (True, [key])
+    assert after(None) == (False, [key]), "without the right to list nodes nothing is known of them"
 
 
 def test_a_changed_profile_requeues_its_jobs_that_are_not_settled() -> None:
