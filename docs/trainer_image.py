@@ -32,7 +32,12 @@ The operator starts no job while all nodes of its profile that have the labels o
 an older driver (`nvidia.com/cuda.driver-version.major`), or GPUs of a compute capability below 8.0: it waits with the \
 reason [`GPUNotSupported`](../how-to/troubleshooting.md#gpunotsupported). `kubectl qlora doctor` reports both per \
 profile. A pod of `train` that reaches such a node all the same fails with `BadConfiguration`, after `prepare` has \
-downloaded and quantized."""
+downloaded and quantized.
+
+There is no image with CUDA 12, because PyTorch 2.15 has none: its builds for CUDA 12.8 ended with \
+[2.12](https://github.com/pytorch/pytorch/issues/178665), those for 12.6 with \
+[2.15](https://github.com/pytorch/pytorch/issues/190385). Its other build, for CUDA 13.0, needs the same driver. An \
+older PyTorch would be another set of packages, which no test runs."""
 # GB (10⁹ bytes), unpacked: the image with them, and they themselves.
 _WHOLE, _SAVED = "6.8", "1.6"
 
