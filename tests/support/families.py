@@ -86,8 +86,8 @@ EXPERTS: dict[str, tuple[PretrainedConfig, str]] = {
 """Mixtures of experts, each with what distinguishes it."""
 BY_HAND = FAMILIES | EXPERTS
 # One of each: gated, with sliding windows and caps, with fused layers, with another MLP; with custom parts, with
-# blocks that differ, repeated or sharing keys, with a state, with custom attention; with experts in every block, with a
-# dense block, shared experts and experts in groups.
+# blocks that differ, repeated or sharing keys, with a state, packed or not, with custom attention; with experts in
+# every block, with a dense block, shared experts and experts in groups.
 REPRESENTATIVE = frozenset(
     {
         "llama",
@@ -97,7 +97,7 @@ REPRESENTATIVE = frozenset(
         "apertus",
         "gemma3n_text",
         "gemma4_text",
-        "lfm3",
+        "bamba",
         "qwen3_5_text",
         "stablelm",
         "qwen3_moe",

@@ -37,11 +37,15 @@ PACKED = (
     "internvl",
     "janus",
     "lfm2_vl",
+    "lfm3_vl",
     "lighton_ocr",
     "llava",
     "llava_next",
     "llava_next_video",
     "llava_onevision",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
     "mistral3",
     "mllama",
     "moss_transcribe_diarize",
@@ -53,6 +57,7 @@ PACKED = (
     "qwen2_5_vl",
     "qwen2_audio",
     "qwen2_vl",
+    "qwen3_5",
     "qwen3_asr",
     "qwen3_vl",
     "smolvlm",
@@ -63,7 +68,7 @@ PACKED = (
     "voxtral",
 )
 """Model types that keep the rows of a sequence apart."""
-ONE_ROW = ("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "paligemma", "qwen3_5")
+ONE_ROW = ("paligemma",)
 """Model types that are trained with one row in a sequence."""
 MIXTURES = ("glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 """Model types with routed experts."""

@@ -103,9 +103,9 @@ def of_each(
     )
 
 
-# With rows packed and capped attention, with a state and one row a sequence, and with experts: no other rule of
-# checkpoints and dry runs depends on the family.
-OF_EACH_KIND = frozenset({"gemma2", "lfm3", "qwen3_moe"})
+# With rows packed and capped attention, with a state, packed and with one row a sequence, and with experts: no other
+# rule of checkpoints and dry runs depends on the family.
+OF_EACH_KIND = frozenset({"gemma2", "qwen3_5_text", "bamba", "qwen3_moe"})
 
 
 def test_every_family_whose_memory_is_in_the_table_has_a_configuration_by_hand() -> None:

@@ -170,7 +170,9 @@ def test_plain_peft_over_the_whole_model_gives_the_loss_that_was_reported(traine
     adapted_layers = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
     assert adapted_layers == set(trained.family.target_modules)
 
-    assert math.isclose(held_out_loss(trained, model), trained.record.eval_loss or 0.0, rel_tol=2e-3)
+    # transformers' linear attention multiplies in 16 bit under autocast, the trainer's in 32.
+    tolerance = 1e-2 if trained.family.model_type == "qwen3_5" else 2e-3
+    assert math.isclose(held_out_loss(trained, model), trained.record.eval_loss or 0.0, rel_tol=tolerance)
 
 
 def held_out_loss(trained: Trained, model: Any) -> float:

@@ -1,6 +1,7 @@
 """Linear attention within rows computes what transformers' own computes for each row alone."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.kernels.attention import RowBoundaries
-from qlora_trainer.model.kernels.linear_attention import _DeltaRule
+from qlora_trainer.model.kernels.linear_attention import _Convolution, _DeltaRule
 
 Function = Callable[..., Tensor]
 # Of one token, shorter and longer than a chunk, from its start and across.
@@ -58,6 +59,11 @@ def ours(lengths: Sequence[int]) -> Function:
         return rule(query, key, value, g=decay, beta=beta, rows=rows, use_qk_l2norm_in_kernel=True)[0]
 
     return compute
+
+
+def convolution(lengths: Sequence[int], inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    convolve = _Convolution(modeling_qwen3_5.causal_conv1d_fn)
+    return convolve(inputs, weight, bias, activation="silu", rows=boundaries(lengths))
 
 
 def results(function: Function, given: Sequence[Tensor]) -> list[Tensor]:
@@ -122,3 +128,19 @@ def test_a_state_or_keys_that_are_not_normalized_are_rejected(settings: dict[str
         _DeltaRule(THEIRS)(
             query, key, value, g=decay, beta=beta, rows=boundaries((3,)), **{"use_qk_l2norm_in_kernel": True} | settings
         )
+
+
+@pytest.mark.parametrize("lengths", [(1,), (7,), (1, 1, 2, 3, 40, 1)], ids=str)
+def test_a_convolution_reads_no_token_of_another_row(lengths: Sequence[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, sum(lengths), 6), (6, 4), (6,))
+    by_token, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+    def alone(inputs: Tensor, *parameters: Tensor) -> Tensor:
+        rows = inputs.split(list(lengths), dim=2)
+        return torch.cat([convolution(row.shape[2:], row, *parameters) for row in rows], dim=2)
+
+    given = (by_token.transpose(1, 2), weight, bias)
+    expected = results(alone, given)
+    for found, other in zip(results(partial(convolution, lengths), given), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=0, atol=1e-13)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from qlora_trainer.core import cpu
 from qlora_trainer.data.prepared import IGNORED_LABEL
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
+from qlora_trainer.model.kernels.linear_attention import use_rows
 from qlora_trainer.model.losses.batch import Batch, next_token_targets
 from qlora_trainer.model.losses.loss import LogitTransform, batch_loss, summed_loss, target_losses
 from tests.support.models.sequences import CPU, random_sequence, rows_of
@@ -32,6 +33,20 @@ FAMILIES = [
         attn_logit_softcapping=0.2,
         final_logit_softcapping=0.5,
     ),
+    *(
+        family(
+            **SHAPE,
+            pad_token_id=0,
+            layer_types=["linear_attention", "full_attention"],
+            head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=24,
+        )
+        for family in (transformers.Qwen3_5TextConfig, transformers.OlmoHybridConfig)
+    ),
+    transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
 ]
 
 
@@ -70,6 +85,7 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_one_row_at_a_time(conf
     register_attention()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    use_rows(model)
     sequences = [random_sequence((9, 14, 5), 1), random_sequence((20,), 2)]
 
     expected = torch.zeros(())

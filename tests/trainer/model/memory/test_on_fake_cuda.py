@@ -44,6 +44,8 @@ ALL_SCORES = frozenset(
     }
 )
 """Families whose attention is no kernel: all scores of a row are kept in memory until they are used."""
+DELTA_RULE = frozenset({"olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
+"""Families with linear attention that the trainer computes."""
 NO_ATTENTION = frozenset({"granitemoehybrid", "mamba2"})
 """As transformers configures them by default."""
 SEQUENCES = [random_sequence((40, 30, 58), 1), random_sequence((72,), 2)]
@@ -127,8 +129,9 @@ def test_every_other_family_multiplies_in_16_bit_too(name: str, tmp_path: Path) 
     # A layer that is used several times in a block has one adapter.
     assert step.nodes["_LoraMatmulBackward"] >= len(step.trained) // 2
     in_32_bit = {operation for operation, dtype in step.forward.of(*MATMULS) if dtype == torch.float32}
-    # Routers compute as in use.
+    # Routers compute as in use, and states are in 32 bit.
     allowed = {"aten.mm.default"} if case.experts else set()
+    allowed |= {"aten.bmm.default", "aten.bmm.out", "aten.baddbmm_.default"} if name in DELTA_RULE else set()
     assert in_32_bit <= allowed or name in ALL_SCORES
     kernels = {dtype for _, dtype in step.forward.of(*FUSED)}
     assert kernels == (set() if name in ALL_SCORES | NO_ATTENTION else {torch.bfloat16})
