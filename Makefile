@@ -125,8 +125,8 @@ test-tools: $(VENV)/.synced ## Install and build what the tests need, which inst
 	@$(DEVCLUSTER) prepare $(PREPARE)
 
 .PHONY: test-gpu
-test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; on a machine without one they are skipped, with the reason
-	@$(PYTEST) --timeout=900 tests/gpu
+test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one they are skipped, with the reason. IMAGE=…: with that trainer
+	@$(if $(IMAGE),QLORA_TRAINER_IMAGE=$(IMAGE) )$(PYTEST) --timeout=900 tests/gpu
 
 .PHONY: fuzz
 fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; inputs that break one are kept in fuzz-crashes/

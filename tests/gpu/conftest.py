@@ -21,6 +21,7 @@ from tests.gpu.cards import Card, lacking, unusable
 from tests.gpu.figures import Figure, Figures, report
 from tests.gpu.runs import new_billion, on_gpu
 from tests.support.commands.command import Files, new_files
+from tests.support.commands.image import IMAGE
 from tests.support.models.tiny import SHAPE, save_model
 
 FILE = "QLORA_GPU_FIGURES"
@@ -55,6 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("gpu")
         wanted = mark.kwargs if mark else {}
         reason = lacking(_cards(), wanted.get("cards", 1), wanted.get("gib", 0), visible)
+        if reason is None and IMAGE in os.environ and item.get_closest_marker("image") is None:
+            reason = f"{IMAGE} is set, and this test computes without the command line"
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -3,10 +3,15 @@
 import subprocess
 import sys
 
+import pytest
+
+from tests.support.commands.image import as_in_image
+
+pytestmark = pytest.mark.image
+
 
 def test_a_step_on_this_gpu_is_that_of_its_cpu() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_trainer", "selftest"], capture_output=True, text=True, timeout=300, check=False
-    )
+    command = as_in_image([sys.executable, "-m", "qlora_trainer", "selftest"], {}, [])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed") == 4

@@ -1,6 +1,7 @@
 """The trainer's command line on a GPU: a run, its resume, and a lack of memory."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -16,7 +17,10 @@ from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures
 from tests.gpu.runs import losses, metrics, on_cpu, on_gpu, record
 from tests.support.commands.command import Files
+from tests.support.commands.image import IMAGE
 from tests.support.models.tiny import JOB_UID, POD_UID
+
+pytestmark = pytest.mark.image
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, ti
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
+@pytest.mark.skipif(IMAGE in os.environ, reason="a container's client passes no SIGKILL on to it")
 def test_a_killed_run_resumes_from_its_checkpoint_with_nearly_the_same_losses(
     undisturbed: Files, tiny: Files, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from tests.support.families import tiny_config
 from tests.support.models.mxfp4 import save_gpt_oss
 from tests.support.models.tiny import SHAPE, chat_row, save_model, write_rows
 
+pytestmark = pytest.mark.image
+
 MXFP4 = "gpt_oss in MXFP4"
 FAMILIES = ("qwen3", "gemma2", "gemma3_text", "gemma4_text", "qwen3_moe", "mixtral", "gpt_oss", MXFP4, "bamba", "bloom")
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -28,6 +28,7 @@ from qlora_api.contract import (
     decode_record,
 )
 from qlora_cli.__main__ import main
+from tests.support.commands.image import as_in_image
 from tests.support.manifests import merged
 from tests.support.models.tiny import JOB_UID, POD_UID, chat_row, write_rows
 from tests.support.resolved import TRAINING
@@ -39,6 +40,13 @@ _READ_LATE = (
 )
 """Variables that a step reads when it runs; a fork runs the code that `beginning_with` puts on the path."""
 
+_OF_A_STEP = {
+    "QLORA_POD_UID": POD_UID,
+    "QLORA_DEVICE": "cpu",
+    # As numbers that are added in another order are other ones: tests compare bytes.
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "200",
+}
 SPEC: dict[str, Any] = {
     "model": {"source": "pvc://models/model"},
     "dataset": {"source": "pvc://data/train.jsonl", "eval": {"fraction": 0.25}},
@@ -153,7 +161,8 @@ class Files:
 
     def start(self, step: str, prefix: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
         """The step's process, running: a fork, unless a program starts it or variables are read at its start."""
-        command = [*prefix, *self.command(step)]
+        folders = [each for job in (self, *self.others) for each in (job.root, job.models)]
+        command = [*prefix, *as_in_image(self.command(step), _OF_A_STEP | environment, folders)]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         if prefix or any(name not in _READ_LATE for name in environment):
             return subprocess.Popen(command, env=_environment(environment), **pipes)
@@ -205,6 +214,4 @@ def invoked(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def _environment(changes: dict[str, str]) -> dict[str, str]:
-    # With one thread, as numbers that are added in another order are other ones: tests compare bytes.
-    values = {"QLORA_POD_UID": POD_UID, "QLORA_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return {**os.environ, **values, **changes}
+    return {**os.environ, **_OF_A_STEP, **changes}
