@@ -124,7 +124,7 @@ def plan(
     if not given.has_model and (config is None or (data and tokenizer is None)):
         _fail(f"{file} has rows, and a plan needs a model: give its address or folder with --model")
     access = _row_access(given, tokenizer) if data else None
-    given = given.on_pods_of(profile.host_memory)
+    given = given.with_memory(profile.host_memory)
     try:
         memory = gpu_memory or (profile.gib if given.spec.resources.gpu_memory is None and gpu_name is None else None)
         gpu = gpu_of_plan(gpu_name, memory, gpu_tflops or profile.tflops, gpu_hour_price or profile.price)

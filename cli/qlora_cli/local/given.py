@@ -49,7 +49,7 @@ class Given:
         """Where the claims and ConfigMaps are."""
         return Mounts(claims=self.claims, config_map_folders=self.config_maps, local_names=self.local_names)
 
-    def on_pods_of(self, memory: str | None) -> "Given":
+    def with_memory(self, memory: str | None) -> "Given":
         """Return the same with this host memory, unless the spec sets it."""
         if memory is None or self.spec.resources.memory is not None:
             return self

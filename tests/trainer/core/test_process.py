@@ -9,7 +9,7 @@ import pytest
 
 from qlora_api.status import StepName
 from qlora_trainer.core.context import Device
-from qlora_trainer.core.process import set_environment
+from qlora_trainer.core.process import ALLOCATOR_SETTINGS, set_environment
 from tests.support.services.fault_proxy import Fault, FaultProxy, serve_proxy
 
 ASK_THE_HUB = """
@@ -62,7 +62,7 @@ OLDER, NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 @pytest.mark.parametrize(
     ("step", "device", "given", "found"),
     [
-        ("train", "cuda", {}, {NAME: "expandable_segments:True"}),
+        ("train", "cuda", {}, {NAME: ALLOCATOR_SETTINGS}),
         ("train", "cpu", {}, {}),
         ("prepare", "cuda", {}, {}),
         ("train", "cuda", {NAME: "backend:cudaMallocAsync"}, {NAME: "backend:cudaMallocAsync"}),
@@ -119,7 +119,7 @@ def test_the_allocator_is_set_before_torch_is_loaded_and_child_ranks_inherit_it(
         environment.pop(name, None)
     command = [sys.executable, "-c", PRINT_ENVIRONMENT, str(tmp_path)]
     subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, timeout=120, check=True)
-    assert (tmp_path / "said").read_text() == "expandable_segments:True"
+    assert (tmp_path / "said").read_text() == ALLOCATOR_SETTINGS
 
 
 @pytest.mark.parametrize(("step", "requests"), [("train", 0), ("prepare", 1)])
@@ -137,3 +137,9 @@ def test_the_library_of_the_hub_sends_nothing_while_training(
         )
     assert len(hub.seen) == requests, (hub.seen, done.stdout)
     assert done.stdout.strip() == ("HfHubHTTPError" if requests else "OfflineModeIsEnabled")
+
+
+def test_pytorch_reads_the_settings_of_its_allocator() -> None:
+    """An unknown one would end every train step on a GPU."""
+    code = f"import torch; torch._C._accelerator_setAllocatorSettings({ALLOCATOR_SETTINGS!r})"
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)

@@ -71,6 +71,8 @@ def test_a_job_with_only_a_model_and_data_reports_each_choice_with_its_reason(
         ("cpu", {}, True),
         ("cpu", {"memory": "2Gi"}, True),
         ("cpu", {"memory": "8Gi"}, False),
+        ("cpu", {"memory": "8Gi", "gpus": 4}, True),
+        ("cpu", {"memory": "8Gi", "gpuMemory": "24Gi"}, True),
         ("cuda", {"gpuMemory": "24Gi"}, False),
     ],
 )

@@ -16,6 +16,9 @@ from qlora_trainer.core.context import Device
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Variables of PyTorch's GPU allocator settings: the name, and the earlier one."""
+ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_round_threshold_mb:16"
+"""Nearly every micro batch has another number of tokens. In segments of fixed size that leaves gaps, which no later
+tensor fits into. Pinned memory for larger tensors would be rounded up to a power of two."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,7 @@ def set_environment(step: StepName, workspace: Path, *, device: Device = "cpu", 
     if step != "train" or device != "cuda":
         hide_gpus()
     elif not any(name in os.environ for name in _ALLOCATOR):
-        # Nearly every micro batch has another number of tokens. In segments of fixed size that leaves gaps, which no
-        # later tensor fits into.
-        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+        os.environ[_ALLOCATOR[0]] = ALLOCATOR_SETTINGS
     if step != "prepare" and not (step == "publish" and publishes_to_hub):
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.process import hide_gpus
@@ -83,8 +83,7 @@ def iterate_within_limits(
             except EOFError:
                 process.join()
                 raise DryRunFailed(f"{what} was ended by signal or exit code {process.exitcode}") from None
-            # Outside of the try: reading an answer may import modules, whose errors are others.
-            answer = pickle.loads(received)  # noqa: S301 - as `recv` reads it
+            answer = _read(received, what)
             if isinstance(answer, _End):
                 return
             if isinstance(answer, StepFailure | DryRunFailed):
@@ -94,6 +93,14 @@ def iterate_within_limits(
         process.kill()
         process.join()
         receiver.close()
+
+
+def _read(answer: bytes, what: str) -> Any:
+    # Its modules are imported, whose errors do not tell how the process ended.
+    try:
+        return pickle.loads(answer)  # noqa: S301 - as `Connection.recv` reads it
+    except Exception as error:
+        raise DryRunFailed(f"the answer of {what} cannot be read: {type(error).__name__}: {error}") from error
 
 
 class _End:

@@ -138,8 +138,9 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: 
     def measure(resolved: ResolvedSpec, recomputation: Recomputation, earlier: MeasuredMemory | None) -> MemoryFit:
         return measure_memory(model.folder, resolved, family, limits.group_size, recomputation, earlier)
 
-    gpu_gib, cpu_gib = spec.resources.gpu_gib, None if on_gpu else gib_on_cpu(spec.resources.memory)
-    fitted = fit_settings(spec, choose, limits, gpu_gib, shape, measure, cpu_gib=cpu_gib)
+    resources = spec.resources
+    cpu_gib = None if on_gpu else gib_on_cpu(resources.memory, resources.gpus)
+    fitted = fit_settings(spec, choose, limits, resources.gpu_gib, shape, measure, cpu_gib=cpu_gib)
     warn_if_not_served(fitted.spec)
     return FittedModel(model, fitted)
 

@@ -51,7 +51,7 @@ class RunProgress:
     schedule: Schedule
     """Its micro batches become smaller if the GPU runs out of memory."""
     recomputation: Recomputation
-    """Of all blocks after the GPU ran out of memory."""
+    """That of prepare, until the GPU runs out of memory: then all blocks are recomputed."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint that has been read back."""
     checkpoint_time: str | None = None

@@ -393,6 +393,22 @@ def test_rows_beyond_the_change_of_longrope_do_not_share_a_sequence(tmp_path: Pa
         torch.testing.assert_close(behind(30), behind(65))
 
 
+class Unreadable:
+    """An answer of the inspecting process."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[str]]:
+        return int, ("no number",)
+
+
+def test_an_inspection_whose_answer_cannot_be_read_names_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TRAINABLE[0].save_pretrained(tmp_path)
+    monkeypatch.setattr(check, "_inspect", lambda *_: Unreadable())
+    with pytest.raises(StepFailure, match="the inspection of the model cannot be read: ValueError: invalid literal"):
+        check.check_model(tmp_path, job_spec())
+
+
 def test_an_inspection_that_is_killed_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TRAINABLE[0].save_pretrained(tmp_path)
     monkeypatch.setattr(check, "_inspect", lambda *_: os.kill(os.getpid(), signal.SIGKILL))

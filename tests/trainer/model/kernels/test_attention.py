@@ -14,6 +14,7 @@ from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.memory.backward import gradients
 from qlora_trainer.model.memory.device import fake_cuda
+from qlora_trainer.model.memory.live_bytes import LiveBytes
 from tests.support.models.attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 ROWS = RowBoundaries.from_lengths(LENGTHS, torch.device("cpu"))
@@ -137,7 +138,7 @@ def test_a_gpu_computes_heads_that_flash_attention_does_not_take_in_one_call_for
     size: int, value_size: int, groups: int
 ) -> None:
     counts = set()
-    for lengths in ((341,), (300, 40, 1)):
+    for lengths in ((341,), (121, 120, 100)):
         with fake_cuda(), Launches() as launches:
             rows = RowBoundaries(lengths, torch.empty(5, dtype=torch.int32, device="cuda"))
             query, key, value = (
@@ -149,6 +150,22 @@ def test_a_gpu_computes_heads_that_flash_attention_does_not_take_in_one_call_for
         assert output.shape == (1, 341, 4, value_size)
         counts.add(launches.operations)
     assert len(counts) == 1
+
+
+def test_one_long_row_among_many_short_ones_takes_little_more_memory_than_a_single_row() -> None:
+    """The kernel's backward pass takes as much for each row as for the longest."""
+
+    def most_bytes(*lengths: int) -> int:
+        with fake_cuda(), LiveBytes("cuda") as live:
+            rows = RowBoundaries(lengths, torch.empty(len(lengths) + 1, dtype=torch.int32, device="cuda"))
+            query, key, value = (
+                torch.empty(1, 4, 4096, 512, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)
+            )
+            output, _ = rows_attention(MODULE, query, key, value, None, rows=rows)
+            gradients(output, [query, key, value], torch.empty_like(output))
+            return live.take_peak()
+
+    assert most_bytes(2048, *[16] * 128) < 1.6 * most_bytes(4096)
 
 
 def test_inputs_of_other_types_are_computed_in_the_type_of_autocast() -> None:

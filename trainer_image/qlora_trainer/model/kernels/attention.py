@@ -5,6 +5,7 @@ row and nothing of other rows, so a batch of several rows equals as many batches
 a mask transformers would decide itself what a token sees.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -178,12 +179,32 @@ def _rows_of_large_heads(query: Tensor, key: Tensor, value: Tensor, rows: RowBou
     groups, size = query.shape[1] // key.shape[1], value.shape[3]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    runs = list(_runs(rows.lengths))
     heads = (_for_kernel(tensor.squeeze(0).transpose(0, 1)).unsqueeze(0) for tensor in (query, key, value))
-    offsets, longest = rows.real_offsets, rows.longest
-    output, *_ = torch.ops.aten._efficient_attention_forward(
-        *heads, None, offsets, offsets, longest, longest, 0.0, _CAUSAL, True, scale=scale
-    )
-    return cast("Tensor", output)[..., :size]
+    parts = zip(*(tensor.split([sum(lengths) for lengths in runs], dim=1) for tensor in heads), strict=True)
+    first, outputs = 0, list[Tensor]()
+    for lengths, part in zip(runs, parts, strict=True):
+        offsets = rows.offsets[first : first + len(lengths) + 1]
+        offsets = offsets - offsets[:1] if first else offsets
+        first, longest = first + len(lengths), max(lengths)
+        output, *_ = torch.ops.aten._efficient_attention_forward(
+            *part, None, offsets, offsets, longest, longest, 0.0, _CAUSAL, True, scale=scale
+        )
+        outputs.append(output)
+    return torch.cat(outputs, dim=1)[..., :size]
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Split rows into runs: the kernel's backward pass takes the memory of the longest row for each, in 32 bit.
+
+    In a run that is at most twice that of its tokens.
+    """
+    first = 0
+    for end in range(1, len(lengths) + 1):
+        run = lengths[first : end + 1]
+        if end == len(lengths) or len(run) * max(run) > 2 * sum(run):
+            yield lengths[first:end]
+            first = end
 
 
 def _for_kernel(heads: Tensor) -> Tensor:

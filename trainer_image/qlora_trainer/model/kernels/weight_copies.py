@@ -31,8 +31,8 @@ class _Copy:
 class WeightCopies:
     """The copies that a model's layers keep.
 
-    PyTorch counts the writes to a parameter; code that writes around it, as a kernel of another library does, calls
-    `torch.autograd.graph.increment_version`.
+    PyTorch counts the writes to a parameter. Code that writes around it calls `torch.autograd.graph.increment_version`:
+    kernels of other libraries, PyTorch's fused optimizers, and writes to `parameter.data`.
     """
 
     def __init__(self) -> None:

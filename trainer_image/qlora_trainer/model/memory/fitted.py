@@ -26,12 +26,14 @@ Measure = Callable[[ResolvedSpec, Recomputation, MeasuredMemory | None], MemoryF
 """The same from dry runs, as far as earlier ones do not hold."""
 
 
-def gib_on_cpu(memory: str | None) -> float:
-    """Return the GiB of a GPU with as much room as a CPU's pod with this memory, 0 if it is not known.
+def gib_on_cpu(memory: str | None, processes: int) -> float:
+    """Return the GiB of a GPU with as much room as each process of a CPU's pod with this memory, 0 if it is not known.
 
     SmolLM2-135M took 3.0 GB in bfloat16 with all activations of 2,048 tokens, and 1.5 GiB of a GPU by the dry run.
     """
-    return 0.0 if memory is None else max(0.0, (float(amount(memory)) / GIB - _CPU_PROCESS_GIB) / _CPU_FACTOR)
+    return (
+        0.0 if memory is None else max(0.0, (float(amount(memory)) / GIB / processes - _CPU_PROCESS_GIB) / _CPU_FACTOR)
+    )
 
 
 def first_limits(spec: QLoRAJobSpec, limits: Limits, gpu_gib: float | None) -> Limits:
@@ -45,7 +47,14 @@ def first_limits(spec: QLoRAJobSpec, limits: Limits, gpu_gib: float | None) -> L
 
 
 def limits_that_fit(
-    spec: QLoRAJobSpec, choose: Choose, limits: Limits, gpu_gib: float | None, blocks: int, estimate: Estimate
+    spec: QLoRAJobSpec,
+    choose: Choose,
+    limits: Limits,
+    gpu_gib: float | None,
+    blocks: int,
+    estimate: Estimate,
+    *,
+    may_offload: bool = True,
 ) -> Limits:
     """Limit the chosen micro batch until the run fits the GPU, or it is 1. The other settings follow it.
 
@@ -70,7 +79,7 @@ def limits_that_fit(
             limits = replace(limits, recomputation=next(some, RECOMPUTE_ALL))
             if limits.recomputation.blocks is None:
                 return replace(limits, micro_batch=None)
-        elif _can_offload(resolved, limits, estimate):
+        elif may_offload and _can_offload(resolved, limits, estimate):
             limits = replace(limits, recomputation=_OFFLOADED)
         else:
             break
@@ -98,7 +107,7 @@ class FittedSettings:
     settings: tuple[Choice, ...]
     """The chosen values of open settings."""
     recomputation: Recomputation
-    """By the spec's gradient checkpointing."""
+    """Has effect where the spec's gradient checkpointing is on."""
     memory: MemoryFit
 
     @property
@@ -123,9 +132,11 @@ def fit_settings(
     """Return the job with the chosen settings, its chosen micro batch as large as the GPU has room for.
 
     `measure` makes a dry run, which takes seconds: smaller micro batches are estimated from the first one. `cpu_gib`:
-    room of the CPU that it is trained on, None on a GPU. There it decides whether all activations are kept, or none.
+    room of the CPU that it is trained on, None on a GPU. There it decides whether all activations are kept, or none;
+    with `gpu_gib`, which bounds the micro batch, none are.
     """
-    limits = first_limits(spec, limits, gpu_gib if cpu_gib is None else cpu_gib or None)
+    on_gpu = cpu_gib is None
+    limits = first_limits(spec, limits, gpu_gib if on_gpu else cpu_gib if cpu_gib and gpu_gib is None else None)
     measured: MeasuredMemory | None = None
     while True:
         resolved = resolve(spec, chosen := choose(limits))
@@ -140,7 +151,8 @@ def fit_settings(
         if cpu_gib and limits.recomputation.blocks == 0 and not _fits(estimate(resolved, Recomputation(0)), cpu_gib):
             limits = replace(limits, recomputation=RECOMPUTE_ALL)
             continue
-        fitting = limits_that_fit(spec, choose, limits, gpu_gib, measured.blocks, estimate)
+        blocks = measured.blocks
+        fitting = limits_that_fit(spec, choose, limits, gpu_gib, blocks, estimate, may_offload=on_gpu)
         if fitting == limits:
             break
         limits = fitting

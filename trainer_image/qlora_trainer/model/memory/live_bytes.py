@@ -19,18 +19,24 @@ from torch.utils._pytree import tree_leaves
 _ROW_MARGIN = 128
 """Tokens between two rows' gradients, so that a kernel's last block fits."""
 _BACKWARD: OpOverload = torch.ops.torch_attn._varlen_attn_backward.default
+_LARGE_HEADS_BACKWARD: OpOverload = torch.ops.aten._efficient_attention_backward.default
 _BACKEND = "backend"
 
 
 def _workspace_bytes(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> int:
     """Bytes that an operation has allocated at its end, besides its arguments and results.
 
-    FlashAttention's backward pass of rows is all that is known. cuDNN decides itself what it takes.
+    The backward passes of rows by FlashAttention and the memory-efficient kernel are all that is known. cuDNN decides
+    itself what it takes.
     """
-    if func is not _BACKWARD:
+    if func not in (_BACKWARD, _LARGE_HEADS_BACKWARD):
         return 0
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if func is _LARGE_HEADS_BACKWARD:
+        query, boundaries = (cast("Tensor", given[name]) for name in ("query", "cu_seqlens_q"))
+        # The query's gradient in 32 bit (PyTorch's mem_eff_attention/kernel_backward.h, `workspace_size`).
+        return 4 * (len(boundaries) - 1) * cast("int", given["max_seqlen_q"]) * query.shape[2] * query.shape[3]
     # An argument that has its default is not passed.
     if given.get(_BACKEND, varlen._FLASH_ATTENTION_BACKEND) != varlen._FLASH_ATTENTION_BACKEND:
         return 0
