@@ -48,7 +48,11 @@ PROFILES: Object = {
         "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2},
     },
     "private": {"allowedNamespaces": {"selector": {"matchLabels": {"kubernetes.io/metadata.name": VICTIM}}}},
-    "nodes": {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}},
+    "nodes": {
+        "device": "cuda",
+        "gpuResource": "nvidia.com/gpu",
+        "workspace": {"topology": "shared", "accessMode": "ReadWriteMany"},
+    },
 }
 HARMLESS = {**NEEDS_NO_NODE, **FORGED}
 CANARY = "hf_canarycanarycanarycanarycanary1234"
