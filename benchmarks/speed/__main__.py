@@ -42,7 +42,7 @@ def main() -> int:
     options = _parser().parse_args()
     machine, model = describe_machine(), model_folder()
     with tempfile.TemporaryDirectory(prefix="qlora-speed-") as scratch:
-        inputs = Inputs(Path(scratch), model)
+        inputs = Inputs(Path(scratch), model, recomputes=not options.keep_activations)
         write_conversations(inputs.train, TRAIN_ROWS, SEED, CHAT)
         write_conversations(inputs.held_out, HELD_OUT_ROWS, SEED + 1, CHAT)
         measured: dict[SystemName, list[dict[str, Any]]] = {system: [] for system in options.systems}
@@ -58,7 +58,7 @@ def main() -> int:
     comparisons = compare(all_figures)
     result = {
         "machine": machine,
-        "settings": describe_settings(),
+        "settings": describe_settings() | {"recomputesActivations": inputs.recomputes},
         "length": {"steps": options.steps},
         "environment": ENVIRONMENT,
         "baseEvalLoss": base_loss,
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, help="only these")
     parser.add_argument("--same-allocator", action="store_true", help="give this trainer's allocator to the others too")
+    parser.add_argument("--keep-activations", action="store_true", help="recompute none in the backward pass")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     return parser
 
@@ -91,6 +92,7 @@ def _run(
     folder.mkdir()
     (folder / inputs.train.name).hardlink_to(inputs.train)
     command = ["benchmarks.speed.worker", system, str(folder), str(inputs.model), f"--steps={steps}"]
+    command += [] if inputs.recomputes else ["--keep-activations"]
     _checked(command, environment=environment)
     measured: dict[str, Any] = json.loads((folder / "measured.json").read_text())
     return measured | {"snapshots": [str(folder / f"step-{step + 1}.pt") for step in range(steps)]}

@@ -69,7 +69,7 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
 
 
 def _model(inputs: Inputs) -> Any:
-    model = prepare_model_for_kbit_training(load_base(inputs.model), use_gradient_checkpointing=True)
+    model = prepare_model_for_kbit_training(load_base(inputs.model), use_gradient_checkpointing=inputs.recomputes)
     model = get_peft_model(model, lora_config())
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):

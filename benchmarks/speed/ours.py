@@ -18,7 +18,7 @@ from qlora_trainer.core.context import StepContext
 def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]:
     """Train; returns the tokens and the rows of each step.
 
-    Other settings have the schema's default: packing, checkpointing, paged 32-bit AdamW, no dropout.
+    Other settings have the schema's default: packing, paged 32-bit AdamW, no dropout.
     """
     training = {
         "maxSteps": instrument.total_steps,
@@ -26,6 +26,7 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
         "maxSequenceLength": MAX_LENGTH,
         "learningRate": LEARNING_RATE,
         "maxGradNorm": MAX_GRAD_NORM,
+        "gradientCheckpointing": inputs.recomputes,
         # As the others: every token is trained on, and no sample generated.
         "trainOn": "all",
         "samples": 0,

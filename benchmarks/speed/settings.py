@@ -24,10 +24,12 @@ TARGET_LOSS = 2.45
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of one comparison, below one folder."""
+    """The files of one comparison, below one folder, and what else its runs share."""
 
     folder: Path
     model: Path
+    recomputes: bool = True
+    """Whether activations are recomputed in the backward pass, or kept."""
 
     @property
     def train(self) -> Path:

@@ -38,7 +38,7 @@ def train(inputs: Inputs, instrument: Instrument, *, packing: bool) -> tuple[lis
         gradient_accumulation_steps=SEQUENCES_PER_STEP if packing else ROWS_PER_STEP // DEFAULT_BATCH,
         packing=packing,
         max_length=MAX_LENGTH,
-        gradient_checkpointing=True,
+        gradient_checkpointing=inputs.recomputes,
         use_cpu=True,
     )
 

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--keep-activations", action="store_true")
     options = parser.parse_args()
     if options.system == "ours":
         from qlora_trainer.core.process import set_environment
@@ -35,7 +36,8 @@ def main() -> None:
     from benchmarks.speed.instrument import Instrument
 
     instrument = Instrument(options.steps, options.folder)
-    tokens, rows = _train(options.system, Inputs(options.folder, options.model), instrument)
+    inputs = Inputs(options.folder, options.model, recomputes=not options.keep_activations)
+    tokens, rows = _train(options.system, inputs, instrument)
     measured = instrument.result(tokens, rows) | {
         "threads": torch.get_num_threads(),
         "environment": describe_environment(),
