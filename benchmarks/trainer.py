@@ -31,7 +31,8 @@ def prepare_command(folder: Path, model: Path, training: dict[str, Any], lora: d
                 "metadata": {"name": "benchmark", "uid": JOB_UID},
                 "spec": {
                     "model": {"source": "pvc://model"},
-                    "dataset": {"source": "pvc://data/train.jsonl"},
+                    # No evaluation is part of a measured step.
+                    "dataset": {"source": "pvc://data/train.jsonl", "eval": {"fraction": 0}},
                     "lora": lora,
                     "training": training,
                 },

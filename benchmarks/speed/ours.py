@@ -22,6 +22,7 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
     """
     training = {
         "maxSteps": instrument.total_steps,
+        "microBatchSize": 1,
         "gradientAccumulationSteps": SEQUENCES_PER_STEP,
         "maxSequenceLength": MAX_LENGTH,
         "learningRate": LEARNING_RATE,
