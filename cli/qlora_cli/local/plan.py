@@ -314,7 +314,7 @@ def _show_verdict(job: MeasuredJob, gpu_gib: float, console: Console, *, rows_ap
         _show_first_change(job, gpu_gib, memory.expected, console)
         return
     if (host_gib := memory_to_offload(job, gpu_gib)) is not None:
-        console.print("To hold the inputs of the blocks in host memory, unless the profile's train pods have as much:")
+        console.print("It fits if host memory holds the inputs of the blocks. Unless the profile has as much, set:")
         console.print(f"  spec.resources.memory: [bold]{host_gib}Gi[/]")
         return
     steps = advice(job.estimate, job.training, gpu_gib)

@@ -14,13 +14,7 @@ from qlora_trainer.model.memory.device import fake_cuda
 CEILINGS = json.loads((RESULTS / f"{NAME}.json").read_text())
 
 
-# As long as all others: a loop of thousands of operations in transformers' own code.
-SLOW = ("Qwen 3.5, linear attention",)
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(each, id=each.block, marks=[pytest.mark.slow] * (each.block in SLOW)) for each in CASES]
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.block)
 def test_a_block_is_the_gpu_work_that_is_written_down(case: Case) -> None:
     found = asdict(count(case))
     assert found == CEILINGS[case.block], "if the change is worth it, `make kernels` writes the new figures"

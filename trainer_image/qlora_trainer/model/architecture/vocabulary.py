@@ -65,7 +65,7 @@ def largest(size: int) -> int:
 
 
 class SpreadEmbedding(nn.Module):
-    """Frozen embeddings of which this rank has a part."""
+    """This rank's part of frozen embeddings."""
 
     def __init__(self, whole: nn.Embedding, part: VocabularyPart, weight: nn.Parameter) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class SpreadEmbedding(nn.Module):
 
 
 class SpreadHead(nn.Module):
-    """A frozen output layer of which this rank has a part."""
+    """This rank's part of a frozen output layer."""
 
     def __init__(self, whole: nn.Linear, part: VocabularyPart, weight: nn.Parameter) -> None:
         super().__init__()

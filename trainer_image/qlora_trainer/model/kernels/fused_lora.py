@@ -229,7 +229,7 @@ def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | No
 class _Part:
     """Tokens with an adapter, or with one of several whose matrices are stacked.
 
-    The scale of an adapter is the product of `scale`, `later_scale` and `mask`, of which all but one are 1.
+    The scale of an adapter is the product of `scale`, `later_scale` and `mask`. All but one of them are 1.
     """
 
     tokens: slice

@@ -137,7 +137,8 @@ def fit_settings(
     with `gpu_gib`, which bounds the micro batch, none are.
     """
     on_gpu = cpu_gib is None
-    limits = first_limits(spec, limits, gpu_gib if on_gpu else cpu_gib if cpu_gib and gpu_gib is None else None)
+    of_cpu = cpu_gib or None if gpu_gib is None else None
+    limits = first_limits(spec, limits, gpu_gib if on_gpu else of_cpu)
     measured: MeasuredMemory | None = None
     while True:
         resolved = resolve(spec, chosen := choose(limits))

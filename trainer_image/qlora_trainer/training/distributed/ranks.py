@@ -139,7 +139,7 @@ class Ranks:
         with self._exchange():
             for parameter in parameters:
                 torch.distributed.broadcast(parameter.data, src=0)
-                # `data` is written without PyTorch's count, by which copies of the weights are kept current.
+                # PyTorch does not count writes to `data`, and copies of the weights rely on the count.
                 increment_version(parameter)
 
     @contextmanager
