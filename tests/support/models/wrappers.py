@@ -107,6 +107,8 @@ def tiny_wrapper(model_type: str) -> PretrainedConfig:
             for name, size in _TOWER.items():
                 if isinstance(getattr(part, name, None), int):
                     setattr(part, name, size)
+            if getattr(part, "layer_types", None):
+                part.layer_types = part.layer_types[: _TOWER["num_hidden_layers"]]
             if hasattr(part, "out_hidden_size"):
                 part.out_hidden_size = text.hidden_size
             if hasattr(part, "architecture"):
