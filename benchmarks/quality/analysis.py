@@ -1,25 +1,20 @@
 """Decides from right answers whether an adapter keeps the score of full fine-tuning: pure functions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import sqrt
 from statistics import mean, stdev
 
 import numpy
 from numpy.typing import NDArray
 
-from benchmarks.quality.plan import ARMS, FULL, QLORA, STEPS
+from benchmarks.quality.plan import ARMS, FULL
 from benchmarks.quality.results import Run
 from benchmarks.tuning import Arm
 
-LEVELS = (0.99, 0.97)
-"""Shares of a reference's score that are tested: the claim, and a level that fewer runs can show."""
-FIRST_PAIRS = 6
 RESAMPLES = 2000
 # The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
-# Quantiles of the normal distribution: 5 % of error on one side, and 80 % power.
-_ERROR_AND_POWER = 2.49
 Rights = NDArray[numpy.float64]
 """[seeds, prompts]: 1 where the answer of a run is right, else 0."""
 Compared = Mapping[str, Mapping[Arm, Rights]]
@@ -92,35 +87,3 @@ def verdict(found: Interval, level: float) -> str:
     if found.low >= level:
         return "met"
     return "**missed**" if found.high < level else "not decided"
-
-
-@dataclass(frozen=True)
-class Power:
-    """The number of pairs of runs that the test needs, by the first of them."""
-
-    deviation: float
-    """Standard deviation of the difference between QLoRA's and full fine-tuning's score, within tasks."""
-    score: float
-    """Mean of full fine-tuning's."""
-
-    def pairs(self, level: float) -> int:
-        """The pairs of a task and a seed that show a share of `level` with 80 % power, if the true share is 100 %."""
-        return ceil((_ERROR_AND_POWER * self.deviation / ((1 - level) * self.score)) ** 2)
-
-
-def power(runs: Iterable[Run]) -> Power | None:
-    """Return the power by the first pairs, in the order of the runs, or None before there are enough."""
-    scores: dict[tuple[str, int], dict[Arm, float]] = {}
-    pairs: list[tuple[str, float, float]] = []
-    for run in runs:
-        if (run.cell.purpose, run.cell.steps) == ("main", STEPS) and run.cell.arm in (FULL, QLORA):
-            pair = scores.setdefault((run.cell.task, run.cell.seed), {})
-            pair[run.cell.arm] = run.score
-            if len(pair) == 2:
-                pairs.append((run.cell.task, pair[QLORA] - pair[FULL], pair[FULL]))
-    if len(pairs) < FIRST_PAIRS:
-        return None
-    first = pairs[:FIRST_PAIRS]
-    of_task = {task: mean(difference for name, difference, _ in first if name == task) for task, _, _ in first}
-    squares = sum((difference - of_task[task]) ** 2 for task, difference, _ in first)
-    return Power(sqrt(squares / (FIRST_PAIRS - len(of_task))), mean(score for _, _, score in first))

@@ -1,7 +1,8 @@
 """Plans the runs of the study, their order, and the learning rates: pure functions of the results so far."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil, sqrt
 from statistics import mean
 
 from benchmarks.quality.results import Cell, Run
@@ -22,8 +23,17 @@ STEPS = 400
 OTHER_STEPS = (200, 800)
 TUNING_SEEDS = (101, 102)
 SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
+FIRST_SEEDS = SEEDS[:2]
+"""Of the runs whose differences decide the number of seeds."""
 FEWER_SEEDS = SEEDS[:3]
 """Of the runs with other numbers of steps."""
+LEAST_SEEDS = 4
+"""Of each task: a bootstrap over fewer has bounds that are too narrow."""
+FIRST_PAIRS = 6
+LEVELS = (0.99, 0.97)
+"""Shares of a reference's score that are tested: the claim, and a level that fewer runs can show."""
+# Quantiles of the normal distribution: 5 % of error on one side, and 80 % power.
+_ERROR_AND_POWER = 2.49
 LEAST_RIGHT = 0.85
 ALMOST_ALL = 0.95
 MOST_CHANGE, MOST_POINTS = 0.05, 0.02
@@ -38,12 +48,33 @@ class Tuned:
     """Those tried first, in factors of two."""
 
 
-WHOLE = Tuned((FULL,), (5e-5, 1e-4, 2e-4, 4e-4))
-ADAPTERS = Tuned((LORA, QLORA), (5e-4, 1e-3, 2e-3, 4e-3))
-PLANNED = len(TASKS) * (
-    len(ARMS) * len(WHOLE.rates) * len(TUNING_SEEDS) + len(ARMS) * (len(SEEDS) + len(OTHER_STEPS) * len(FEWER_SEEDS))
-)
-"""Runs of the whole study, if each task is in and no grid is extended."""
+WHOLE = Tuned((FULL,), (5e-5, 1e-4, 2e-4))
+ADAPTERS = Tuned((LORA, QLORA), (5e-4, 1e-3, 2e-3))
+
+
+def planned_runs(seeds: int) -> int:
+    """Return the runs of the whole study, if each task is in and no grid is extended."""
+    tuning = len(TUNING_SEEDS) * sum(len(tuned.arms) * len(tuned.rates) for tuned in (WHOLE, ADAPTERS))
+    return len(TASKS) * (tuning + len(ARMS) * (seeds + len(OTHER_STEPS) * len(FEWER_SEEDS)))
+
+
+@dataclass(frozen=True)
+class Power:
+    """The number of pairs of runs that the test needs, by the first of them."""
+
+    deviation: float
+    """Standard deviation of the difference between QLoRA's and full fine-tuning's score, within tasks."""
+    score: float
+    """Mean of full fine-tuning's."""
+
+    def pairs(self, level: float) -> int:
+        """The pairs of a task and a seed that show a share of `level` with 80 % power, if the true share is 100 %."""
+        return ceil((_ERROR_AND_POWER * self.deviation / ((1 - level) * self.score)) ** 2)
+
+    @property
+    def seeds(self) -> int:
+        """The seeds of each task that give these pairs for the claim, from `LEAST_SEEDS` to all."""
+        return min(max(ceil(self.pairs(LEVELS[0]) / len(TASKS)), LEAST_SEEDS), len(SEEDS))
 
 
 @dataclass(frozen=True)
@@ -110,34 +141,66 @@ def _of_tuning(runs: Sequence[Run], task: str, tuned: Tuned) -> list[Run]:
     return [run for run in runs if (run.cell.purpose, run.cell.task) == ("tuning", task) and run.cell.arm in tuned.arms]
 
 
+def power(runs: Iterable[Run]) -> Power | None:
+    """Return the power by the first pairs, in the order of the runs, or None before there are enough.
+
+    It depends on the differences' spread and not on their mean, so that the number of seeds that follows from it does
+    not favor a verdict (Wittes and Brittain 1990, doi:10.1002/sim.4780090113).
+    """
+    scores: dict[tuple[str, int], dict[Arm, float]] = {}
+    pairs: list[tuple[str, float, float]] = []
+    for run in runs:
+        if (run.cell.purpose, run.cell.steps) == ("main", STEPS) and run.cell.arm in (FULL, QLORA):
+            pair = scores.setdefault((run.cell.task, run.cell.seed), {})
+            pair[run.cell.arm] = run.score
+            if len(pair) == 2:
+                pairs.append((run.cell.task, pair[QLORA] - pair[FULL], pair[FULL]))
+    if len(pairs) < FIRST_PAIRS:
+        return None
+    first = pairs[:FIRST_PAIRS]
+    of_task = {task: mean(difference for name, difference, _ in first if name == task) for task, _, _ in first}
+    squares = sum((difference - of_task[task]) ** 2 for task, difference, _ in first)
+    return Power(sqrt(squares / (FIRST_PAIRS - len(of_task))), mean(score for _, _, score in first))
+
+
 def waiting_cells(runs: Sequence[Run], part: int = 0, parts: int = 1) -> Iterator[Cell]:
     """The cells without a result whose learning rate is known, in the order of the study.
 
+    Each task is tuned and has its first seeds; then all have the seeds that follow from these, and then other steps.
     With several parts, a process runs one of them: all cells of some tasks, so that no part waits for another.
     """
     done = {run.cell for run in runs}
-    for number, task in enumerate(TASKS):
-        if number % parts == part:
-            yield from (cell for cell in planned_cells(runs, task) if cell not in done)
+    tasks = [task for number, task in enumerate(TASKS) if number % parts == part]
+    for stage in (_first_cells, _seed_cells, _other_cells):
+        yield from (cell for task in tasks for cell in stage(runs, task) if cell not in done)
 
 
-def planned_cells(runs: Sequence[Run], task: str) -> Iterator[Cell]:
-    """The task's cells whose learning rate is known, done or not, in the order of the study.
-
-    Full fine-tuning is tuned first: a task where it does not converge costs no more. Runs with few steps come early.
-    """
+def _first_cells(runs: Sequence[Run], task: str) -> Iterator[Cell]:
+    """Full fine-tuning is tuned first: a task where it does not converge costs no more."""
     yield from _tuning_cells(runs, task, WHOLE)
     found = convergence(runs, task)
-    if found is None or not found.is_in:
-        return
-    yield from _tuning_cells(runs, task, ADAPTERS)
+    if found is not None and found.is_in:
+        yield from _tuning_cells(runs, task, ADAPTERS)
+        yield from _main_cells(runs, task, STEPS, FIRST_SEEDS)
+
+
+def _seed_cells(runs: Sequence[Run], task: str) -> Iterator[Cell]:
+    found = power(runs)
+    if found is not None:
+        yield from _main_cells(runs, task, STEPS, SEEDS[: found.seeds])
+
+
+def _other_cells(runs: Sequence[Run], task: str) -> Iterator[Cell]:
+    for steps in OTHER_STEPS:
+        yield from _main_cells(runs, task, steps, FEWER_SEEDS)
+
+
+def _main_cells(runs: Sequence[Run], task: str, steps: int, seeds: Iterable[int]) -> Iterator[Cell]:
     whole, shared = chosen_rate(runs, task, WHOLE), chosen_rate(runs, task, ADAPTERS)
     if whole is None or shared is None:
         return
-    for steps in sorted((STEPS, *OTHER_STEPS)):
-        for seed in SEEDS if steps == STEPS else FEWER_SEEDS:
-            for arm in ARMS:
-                yield Cell("main", task, arm, seed, steps, whole if arm == FULL else shared)
+    for seed in seeds:
+        yield from (Cell("main", task, arm, seed, steps, whole if arm == FULL else shared) for arm in ARMS)
 
 
 def _tuning_cells(runs: Sequence[Run], task: str, tuned: Tuned) -> Iterator[Cell]:

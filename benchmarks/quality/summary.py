@@ -8,20 +8,24 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.operator.table import head, row
-from benchmarks.quality.analysis import FIRST_PAIRS, LEVELS, Interval, compared, drawn_means, power, share, verdict
+from benchmarks.quality.analysis import Interval, compared, drawn_means, share, verdict
 from benchmarks.quality.plan import (
     ADAPTERS,
     ARMS,
+    FIRST_PAIRS,
     FULL,
+    LEAST_SEEDS,
+    LEVELS,
     LORA,
     OTHER_STEPS,
-    PLANNED,
     QLORA,
     SEEDS,
     STEPS,
     WHOLE,
     chosen_rate,
     convergence,
+    planned_runs,
+    power,
 )
 from benchmarks.quality.results import Run
 from benchmarks.quality.tasks import TASKS
@@ -121,7 +125,7 @@ def _power(runs: Sequence[Run]) -> list[str]:
     text = (
         f"In the first {FIRST_PAIRS} pairs of runs with {STEPS} steps, QLoRA's score minus full fine-tuning's has a "
         f"standard deviation of {100 * found.deviation:.2f} points. At this deviation the test needs {needed}; "
-        f"{len(TASKS)} tasks with {len(SEEDS)} seeds give {len(TASKS) * len(SEEDS)}."
+        f"{len(TASKS)} tasks with {found.seeds} seeds give {len(TASKS) * found.seeds}."
     )
     return [text]
 
@@ -153,8 +157,11 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     hours = sum(run.processor_seconds for run in runs) / 3600
     commits = dict.fromkeys((run.commit or "unknown")[:7] for run in runs)
     processors = dict.fromkeys(run.processor for run in runs)
+    found = power(runs)
+    counts = (LEAST_SEEDS, len(SEEDS)) if found is None else (found.seeds,)
+    planned = " to ".join(str(planned_runs(seeds)) for seeds in counts)
     spent = (
-        f"{len(runs)} runs, of {PLANNED} if each task takes part and no grid is extended; {hours:.1f} hours of "
+        f"{len(runs)} runs, of {planned} if each task takes part and no grid is extended; {hours:.1f} hours of "
         f"processor time; code at {', '.join(commits)}; processors: {'; '.join(processors)}."
     )
     return [" ".join([*agreement, spent])]
