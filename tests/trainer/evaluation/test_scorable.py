@@ -13,7 +13,8 @@ from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.evaluation import answers, scorable
-from qlora_trainer.evaluation.answers import AnswerTexts, Prompt
+from qlora_trainer.evaluation.answers import AnswerTexts
+from qlora_trainer.evaluation.prompts import Prompt
 from qlora_trainer.evaluation.scorable import require_scorable, row_criterion
 from tests.support.training import write_data, write_held_out
 

@@ -26,7 +26,8 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.answer_check import AnswerChecker
-from qlora_trainer.evaluation.answers import AnswerTexts, ScoredPrompts
+from qlora_trainer.evaluation.answers import AnswerTexts
+from qlora_trainer.evaluation.prompts import ScoredPrompts
 from qlora_trainer.evaluation.scorable import row_criterion
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from itertools import count
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.evaluation.answers import Answering
+from qlora_trainer.evaluation.prompts import Prompt
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from tests.support.manifests import merged
@@ -155,6 +158,29 @@ def test_one_whose_checkpoint_is_of_another_adapter_ends_alone(
     assert isinstance(record, TrainRecord)
     assert isinstance(failed, StepFailure)
     assert "step-2 does not fit the job" in failed.message
+
+
+def test_the_base_answers_rows_once_for_all_jobs_with_the_same(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = merged(PLAIN, {"gate": {"score": {"check": "exactMatch", "maxNewTokens": 4}}})
+    longer = merged(scored, {"gate": {"score": {"maxNewTokens": 5}}})
+    jobs = contexts(tmp_path, tiny_llama, {"one": scored, "two": merged(scored, {"lora": {"rank": 8}}), "long": longer})
+    asked: list[tuple[bool, int]] = []
+    answers = Answering.answers
+
+    def counted(self: Answering, prompts: Sequence[Prompt], *, adapter: bool, max_new_tokens: int) -> list[str]:
+        asked.append((adapter, max_new_tokens))
+        return answers(self, prompts, adapter=adapter, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(Answering, "answers", counted)
+    records = together(jobs)
+
+    scores = [record.score for record in records if isinstance(record, TrainRecord)]
+    assert [score is not None for score in scores] == [True] * 3
+    # The adapters' samples are answered one by one, and not scored.
+    assert [tokens for adapter, tokens in asked if not adapter and tokens in (4, 5)] == [4, 5]
+    assert [tokens for adapter, tokens in asked if adapter and tokens in (4, 5)] == [4, 4, 5]
 
 
 @pytest.mark.slow

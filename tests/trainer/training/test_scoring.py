@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, TrainRecord,
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.evaluation.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
+from qlora_trainer.evaluation import answer_batches
+from qlora_trainer.evaluation.answers import Answering, AnswerTexts
+from qlora_trainer.evaluation.prompts import Prompt, ScoredPrompts
 from qlora_trainer.history.samples import read_samples
 from qlora_trainer.publishing.gate import check_gate
 from qlora_trainer.training.checkpoints.attempts import read_attempts
@@ -44,11 +46,11 @@ SCORED = {"gate": {"minScore": 0.5, "score": PATTERN}}
 
 
 class Watched(Recorded):
-    """Records that act as soon as they say that the answer of this number is scored."""
+    """Records that act as soon as they report that the answer of this number is scored alone."""
 
     def __init__(self, number: int, act: Callable[[], None]) -> None:
         super().__init__()
-        self._activity, self._act = f"scoring answer {number} of 3", act
+        self._activity, self._act = f"scoring answers {number} to {number} of 3", act
 
     def progress(self, record: Any, *, force: bool = False) -> None:
         super().progress(record, force=force)
@@ -83,8 +85,9 @@ def scored(tmp_path: Path, tiny_llama: Path) -> StepContext:
 
 
 def test_a_stopped_or_killed_score_is_continued_and_training_is_not_repeated(
-    scored: StepContext, tmp_path: Path, tiny_llama: Path
+    scored: StepContext, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(answer_batches, "MOST_ROWS", 1)
     undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SCORED)
     expected = run(undisturbed)
     stop = StopRequest()
@@ -186,10 +189,10 @@ def test_an_existing_adapter_is_scored_again_by_a_new_check_and_unchanged(scored
 def test_a_model_that_cannot_answer_ends_the_step_with_a_remedy(
     scored: StepContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> str:
+    def fail(*_: Any, **__: Any) -> list[str]:
         raise ValueError("no generation here")
 
-    monkeypatch.setattr(Answering, "answer", fail)
+    monkeypatch.setattr(Answering, "answers", fail)
     found = failure(scored)
     assert found.exit_code is ExitCode.BAD_CONFIGURATION
     assert found.message == (
@@ -232,11 +235,11 @@ def test_reasoning_that_the_prompt_begins_and_an_answer_does_not_end_has_not_pas
     rows = [(f"<|im_start|>user\n{name}<|im_end|>\n<think>\n", "thoughts</think>get") for name in ("one", "two")]
     write_held_out(scored.workspace.data / "rows", tiny_llama, rows)
 
-    def answer(_: Answering, __: Prompt, *, adapter: bool, max_new_tokens: int) -> str:
+    def answer(_: Answering, prompts: Sequence[Prompt], *, adapter: bool, max_new_tokens: int) -> list[str]:
         del max_new_tokens
-        return "thoughts</think>get" if adapter else "thoughts of get"
+        return ["thoughts</think>get" if adapter else "thoughts of get"] * len(prompts)
 
-    monkeypatch.setattr(Answering, "answer", answer)
+    monkeypatch.setattr(Answering, "answers", answer)
     record = run(scored)
     assert record.score is not None
     assert (record.score.rows, record.score.base, record.score.adapter) == (2, 0.0, 1.0)
@@ -279,7 +282,7 @@ def test_an_answer_is_not_generated_beyond_its_end(tiny_llama: Path) -> None:
     def generated(end: EndOfTurn | None) -> int:
         asked = itertools.count()
         answering = Answering(model, AnswerTexts(tiny_llama, end), lambda: next(asked) < 0, torch.device("cpu"))
-        answering.answer(prompt, adapter=True, max_new_tokens=12)
+        answering.answers([prompt], adapter=True, max_new_tokens=12)
         return next(asked)
 
     assert generated(None) == len(tokens) == 12

@@ -1,101 +1,27 @@
 """Generates answers with and without the adapter, as samples and for scores."""
 
-import hashlib
-import heapq
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from qlora_api.printable import first_line
-from qlora_api.spec.gate import MAX_PROMPT_TOKENS
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.protocols import FastTokenizer
-from qlora_trainer.data.examples.row_check import RowCheck
-from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.render.answer_span import asks_for_reasoning
+from qlora_trainer.evaluation.prompts import Prompt, choose_prompts
 from qlora_trainer.history.samples import MAX_NEW_TOKENS, Sample, Samples
 from qlora_trainer.model.nf4.computation import computing
 from qlora_trainer.model.protocols import AdaptedModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The tokens of a row up to its first answer, and that answer."""
-
-    tokens: tuple[int, ...]
-    answer: tuple[int, ...]
-    check: RowCheck | None = None
-    """The one that the row brings for its answer."""
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of prompt, answer and check, in hexadecimal, without the row's place."""
-        brought = () if self.check is None else (self.check.value,)
-        return hashlib.sha256(json.dumps([self.tokens, self.answer, *brought], sort_keys=True).encode()).hexdigest()
-
-
-def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
-    """The prompts of the first rows of `count` evenly spaced sequences in `data`."""
-    every = max(1, len(data) // max(1, count))
-    prompts = (next(_prompts(data, index)) for index in range(0, len(data), every))
-    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= MAX_PROMPT_TOKENS]
-    return fitting[:count]
-
-
-@dataclass(frozen=True)
-class ScoredPrompts:
-    """The prompts to answer for a score."""
-
-    chosen: tuple[Prompt, ...]
-    fitting: int
-    """Rows whose prompt is short enough."""
-    too_long: int
-    """Rows whose prompt is not."""
-
-    @classmethod
-    def from_data(cls, data: PreparedDataset, count: int) -> Self:
-        """The `count` rows with the lowest SHA-256, for every seed and packing."""
-        fitting = rows = 0
-
-        def short_enough() -> Iterator[Prompt]:
-            nonlocal fitting, rows
-            for prompt in (prompt for index in range(len(data)) for prompt in _prompts(data, index)):
-                rows += 1
-                if len(prompt.tokens) <= MAX_PROMPT_TOKENS:
-                    fitting += 1
-                    yield prompt
-
-        chosen = heapq.nsmallest(count, short_enough(), key=lambda prompt: prompt.sha256)
-        return cls(tuple(chosen), fitting, rows - fitting)
-
-
-def _prompts(data: PreparedDataset, index: int) -> Iterator[Prompt]:
-    """The prompt of each row of a sequence. A pair counts with its chosen answer."""
-    sequence, start, answers = data[index], 0, 2 if data.pairs else 1
-    for number, length in zip(data.row_numbers(index), sequence.row_lengths, strict=True):
-        ids, labels = sequence.input_ids[start : start + length], sequence.labels[start : start + length]
-        if number % answers == 0:
-            yield _prompt(ids.tolist(), (labels != IGNORED_LABEL).tolist(), data.check(number // answers))
-        start += length
-
-
-def _prompt(tokens: list[int], is_target: list[bool], check: RowCheck | None) -> Prompt:
-    length, first = len(tokens), is_target.index(True)
-    if first <= 1:
-        # Plain text is trained on from its second token on: its first half is the prompt.
-        first = max(1, length // 2)
-    end = next((position for position in range(first, length) if not is_target[position]), length)
-    return Prompt(tuple(tokens[:first]), tuple(tokens[first:end]), check)
 
 
 Stopped = Callable[[], bool]
@@ -138,41 +64,59 @@ class AnswerTexts:
 
 
 class Answering:
-    """A trained PEFT model that answers prompts greedily, one at a time: padding changes the last bits of sums.
+    """A trained PEFT model that answers prompts greedily.
 
     It must not be trained any further: its attention is transformers' own, for one token at a time.
     """
 
     def __init__(self, model: AdaptedModel, texts: AnswerTexts, stopped: Stopped, device: torch.device) -> None:
-        """An answer in progress when `stopped` turns true is cut off there."""
+        """Answers in progress when `stopped` turns true are cut off there."""
         self._model, self.texts, self._device, self._stopped = model, texts, device, stopped
         base = model.get_base_model()
         base.activation_checkpointing_disable()
         base.set_attn_implementation("eager")
         model.eval()
+        ids = base.generation_config.eos_token_id
+        self._ends = frozenset([ids] if isinstance(ids, int) else ids or ())
 
-    def answer(self, prompt: Prompt, *, adapter: bool, max_new_tokens: int) -> str:
-        """Generate the answer, with or without adapter, up to its end, if it has one."""
-        stopped = self._stopped
-        ends = torch.tensor(self.texts.last_tokens(prompt), dtype=torch.int64, device=self._device)
+    def answers(self, prompts: Sequence[Prompt], *, adapter: bool, max_new_tokens: int) -> list[str]:
+        """Generate the answers to a batch, with or without adapter, each up to its end, if it has one.
+
+        Padding and the number of rows change the order of 16-bit sums, so that of two tokens that are almost equally
+        likely another one may be chosen: the same batch always has the same answers, and another one may not.
+        """
+        stopped, ends = self._stopped, [self._ends.union(self.texts.last_tokens(prompt)) for prompt in prompts]
 
         class Stopping(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: object) -> torch.Tensor:
-                return torch.isin(input_ids[:, -1], ends) | stopped()
+                last = input_ids[:, -1].tolist()
+                done = [stopped() or token in own for token, own in zip(last, ends, strict=True)]
+                return torch.tensor(done, device=input_ids.device)
 
-        input_ids = torch.tensor([prompt.tokens], device=self._device)
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        padded = [((0,) * (longest - len(prompt.tokens)), prompt.tokens) for prompt in prompts]
+        input_ids = torch.tensor([padding + tokens for padding, tokens in padded], device=self._device)
+        is_token = torch.tensor([(0,) * len(padding) + (1,) * len(tokens) for padding, tokens in padded])
         without = nullcontext() if adapter else self._model.disable_adapter()
         with without, torch.no_grad(), computing(self._model, self._device.type, cache=True):
             output = self._model.generate(
                 input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
+                attention_mask=is_token.to(self._device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 stopping_criteria=StoppingCriteriaList([Stopping()]),
                 stop_strings=self.texts.stop_strings,
                 tokenizer=self.texts.tokenizer,
             )
-        return self.texts.answer(output[0, len(prompt.tokens) :].tolist())
+        return [
+            self.texts.answer(_up_to_end(tokens, own))
+            for tokens, own in zip(output[:, longest:].tolist(), ends, strict=True)
+        ]
+
+
+def _up_to_end(tokens: Sequence[int], ends: Collection[int]) -> Sequence[int]:
+    """Return the tokens before the first end: a row continues until the last of its batch has ended."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped, fixed_positions: int | None) -> Samples:
@@ -182,7 +126,9 @@ def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped, 
         # A prompt is shorter than its row, which has positions: at least one token can be answered.
         positions = MAX_NEW_TOKENS if fixed_positions is None else fixed_positions - len(prompt.tokens)
         most = min(MAX_NEW_TOKENS, positions)
-        before, after = (answering.answer(prompt, adapter=adapter, max_new_tokens=most) for adapter in (False, True))
+        (before,), (after,) = (
+            answering.answers([prompt], adapter=adapter, max_new_tokens=most) for adapter in (False, True)
+        )
         if stopped():
             break
         question, reference = answering.texts.prompt(prompt.tokens), answering.texts.answer(prompt.answer)

@@ -11,7 +11,8 @@ from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.examples.formats import PLAIN
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.answer_check import AnswerChecker, Criterion
-from qlora_trainer.evaluation.answers import AnswerTexts, Prompt, ScoredPrompts
+from qlora_trainer.evaluation.answers import AnswerTexts
+from qlora_trainer.evaluation.prompts import Prompt, ScoredPrompts
 
 SCORE = "spec.gate.score"
 logger = logging.getLogger(__name__)

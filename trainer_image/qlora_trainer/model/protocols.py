@@ -7,7 +7,7 @@ from typing import Protocol, Self
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 
 class Network(Protocol):
@@ -50,6 +50,10 @@ class Decoder(Network, Protocol):
     @property
     def config(self) -> PretrainedConfig:
         """The configuration, with that of the text decoder inside if multimodal."""
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The settings of generation, such as the tokens that end it."""
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +110,7 @@ class AdaptedModel(Network, Protocol):
         """In the body the model computes as without adapters."""
 
     def generate(self, **settings: object) -> Tensor:
-        """Token ids of prompt and answer, int64 [1, tokens], by transformers' settings."""
+        """Token ids of prompts and answers, int64 [rows, tokens], by transformers' settings."""
 
 
 class AutogradContext(Protocol):

@@ -83,7 +83,7 @@ def train(
         # However the others end from here on, the adapter is written.
         together.close()
         if ranks.is_main:
-            record = add_score(run, state, record)
+            record = add_score(run, state, record, {})
             write_samples(run)
     return record
 

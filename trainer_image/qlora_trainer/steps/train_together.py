@@ -36,6 +36,7 @@ from qlora_trainer.training.open_run import (
 )
 from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.run import Runtime
+from qlora_trainer.training.scoring import BaseAnswers
 
 
 def reject_unjoinable(jobs: Sequence[PreparedJob]) -> None:
@@ -149,8 +150,9 @@ def train_together(
                 # Now, not after the last of the others: what happens to those must not count as its own end.
                 entry.held.close()
         # After the last step: what generates answers leaves the model unfit for training.
+        base_answers: BaseAnswers = {}
         for number, member in members.items():
-            _measure_answers(entries[number], member, results)
+            _measure_answers(entries[number], member, results, base_answers)
     return [results[number] for number in range(len(contexts))]
 
 
@@ -161,13 +163,13 @@ def _reject_shared_folders(workspaces: Sequence[Path]) -> None:
             raise bad_configuration(f"{folder} is the workspace of two jobs: give each job its own, and name each once")
 
 
-def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
+def _measure_answers(entry: _Entry, member: Member, results: _Results, base_answers: BaseAnswers) -> None:
     """Add the score that the job requests to its record, and leave samples."""
     record = results[entry.number]
     if isinstance(record, StepFailure):
         return
     with results.failing_alone(entry.number, entry.held), entry.job.rest_of_attempt(entry.runtime.now):
-        results[entry.number] = add_score(member.run, member.state, record)
+        results[entry.number] = add_score(member.run, member.state, record, base_answers)
         write_samples(member.run)
 
 

@@ -14,7 +14,7 @@ from qlora_trainer.training.checkpoints.time_spent import run_usage
 from qlora_trainer.training.progress.evaluations import adapter_to_keep
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
-from qlora_trainer.training.scoring import measure_score
+from qlora_trainer.training.scoring import BaseAnswers, measure_score
 
 
 def finish_run(run: Run, state: RunState) -> TrainRecord:
@@ -73,12 +73,12 @@ def _restore_best(run: Run) -> None:
         raise damaged(f"the best adapter cannot be kept ({first_line(error)}): check the volume") from error
 
 
-def add_score(run: Run, state: RunState, record: TrainRecord) -> TrainRecord:
+def add_score(run: Run, state: RunState, record: TrainRecord, base_answers: BaseAnswers) -> TrainRecord:
     """The record, written again with the score of the answers if the job asks for it."""
     gate = run.job.spec.gate
     if gate is None or gate.score is None or run.eval_data is None:
         return record
-    score = measure_score(run, state, run.eval_data, gate.score, record.adapter_sha256)
+    score = measure_score(run, state, run.eval_data, gate.score, record.adapter_sha256, base_answers)
     record = replace(record, score=score)
     write_completion(run.job.workspace.completion("train"), record)
     return record

@@ -1,14 +1,14 @@
 """Scores a finished adapter and its base: both answer the same held-out rows, and each answer is checked.
 
-Prompts are answered greedily and one at a time: padding a batch changes the order of 16-bit sums, and sometimes a word.
-The rows are those with the lowest SHA-256 of their tokens, so that neither seed nor packing chooses them. Each pair of
-answers is written before the next, so an interrupted scoring continues.
+The rows are those with the lowest SHA-256 of their tokens, so that neither seed nor packing chooses them. Their batches
+follow from the rows and the job's sizes, so that base and adapter, and a later attempt, answer in the same ones. The
+answers of a batch are written before the next, so an interrupted scoring continues.
 """
 
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Self
@@ -24,9 +24,13 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configurat
 from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.evaluation.answer_batches import AnswerRoom, batches
 from qlora_trainer.evaluation.answer_check import AnswerChecker
-from qlora_trainer.evaluation.answers import Answering, Prompt
+from qlora_trainer.evaluation.answers import Answering, AnswerTexts
+from qlora_trainer.evaluation.prompts import Prompt
 from qlora_trainer.evaluation.scorable import row_criterion, scored_rows
+from qlora_trainer.model.memory.answer_bytes import answer_bytes
+from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run, report
 
@@ -103,10 +107,22 @@ def _read(path: Path, heading: _Heading) -> list[Answers]:
     return answers
 
 
-def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, adapter_sha256: str) -> Score:
+BaseAnswers = dict[str, list[str]]
+"""The base's answers by their batch and what ends them, for jobs that share a base in memory."""
+
+
+def measure_score(
+    run: Run,
+    state: RunState,
+    data: PreparedDataset,
+    spec: ScoreSpec,
+    adapter_sha256: str,
+    base_answers: BaseAnswers,
+) -> Score:
     """Return the score of the adapter, whose file has this checksum, and of its base, after the last step.
 
-    Raises Interrupted when a stop is requested, StepFailure for a model that cannot generate or runs out of memory.
+    Adds to `base_answers`. Raises Interrupted when a stop is requested, StepFailure for a model that cannot generate or
+    runs out of memory.
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()
@@ -114,41 +130,64 @@ def measure_score(run: Run, state: RunState, data: PreparedDataset, spec: ScoreS
     path = job.workspace.report / ANSWERS_FILE
     settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
-    rows = scored.chosen
+    count, done = len(scored.chosen), 0
+    answering = Answering(run.model, _texts(job), lambda: stop.is_requested, run.device)
+    base = adapter = 0
+    with AnswerLog.open(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
+        for batch in _batches(run, scored.chosen, spec):
+            report(run, state, f"scoring answers {done + 1} to {done + len(batch)} of {count}")
+            known = [answers for prompt in batch if (answers := log.get(prompt)) is not None]
+            if len(known) < len(batch):
+                texts = _answer_batch(answering, batch, spec, job.name, base_answers)
+                known = [_checked(answering.texts, checker, spec, *each) for each in zip(batch, *texts, strict=True)]
+            if stop.is_requested:
+                raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
+            for answers in known:
+                log.add(answers)
+                base, adapter = base + answers.base_passed, adapter + answers.adapter_passed
+            done += len(batch)
+    return Score(
+        settings=settings,
+        adapter_sha256=adapter_sha256,
+        rows=count,
+        too_long_rows=scored.too_long,
+        adapter=adapter / count,
+        base=base / count,
+    )
+
+
+def _texts(job: PreparedJob) -> AnswerTexts:
     try:
-        texts = job.texts()
+        return job.texts()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(
             f"the tokenizer in {job.model_folder} cannot be loaded to score answers ({first_line(error)}): check the "
             "volume. The adapter is in trained/ of the workspace"
         ) from error
-    answering = Answering(run.model, texts, lambda: stop.is_requested, run.device)
-    base = adapter = 0
-    with AnswerLog.open(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
-        for number, prompt in enumerate(rows, start=1):
-            report(run, state, f"scoring answer {number} of {len(rows)}")
-            answers = log.get(prompt) or _answer_row(answering, checker, prompt, spec, job.name)
-            if stop.is_requested:
-                raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
-            log.add(answers)
-            base, adapter = base + answers.base_passed, adapter + answers.adapter_passed
-    return Score(
-        settings=settings,
-        adapter_sha256=adapter_sha256,
-        rows=len(rows),
-        too_long_rows=scored.too_long,
-        adapter=adapter / len(rows),
-        base=base / len(rows),
+
+
+def _batches(run: Run, rows: Sequence[Prompt], spec: ScoreSpec) -> list[tuple[Prompt, ...]]:
+    config = run.model.config.get_text_config(decoder=True)
+    room = AnswerRoom.after_training(
+        sum(parameter.nbytes for parameter in run.parameters.values()),
+        run.progress.schedule.micro_batch_size * run.training.max_sequence_length,
+        hidden_size=config.hidden_size,
+        blocks=config.num_hidden_layers,
     )
+    return batches(rows, spec.max_new_tokens, answer_bytes(config), room)
 
 
-def _answer_row(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec, name: str) -> Answers:
-    """The answers to one row. `name`: the job, whose adapter others can continue from."""
+def _answer_batch(
+    answering: Answering, batch: Sequence[Prompt], spec: ScoreSpec, name: str, base_answers: BaseAnswers
+) -> tuple[list[str], list[str]]:
+    """The answers of base and adapter. `name`: the job, whose adapter others can continue from."""
+    texts = answering.texts
+    asked = [(prompt.sha256, texts.last_tokens(prompt)) for prompt in batch]
+    key = repr((asked, texts.stop_strings, spec.max_new_tokens))
     try:
-        base, adapter = (
-            answering.answer(prompt, adapter=with_adapter, max_new_tokens=spec.max_new_tokens)
-            for with_adapter in (False, True)
-        )
+        if key not in base_answers:
+            base_answers[key] = answering.answers(batch, adapter=False, max_new_tokens=spec.max_new_tokens)
+        return base_answers[key], answering.answers(batch, adapter=True, max_new_tokens=spec.max_new_tokens)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         if is_out_of_gpu_memory(error):
             raise StepFailure(
@@ -162,7 +201,12 @@ def _answer_row(answering: Answering, checker: AnswerChecker, prompt: Prompt, sp
             f"workspace: create a job with continues: {name} and without gate.score and gate.minScore (if gate has "
             "nothing else, without it), which publishes the adapter and trains no further step"
         ) from error
-    texts, criterion = answering.texts, row_criterion(spec, prompt)
+
+
+def _checked(
+    texts: AnswerTexts, checker: AnswerChecker, spec: ScoreSpec, prompt: Prompt, base: str, adapter: str
+) -> Answers:
+    criterion = row_criterion(spec, prompt)
     reference, begun = texts.answer(prompt.answer), texts.asks_for_reasoning(prompt)
     return Answers(
         prompt_sha256=prompt.sha256,

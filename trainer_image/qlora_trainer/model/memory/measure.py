@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
 from qlora_api.gpus import has_room_for_groups
-from qlora_api.memory.estimate import ActivationBytes, AnswerBytes
+from qlora_api.memory.estimate import ActivationBytes
 from qlora_api.memory.weights import SMALLEST_PAGED_TENSOR
 from qlora_api.schema import replace
 from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
@@ -22,6 +22,7 @@ from qlora_trainer.model.architecture.vocabulary import spreadable
 from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack, expert_stacks
 from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.families.inspection import inspect_family
+from qlora_trainer.model.memory.answer_bytes import answer_bytes
 from qlora_trainer.model.memory.device import fake_batch, fake_cuda, on_fake_cuda
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.skeleton import adapted_skeleton
@@ -130,7 +131,7 @@ def _count(model: AdaptedModel, spec: ResolvedSpec, steps: Sequence[MeasuredStep
     adapter = [parameter.numel() for name, parameter in trained if ".lora_" in name]
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in packed]
     config = model.config.get_text_config(decoder=True)
-    answers = _answer_bytes(config)
+    answers = answer_bytes(config)
     return MeasuredMemory(
         digest=digest,
         blocks=config.num_hidden_layers,
@@ -149,31 +150,3 @@ def _count(model: AdaptedModel, spec: ResolvedSpec, steps: Sequence[MeasuredStep
         answer_bytes_per_pair=answers.per_pair,
         steps=tuple(steps),
     )
-
-
-def _answer_bytes(config: PretrainedConfig) -> AnswerBytes:
-    """Bytes of an answer, by the text model's configuration, with every block counted as attention.
-
-    Of multi-head latent attention transformers keeps the keys and values of each head. A size that differs between
-    blocks counts as its largest.
-    """
-    # transformers reads no size from the configuration of all blocks if theirs differ.
-    blocks = list(config.per_layer_config) if config.is_heterogeneous else [config]
-    heads, sizes = zip(*map(_attention_sizes, blocks), strict=True)
-    return AnswerBytes.from_sizes(config.num_hidden_layers, max(heads), keys_and_values=max(sizes))
-
-
-def _attention_sizes(config: PretrainedConfig) -> tuple[int, int]:
-    """The heads of a block, and the elements of a token's keys and values."""
-
-    def size(name: str, default: int) -> int:
-        value = getattr(config, name, None)
-        return max(value) if isinstance(value, list | tuple) and value else value if isinstance(value, int) else default
-
-    heads = size("num_attention_heads", 1)
-    width = size("head_dim", size("hidden_size", 0) // heads)
-    groups, key, value = size("num_key_value_heads", heads), width, width
-    if size("kv_lora_rank", 0):
-        groups, value = heads, size("v_head_dim", width)
-        key = size("qk_nope_head_dim", width) + size("qk_rope_head_dim", 0)
-    return heads, groups * (key + value)
