@@ -30,7 +30,6 @@ ONE_ROW_MODEL_TYPES = frozenset(
         "mpt",
         "nemotron",
         "nemotron_h",
-        "paligemma",
         "sarvam_mla",
         "stablelm",
         "xglm",

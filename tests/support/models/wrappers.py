@@ -68,13 +68,11 @@ PACKED = (
     "voxtral",
 )
 """Model types that keep the rows of a sequence apart."""
-ONE_ROW = ("paligemma",)
-"""Model types that are trained with one row in a sequence."""
 MIXTURES = ("glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 """Model types with routed experts."""
 _TURNED = {"qwen3_5_moe": False, "qwen3_vl_moe": True}
 """Types whose published files have all experts of a block in one tensor, and whether it has rows for columns."""
-WRAPPERS = frozenset({*PACKED, *ONE_ROW, *MIXTURES})
+WRAPPERS = frozenset({*PACKED, *MIXTURES})
 # Sizes of towers, under any name of a family.
 _TOWER = {
     "hidden_size": 32,

@@ -43,7 +43,7 @@ OF_TYPE = {
     "rwkv": "changes its weights",
     **dict.fromkeys(("zamba", "reformer"), NO_MODEL),
     **dict.fromkeys(("zamba2", "xlstm"), f"{NO_MODEL}: {NO_SMALL_RUN}: RuntimeError: "),
-    **dict.fromkeys(("bert", "roberta", "electra", "xlm-roberta"), "its tokens attend to later ones"),
+    **dict.fromkeys(("bert", "roberta", "electra", "xlm-roberta", "paligemma"), "its tokens attend to later ones"),
     **dict.fromkeys(("t5", "bart", "mbart", "whisper"), "is an encoder-decoder"),
     "ernie4_5_vl_moe": "files have text_moe.experts.gate_up_proj and vision_moe.experts.gate_up_proj in one list",
     "qianfan_ocr": (

@@ -39,7 +39,7 @@ from tests.support.manifests import job_spec
 from tests.support.models.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.models.four_bit import convert, expert_weights, require_quantized_experts, settings
 from tests.support.models.plain_loss import mean_loss
-from tests.support.models.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
+from tests.support.models.wrappers import MIXTURES, PACKED, save_wrapper, tiny_wrapper
 from tests.support.resolved import resolved_lora, resolved_spec
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
@@ -90,17 +90,17 @@ def families(*names: str) -> list[Any]:
 
 
 # Experts are in 4-bit here only, in no merged model, and their products depend on all tokens.
-dense = pytest.mark.parametrize("trained", families(*PACKED, *ONE_ROW), indirect=True)
+dense = pytest.mark.parametrize("trained", families(*PACKED), indirect=True)
 routed = pytest.mark.parametrize("trained", families(*MIXTURES), indirect=True)
 
 
-@pytest.fixture(scope="module", params=families(*PACKED, *ONE_ROW, *MIXTURES))
+@pytest.fixture(scope="module", params=families(*PACKED, *MIXTURES))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp(request.param)
     model = save_wrapper(root / "model", tiny_wrapper(request.param))
     family = inspect_family(model, resolved_lora())
     assert family.mixture_of_experts == (request.param in MIXTURES)
-    assert family.mixture_of_experts or family.one_row == (request.param in ONE_ROW)
+    assert family.mixture_of_experts or not family.one_row
     context = prepared(root / "workspace", model, SPEC, packed=not family.one_row)
     return Trained(model, family, context, run(context))
 
@@ -129,12 +129,7 @@ def test_another_row_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Tra
     model = restored(trained.context.workspace.base, trained.adapter, trained.family)
     row = torch.arange(100, 114)
     others = [torch.arange(start, start + 11) for start in (10, 300)]
-    if trained.family.one_row:
-        before = loss_and_gradients(model, row)
-        loss_and_gradients(model, others[0])
-        after = loss_and_gradients(model, row)
-    else:
-        before, after = (loss_and_gradients(model, other, row) for other in others)
+    before, after = (loss_and_gradients(model, other, row) for other in others)
 
     assert all(map(torch.equal, before, after))
 

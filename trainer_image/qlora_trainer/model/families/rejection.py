@@ -60,6 +60,10 @@ def reason_in_config(config: PretrainedConfig) -> str | None:
             return f"its {name} is {min(value, 10**18)}, and at most {limit} are allowed"
     if auto_class(config) is None:
         return "transformers has no causal language model of this type"
+    if getattr(text, "use_bidirectional_attention", None) is True:
+        # As of PaliGemma, whose processor marks the prompt for it. Without its marks, eager attention is causal, and
+        # transformers' default, sdpa, is not.
+        return "its tokens attend to later ones (use_bidirectional_attention), which this trainer does not support"
     if getattr(text, "rescale_every", 0):
         return f"it changes its weights between training and use (rescale_every {text.rescale_every})"
     return None
