@@ -40,13 +40,14 @@ from tests.support.runs.kept import kept
 from tests.support.runs.shared import TOGETHER, finish, finished_files, make_fluent, train_together
 from tests.support.servers import HTPASSWD, give_login, registry
 from tests.support.services.fault_proxy import FaultProxy, serve_proxy
-from tests.support.training import context_of, job
+from tests.support.training import context_of, job, prepared
 
 # Autograd counts the devices once, at its first use. Inside or after a FakeTensorMode, which torch.compile has too, it
 # counts a GPU that is not there and starts a thread for it: no process forked afterwards can train.
 torch.ones(1, requires_grad=True).sum().backward()
 
 MakeContext = Callable[..., StepContext]
+Prepare = Callable[..., StepContext]
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +99,14 @@ def tiny_llama() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def one_block() -> Iterator[Path]:
+    """Folder of a Llama of one block, for many runs. Do not change it: copy it."""
+    config = LlamaConfig(**(SHAPE | {"num_hidden_layers": 1}))
+    with kept("one-block", lambda folder: save_model(folder / "model", config)) as folder:
+        yield folder / "model"
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen2() -> Iterator[Path]:
     """Folder of a two-layer Qwen2 with a ChatML template. Do not change it: copy it."""
     config = Qwen2Config(**SHAPE, tie_word_embeddings=True)
@@ -110,6 +119,18 @@ def fluent(tiny_llama: Path) -> Iterator[Path]:
     """The tiny Llama after training on the test's rows, so that it has skills to lose."""
     with kept("fluent", lambda folder: make_fluent(folder / "model", tiny_llama)) as folder:
         yield folder / "model"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
+    """Makes prepared workspaces, each by its name."""
+
+    def make(
+        name: str = "workspace", spec: dict[str, Any] | None = None, *, model: Path = tiny_llama, **settings: Any
+    ) -> StepContext:
+        return prepared(tmp_path / name, model, spec, **settings)
+
+    return make
 
 
 @pytest.fixture(scope="session")

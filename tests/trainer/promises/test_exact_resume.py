@@ -95,13 +95,6 @@ class Instant:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of one block."""
-    folder = tmp_path_factory.mktemp("small") / "model"
-    return save_model(folder, LlamaConfig(**(SHAPE | {"num_hidden_layers": 1})))
-
-
 def watch(seen: Callable[[Site], None]) -> None:
     """Call `seen` at every event of the trainer's own code from now on, in new threads too."""
 
@@ -187,12 +180,12 @@ def drawn(sites: Counter[Site], share: int, random: Random) -> list[Instant]:
     [("paged_adamw_8bit", 0.0, 5), *(pytest.param(*each, 1, marks=pytest.mark.slow) for each in RUNS)],
 )
 def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
-    optimizer: str, dropout: float, every: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, dropout: float, every: int, one_block: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A job would fail after so many attempts that end before their first checkpoint.
     monkeypatch.setattr(attempts, "MAX_ATTEMPTS_WITHOUT_PROGRESS", 1000)
     spec = merged(SPEC, {"lora": {"dropout": dropout}, "training": {"optimizer": optimizer}})
-    undisturbed = prepared(tmp_path / "undisturbed", model, spec)
+    undisturbed = prepared(tmp_path / "undisturbed", one_block, spec)
     sites = sites_of(undisturbed)
     assert any(site[:2] == ("fused_lora.py", "backward") for site in sites) == (dropout == 0)
     expected = adapter_bytes(undisturbed), history(undisturbed)
@@ -205,7 +198,7 @@ def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
     ended: Counter[str] = Counter()
 
     for number in itertools.count():
-        disturbed = prepared(tmp_path / str(number), model, spec)
+        disturbed = prepared(tmp_path / str(number), one_block, spec)
         gone_through: list[Instant] = []
         exit_code = None
         while exit_code != 0:

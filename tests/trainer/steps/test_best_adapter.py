@@ -1,13 +1,11 @@
 """The exact adapter of the best evaluation is kept, and a run can end early."""
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
@@ -24,12 +22,11 @@ from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
 from tests.support.failures import failing
 from tests.support.manifests import merged
-from tests.support.models.tiny import SHAPE, Recorded, save_model
+from tests.support.models.tiny import Recorded
 from tests.support.resolved import resolved_spec
 from tests.support.runs.report_page import Page
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, prepared, run
-
-Prepare = Callable[..., StepContext]
+from tests.trainer.conftest import Prepare
 
 # A learning rate that makes the held-out loss fall until step 4, rise twice, and fall again.
 UNSTEADY: dict[str, Any] = {
@@ -47,16 +44,10 @@ BEST = merged(UNSTEADY, {"training": {"keep": "best", "earlyStopping": {"patienc
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of one block."""
-    return save_model(tmp_path_factory.mktemp("small") / "model", LlamaConfig(**(SHAPE | {"num_hidden_layers": 1})))
-
-
 @pytest.fixture
-def workspace(tmp_path: Path, model: Path) -> Prepare:
+def workspace(tmp_path: Path, one_block: Path) -> Prepare:
     """Makes prepared workspaces, each by its name."""
-    return lambda name="workspace", spec=BEST: prepared(tmp_path / name, model, spec)
+    return lambda name="workspace", spec=BEST: prepared(tmp_path / name, one_block, spec)
 
 
 def losses(context: StepContext) -> dict[int, float]:
@@ -259,9 +250,9 @@ def test_publish_checks_the_step_of_the_early_stop(change: dict[str, Any], said:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory, model: Path) -> StepContext:
+def stopped(tmp_path_factory: pytest.TempPathFactory, one_block: Path) -> StepContext:
     """A run that has stopped early. Do not change it."""
-    context = prepared(tmp_path_factory.mktemp("stopped") / "workspace", model, BEST)
+    context = prepared(tmp_path_factory.mktemp("stopped") / "workspace", one_block, BEST)
     run(context)
     return context
 

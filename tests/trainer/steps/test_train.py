@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -38,19 +37,7 @@ from tests.support.training import (
     run,
     with_record,
 )
-from tests.trainer.conftest import MakeContext
-
-Prepare = Callable[..., StepContext]
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
-    """Makes prepared workspaces, each by its name."""
-
-    def make(name: str = "workspace", spec: dict[str, Any] | None = None, **settings: Any) -> StepContext:
-        return prepared(tmp_path / name, settings.pop("model", tiny_llama), spec, **settings)
-
-    return make
+from tests.trainer.conftest import MakeContext, Prepare
 
 
 def test_damaged_rows_end_the_step_until_prepare_has_made_them_again(make_context: MakeContext, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qlora_trainer.training.progress.divergence import Stability, has_diverged
 from tests.support.failures import failing
 from tests.support.runs.report_page import Page
 from tests.support.training import StopAtStep, history, prepared, run
+from tests.trainer.conftest import Prepare
 
 PATIENCE = 20
 
@@ -84,9 +85,6 @@ def test_the_end_is_checked_after_a_suspect_or_harmful_step_and_not_a_noisy_row(
     assert sound.is_end_suspect(loss_before=2.0, loss_after=3.5)
     assert sound.is_end_suspect(loss_before=2.0, loss_after=math.nan)
     assert suspect.is_end_suspect(loss_before=4.5, loss_after=4.4)
-
-
-Prepare = Callable[..., StepContext]
 
 
 @pytest.fixture

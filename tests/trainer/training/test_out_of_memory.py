@@ -16,7 +16,6 @@ from qlora_api.choice import Choice
 from qlora_api.contract import ExitCode
 from qlora_api.memory.training_shape import RECOMPUTE_ALL
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.evaluation import held_out
@@ -38,22 +37,10 @@ from tests.support.training import (
     failure,
     history,
     interrupted_at,
-    prepared,
     run,
     with_record,
 )
-
-Prepare = Callable[..., StepContext]
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
-    """Makes prepared workspaces, each by its name."""
-
-    def make(name: str = "workspace", spec: dict[str, Any] | None = None, **settings: Any) -> StepContext:
-        return prepared(tmp_path / name, tiny_llama, spec, **settings)
-
-    return make
+from tests.trainer.conftest import Prepare
 
 
 class Card:

@@ -2,12 +2,10 @@
 
 import errno
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
@@ -17,7 +15,7 @@ from qlora_trainer.training.checkpoints.attempts import read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from qlora_trainer.training.checkpoints.saver import CheckpointSaver
 from tests.support.manifests import merged
-from tests.support.models.tiny import SHAPE, Recorded, save_model
+from tests.support.models.tiny import Recorded
 from tests.support.training import (
     Lost,
     LostAtStep,
@@ -29,25 +27,19 @@ from tests.support.training import (
     prepared,
     run,
 )
+from tests.trainer.conftest import Prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Prepare = Callable[..., StepContext]
 # Nothing waits for the save of step 3 before that of step 6.
 SPEC: dict[str, Any] = {"lora": {"dropout": 0.1}, "training": {"maxSteps": 7, "saveEverySteps": 3, "evalEverySteps": 7}}
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of one block."""
-    return save_model(tmp_path_factory.mktemp("small") / "model", LlamaConfig(**(SHAPE | {"num_hidden_layers": 1})))
-
-
 @pytest.fixture
-def workspace(tmp_path: Path, model: Path) -> Prepare:
+def workspace(tmp_path: Path, one_block: Path) -> Prepare:
     """Makes prepared workspaces, each by its name."""
-    return lambda name="workspace", spec=SPEC: prepared(tmp_path / name, model, spec)
+    return lambda name="workspace", spec=SPEC: prepared(tmp_path / name, one_block, spec)
 
 
 class Held:
