@@ -1,6 +1,7 @@
 """The paged optimizers update as bitsandbytes does, and wait for the GPU once in a step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import bitsandbytes.optim
 import pytest
@@ -61,6 +62,36 @@ def test_steps_are_those_of_bitsandbytes_also_after_a_resume(name: str) -> None:
             each.step()
     for key, value in states(original, expected).items():
         assert torch.equal(value, states(optimizer, trained)[key]), key
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_paged_state_is_fetched_before_its_update(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the GPU would fetch each of its pages when the update comes to it."""
+    trained, order = parameters(), list[str]()
+    optimizer = make_optimizer(trained.values(), resolved_training(optimizer=name))
+    give_gradients(trained, 0)
+    optimizer.step()
+    for key, parameter in trained.items():
+        for moment in ("state1", "state2"):
+            # As bitsandbytes marks what it pages, which a CPU cannot.
+            state = optimizer.state[parameter][moment]
+            state.is_paged, state.place = True, f"{moment} of {key}"
+    update = optimizer.update_step
+
+    def noted_update(group: Any, parameter: nn.Parameter, number: int, index: int) -> None:
+        order.append(list(trained)[index])
+        update(group, parameter, number, index)
+
+    monkeypatch.setattr("bitsandbytes.functional.prefetch_tensor", lambda state: order.append(state.place))
+    monkeypatch.setattr(optimizer, "update_step", noted_update)
+
+    give_gradients(trained, 2)
+    optimizer.step()
+
+    assert order == [
+        *("state1 of whole blocks", "state2 of whole blocks", "whole blocks"),
+        *("state1 of row", "state2 of row", "row"),
+    ]
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
