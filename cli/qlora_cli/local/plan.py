@@ -94,8 +94,7 @@ class MemoryPlan:
     @property
     def recomputed_share(self) -> float:
         """The share of the blocks whose activations are recomputed."""
-        blocks = self.training.recomputed_blocks
-        return 1.0 if blocks is None else 0.0 if self.job is None else blocks / self.job.measured.blocks
+        return self.training.recomputed_share(None if self.job is None else self.job.measured.blocks)
 
     @property
     def verdict(self) -> Verdict | None:

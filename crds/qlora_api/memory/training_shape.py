@@ -83,6 +83,12 @@ class TrainingShape:
         """Tokens of one micro batch."""
         return self.micro_batch_size * self.sequence_length
 
+    def recomputed_share(self, blocks: int | None) -> float:
+        """The share of so many blocks whose activations are recomputed; None if their number is unknown."""
+        if self.recomputed_blocks is None:
+            return 1.0
+        return self.recomputed_blocks / blocks if blocks else 0.0
+
 
 _COUNTS = ("rank", "micro_batch_size", "sequence_length", "gradient_accumulation_steps", "adapted_layers", "gpus")
 _CHOICES: Mapping[str, tuple[object, ...]] = {

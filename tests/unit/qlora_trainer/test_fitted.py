@@ -93,6 +93,12 @@ def test_host_memory_holds_no_inputs_that_the_gpu_has_room_for(fit: Fit) -> None
     assert not fit(44.4, training={"maxSequenceLength": 8192}, resources={"memory": "72Gi"}).recomputation.offloads
 
 
+def test_the_forecast_counts_the_blocks_that_are_recomputed(fit: Fit) -> None:
+    some = fit(22.5, training={"microBatchSize": 2, "maxSequenceLength": 2048})
+    every, none = (fit(80, training={"gradientCheckpointing": wanted}) for wanted in (True, False))
+    assert (every.recomputed_share, some.recomputed_share, none.recomputed_share) == (1, 12 / 32, 0)
+
+
 def test_what_the_job_sets_is_kept(fit: Fit) -> None:
     assert choices(fit(80, training={"gradientCheckpointing": True})) == (True, 2)
     assert choices(fit(8, training={"gradientCheckpointing": False}))[0] is False

@@ -110,14 +110,8 @@ class FittedSettings:
     recomputation: Recomputation
     """Has effect where the spec's gradient checkpointing is on."""
     memory: MemoryFit
-
-    @property
-    def recomputed_share(self) -> float:
-        """The share of the blocks whose activations are recomputed."""
-        if not self.spec.training.gradient_checkpointing:
-            return 0.0
-        measured, blocks = self.memory.measured, self.recomputation.blocks
-        return 1.0 if blocks is None or measured is None else blocks / measured.blocks
+    recomputed_share: float
+    """The share of the blocks whose activations are recomputed."""
 
 
 def fit_settings(
@@ -158,7 +152,8 @@ def fit_settings(
         if fitting == limits:
             break
         limits = fitting
-    return FittedSettings(resolved, chosen, limits.recomputation, memory)
+    share = shape(resolved, limits.recomputation).recomputed_share(None if measured is None else measured.blocks)
+    return FittedSettings(resolved, chosen, limits.recomputation, memory, share)
 
 
 def _estimate_from(measured: MeasuredMemory, shape: Callable[[ResolvedSpec, Recomputation], TrainingShape]) -> Estimate:
