@@ -116,7 +116,7 @@ class Plan:
     wall_seconds: tuple[float, float] | None
     """The shortest and the longest time that the job's GPUs are expected to take, with the forecast."""
     remark: str
-    """Why there is no forecast, or what it leaves out; and that the config is a packaged one, if it is."""
+    """Why there is no forecast, or what it leaves out, and what the plan assumes of config and pod."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ def make_plan(spec: QLoRAJobSpec, config: Path | None, gpu: GpuOfPlan, tokens: i
     assumed = any(each.name == "epochs" for each in fitted.settings)
     flops_of_token = None if parameters is None else training_flops(parameters, 1, fitted.recomputed_share)
     forecast, wall, remark = _forecast(fitted.spec, flops_of_token, gpu, tokens, assumed=assumed)
-    remark = "; ".join(filter(None, (remark, found.remark)))
+    is_short = spec.resources.memory is None and fitted.memory.status.verdict in ("tight", "exceeds")
+    pod_memory = "without a profile: pod memory unknown" if is_short else ""
+    remark = "; ".join(filter(None, (remark, found.remark, pod_memory)))
     return Plan(fitted.memory.status, fitted.memory.objection, forecast, wall, remark)
 
 

@@ -293,6 +293,7 @@ def _show_gpu_sizes(memory: MemoryEstimate, console: Console) -> None:
             judged = verdict(memory, gpu.gib)
             console.print(f"  {gpu.name:<5} {gib_of_gpu(gpu.gib):>9}  [{COLORS[judged]}]{judged}[/]", highlight=False)
     console.print("A CPU computes in bfloat16, but an x86 processor without instructions for it in float32.")
+    console.print("A CPU whose pod has room may keep activations, which this plan leaves out.")
 
 
 def _show_verdict(job: MeasuredJob, gpu_gib: float, console: Console, *, rows_apart: bool) -> None:
@@ -313,7 +314,9 @@ def _show_verdict(job: MeasuredJob, gpu_gib: float, console: Console, *, rows_ap
         _show_first_change(job, gpu_gib, memory.expected, console)
         return
     if (host_gib := memory_to_offload(job, gpu_gib)) is not None:
-        console.print("It fits if host memory holds the inputs of the blocks. Unless the profile has as much, set:")
+        given = job.spec.resources.memory
+        pod = f"The pod has {given};" if given else "Pod memory unknown, as no --profile sets it; if less,"
+        console.print(f"It fits if host memory holds the inputs of the blocks. {pod} set:")
         console.print(f"  spec.resources.memory: [bold]{host_gib}Gi[/]")
         return
     steps = advice(job.estimate, job.training, gpu_gib)

@@ -123,11 +123,14 @@ def test_a_profiles_host_memory_holds_what_its_gpus_have_no_room_for(
     stand_in(monkeypatch)
     profile = tmp_path / "profile.yaml"
     job = with_value(JOB, "spec.training", {"maxSequenceLength": 16_384})
-    for memory, words in (("24Gi", "spec.resources.memory: 40Gi"), ("96Gi", "fits:")):
+    for memory, words in (("24Gi", "The pod has 24Gi; set:\n  spec.resources.memory: 40Gi"), ("96Gi", "fits:")):
         spec = {"image": "trainer", "gpuMemory": "70Gi", "resources": {"train": {"memory": memory}}}
         profile.write_text(yaml.safe_dump({"kind": "QLoRAProfile", "spec": spec}))
         done = planned(tmp_path, job, f"--profile={profile}", config=LARGE)
         assert words in done.output, done.output
+        assert "Pod memory unknown" not in done.output
+    output = " ".join(planned(tmp_path, job, "--gpu-memory=70Gi", config=LARGE).output.split())
+    assert "Pod memory unknown, as no --profile sets it; if less, set: spec.resources.memory: 40Gi" in output
 
 
 def test_a_number_of_steps_bounds_the_tokens_and_a_budget_is_compared(tmp_path: Path) -> None:

@@ -248,9 +248,10 @@ def test_a_plan_checks_the_gpu_and_forecasts_its_hours(
     with pytest.raises(ValueError, match="gpu is 't4', which has no bfloat16"):
         client.plan(fits, config=config, gpu="t4")
     tight = changed(resources=ResourcesSpec(gpu_memory="8Gi"), training=TrainingSpec(max_sequence_length=8192))
-    objection = client.plan(tight, config=config).objection
-    assert objection is not None
-    assert "a GPU of 8 GiB" in objection
+    short = client.plan(tight, config=config)
+    assert "a GPU of 8 GiB" in str(short.objection)
+    assert "pod memory unknown" in short.remark
+    assert "pod memory" not in named.remark
 
 
 def test_without_the_trainer_a_plan_has_a_forecast_and_no_memory(
