@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -181,16 +182,21 @@ def _gradient(run: Run, state: RunState) -> Gradient | None:
     of_ranks = run.ranks.gather(sum(map(run.objective.weight, counted)), sum(batch.tokens for batch in counted))
     weight, tokens = max(1, sum(counts[0] for counts in of_ranks)), sum(counts[1] for counts in of_ranks)
     means = torch.zeros(1 + len(run.objective.measures), device=run.device)
+    sums = run.ranks.gradient_sums(run.parameters, means)
     run.objective.before("train", micro_batches)
     for left, (batch, counts) in zip(range(len(share))[::-1], share, strict=True):
         has_part = counts or run.ranks.is_sharded
-        short = has_part and not _add_gradients(run, state, batch, counts, weight, means)
+        with nullcontext() if left else sums.during_last_pass():
+            short = has_part and not _add_gradients(run, state, batch, counts, weight, means)
+            if short:
+                # The other ranks wait for sums that this one has no memory to start.
+                free_memory(run.device)
         # After the last one, a stop lets the step end. A lost rank is noticed here immediately, and by NCCL's sum after
         # half an hour.
         if run.ranks.any(short or (left > 0 and run.runtime.stop.is_requested)):
             return None
     run.objective.after(run.ranks)
-    run.ranks.sum_gradients(run.parameters.values(), means)
+    sums.finish()
     return Gradient(means, weight, tokens, batches)
 
 

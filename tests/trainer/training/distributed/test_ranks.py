@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from qlora_trainer.training.distributed.ranks import Ranks
 from tests.support.commands.command import Files
 from tests.support.failures import failing
 from tests.support.manifests import merged
-from tests.support.ranks import EXACT, TWO, limit_second_gpu, same_numbers, two_nodes, workspace
+from tests.support.ranks import EXACT, same_numbers, two_nodes, workspace
 from tests.support.runs.forks import train_ranks
 from tests.support.runs.shared import TOGETHER
 from tests.support.training import adapter_bytes, context_of, history, job, prepared, run
@@ -165,25 +164,14 @@ def test_nothing_is_exchanged_over_nccl_before_every_process_is_ready(
 def test_memory_that_runs_out_in_an_exchange_is_not_taken_for_a_lost_process(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
-    def full(_tensor: torch.Tensor) -> None:
+    def full(_tensor: torch.Tensor, *, async_op: bool) -> None:
         raise error
 
     monkeypatch.setattr(torch.distributed, "all_reduce", full)
     ranks = Ranks(RankInfo(size=2, local_size=2), lost=lambda error: unreachable(str(error)))
 
     with pytest.raises(type(error), match="out of memory"):
-        ranks.sum_gradients([torch.nn.Parameter(torch.zeros(2))], torch.zeros(()))
-
-
-def test_one_gpu_short_of_memory_makes_all_halve_their_micro_batches(tmp_path: Path, tiny_llama: Path) -> None:
-    training = {"microBatchSize": 4, "gradientAccumulationSteps": 2, "autoMicroBatch": True}
-    context = prepared(tmp_path, tiny_llama, merged(TWO, {"training": training}), packed=False)
-
-    train_ranks(context, partial(limit_second_gpu, 2))
-
-    record = read_completion(context.workspace.completion("train"), TrainRecord)
-    assert record is not None
-    assert record.micro_batch_size == 2
+        ranks.gradient_sums({"weight": torch.nn.Parameter(torch.zeros(2))}, torch.zeros(())).finish()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """Communication between the ranks of one run. Each trains on its share of every step (data parallel).
 
-The base is frozen, so only the adapter's gradient is summed, once per optimizer step. That needs no wrapper such as
-DistributedDataParallel, whose `no_sync` over all micro batches but the last does the same. Decisions are exchanged in
-main memory (gloo), so that nothing waits for a GPU and a lost rank is noticed immediately.
+The base is frozen, so only the adapter's gradient is summed, once per optimizer step (`gradient_sums`). Decisions are
+exchanged in main memory (gloo), so that nothing waits for a GPU and a lost rank is noticed immediately.
 
 At an equal global batch, several ranks compute what one does except for the order of additions: losses
 and gradient norms are equal within 1e-4 of their size, each tensor of the adapter within 1e-3 of its norm. Sharding
@@ -13,7 +12,7 @@ itself.
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
+from qlora_trainer.training.distributed.gradient_sums import GradientSums
 from qlora_trainer.training.distributed.launch import RankInfo
 
 TIMEOUT = timedelta(minutes=30)
@@ -35,8 +35,6 @@ NCCL's watchdog has the same limit. It exists only without TORCH_NCCL_BLOCKING_W
 """
 SECONDS_TO_ANSWER = 60.0
 """How long the shared store may be silent. Its client would wait forever."""
-BUCKET_BYTES = 25 * 2**20
-"""Bytes of the buckets for sums of gradients, as in DDP (arXiv 2006.15704)."""
 # Reports of gloo and NCCL outside of the explicit exchanges, as in the passes of a sharded base. They have no type.
 _CONNECTION = re.compile(
     r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|collective operation timeout|NCCL timeout"
@@ -101,25 +99,12 @@ class Ranks:
         """Wait until every rank has come here."""
         self.gather(0)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter], means: Tensor) -> None:
-        """Replace each gradient, and the rank's part of the means, by the sum over the ranks, the same bits in each.
-
-        A parameter without a gradient, in a rank that had no micro batch, counts as 0. Sums are in float32.
-        """
+    def gradient_sums(self, parameters: Mapping[str, nn.Parameter], means: Tensor) -> GradientSums:
+        """The sums of the next step's gradients and means over the ranks."""
         if self.rank_info.size == 1:
-            return
-        gradients = [means]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        with self._exchange(), torch.no_grad():
-            for bucket in _buckets(gradients):
-                flat = torch.cat([gradient.flatten().float() for gradient in bucket])
-                torch.distributed.all_reduce(flat)
-                parts = flat.split([gradient.numel() for gradient in bucket])
-                for gradient, part in zip(bucket, parts, strict=True):
-                    gradient.copy_(part.view_as(gradient))
+            return GradientSums([], [], self._exchange)
+        # In a pass over a sharded base, the same communicator gathers its blocks, in an order that all ranks must keep.
+        return GradientSums.of(parameters, means, self._exchange, overlaps=not self.is_sharded)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the ranks, of the same shape and type."""
@@ -150,18 +135,6 @@ class Ranks:
             if self.lost is None or _is_own_error(error):
                 raise
             raise self.lost(error) from error
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + 4 * tensor.numel() > BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += 4 * tensor.numel()
-    yield bucket
 
 
 def ask_store(ask: Callable[[], T], waits: float = 0.0) -> T:
