@@ -181,8 +181,10 @@ def combine(
         context               0.6 GB, a guess: CUDA context, cuBLAS and bitsandbytes workspaces; with several GPUs,
                               NCCL's buffers too
         base_weights          4.127 bits per linear parameter, 4.5 without double quantization (arXiv 2305.14314,
-                              section 3); when sharded, divided by the GPUs but for 0.002 bits of the constants
-        gathered_blocks       when sharded: what is divided of two blocks, the one at work and the next
+                              section 3), 4.25 in MXFP4; when sharded, divided by the GPUs but for 0.002 bits of
+                              the constants
+        gathered_blocks       when sharded: what is divided of two blocks, the one at work and the next, with all of
+                              their experts
         unquantized_weights   2 bytes per embedding and output-layer parameter; when sharded, divided by the GPUs unless
                               trained whole
         adapters, gradients   N·a each; modules trained whole, with their frozen originals, 2 bytes a parameter each
@@ -277,13 +279,12 @@ def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, 
     """Return bytes of quantized layers that stay on a GPU, and of gathered ones."""
     constant_bits = _CONSTANT_BITS_DOUBLE if training.double_quantization else _CONSTANT_BITS_SINGLE
     divided = weights.quantized_parameters * (_WEIGHT_BITS + constant_bits) / 8
-    whole = weights.mxfp4_parameters * _MXFP4_BITS / 8
-    if training.double_quantization:
-        whole += weights.quantized_parameters * _OUTER_BITS / 8
+    divided += weights.mxfp4_parameters * _MXFP4_BITS / 8
+    whole = weights.quantized_parameters * _OUTER_BITS / 8 if training.double_quantization else 0
     if not _is_sharded(training):
         return math.ceil(divided + whole), 0
-    gathered = min(_GATHERED_BLOCKS, weights.blocks) * divided / weights.blocks
-    return math.ceil(divided / training.gpus + whole), math.ceil(gathered)
+    share = weights.two_blocks or min(_GATHERED_BLOCKS / weights.blocks, 1)
+    return math.ceil(divided / training.gpus + whole), math.ceil(share * divided)
 
 
 def _unquantized_weights(weights: WeightCounts, training: TrainingShape) -> int:

@@ -30,6 +30,8 @@ class WeightCounts:
     """The part of `unquantized_bytes` that sharding divides: embeddings and output layer, unless trained whole."""
     mxfp4_parameters: int = 0
     """Of experts in MXFP4."""
+    two_blocks: float | None = None
+    """The largest share of the 4-bit weights in two blocks that follow one another; None if all blocks are equal."""
 
     @property
     def parameters(self) -> int:

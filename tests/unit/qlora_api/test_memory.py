@@ -237,6 +237,17 @@ def test_sharding_divides_the_weights_and_gathers_two_blocks() -> None:
     assert shared.gathered_blocks == pytest.approx(2 * divided / 80, abs=1)
 
 
+def test_sharding_divides_experts_and_gathers_those_of_two_blocks() -> None:
+    training = TrainingShape(gpus=2, sharding="full")
+    weights = replace(count_weights(LLAMA_3_8B_SHAPE, training), mxfp4_parameters=10**9, two_blocks=0.25)
+    whole = without_activations(weights, replace(training, sharding="none"))
+    shared = without_activations(weights, training)
+    # A constant of eight bits for each 64 weights, and of MXFP4 for each 32.
+    divided = (weights.quantized_parameters * (4 + 8 / 64) + 10**9 * (4 + 8 / 32)) / 8
+    assert whole.base_weights - shared.base_weights == pytest.approx(divided / 2, abs=2)
+    assert (whole.gathered_blocks, shared.gathered_blocks) == (0, pytest.approx(divided / 4, abs=1))
+
+
 @pytest.mark.parametrize(("trained", "shares"), [((), 2), (("lm_head",), 1), (("embed_tokens", "lm_head"), 0)])
 def test_sharding_divides_embeddings_and_output_layer_unless_they_are_trained(
     trained: tuple[str, ...], shares: int

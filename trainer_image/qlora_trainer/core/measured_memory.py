@@ -31,6 +31,7 @@ class MeasuredMemory(ObservedModel):
     rank: Count = Field(description="The adapter's rank.")
     quantized_parameters: Count = Field(description="Weights in 4-bit layers.")
     mxfp4_parameters: Count = Field(0, description="Weights of experts in MXFP4.")
+    two_blocks: float | None = Field(None, description="The largest share of 4-bit weights in two successive blocks.")
     unquantized_bytes: Bytes = Field(description="Frozen weights that are not in 4-bit.")
     vocabulary_bytes: Bytes = Field(0, description="Those of the embeddings and the output layer that are sharded.")
     adapter_parameters: Count = Field(description="Weights of the adapter.")

@@ -310,13 +310,24 @@ def test_a_leak_between_rows_is_noticed_although_experts_round(
 
 
 def test_the_dry_run_counts_4_bit_and_dequantized_experts(tmp_path: Path) -> None:
-    wide = Qwen3MoeConfig(**SHAPE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=1024, head_dim=16)
+    wide = Qwen3MoeConfig(
+        **SHAPE | {"num_hidden_layers": 3},
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=1024,
+        head_dim=16,
+        mlp_only_layers=[0],
+    )
     model = save_model(tmp_path / "model", wide)
     spec = resolved_spec(job_spec())
     found = measure(model / "config.json", spec, [StepSize(1, 8, True)], "digest")
-    stored = storage_of(load_base(model, spec.quantization, "cpu"))
+    base = load_base(model, spec.quantization, "cpu")
+    stored, layers = storage_of(base), base.get_decoder().layers[0].modules()
+    dense = sum(layer.weight.quant_state.shape.numel() for layer in layers if isinstance(layer, Linear4bit))
 
     assert found.quantized_parameters == stored.parameters
+    # When sharded, the two blocks with experts are gathered, which hold all but the first one's.
+    assert found.two_blocks == pytest.approx(1 - dense / stored.parameters)
     # Gate and up of all eight experts take 2 MiB in 16 bit, down another: not those of both blocks, nor in 32 bit.
     assert 2 * 2**20 < found.steps[0].work < 4 * 2**20
 

@@ -82,6 +82,7 @@ def _count_weights(measured: MeasuredMemory, training: TrainingShape) -> WeightC
         blocks=measured.blocks,
         quantized_parameters=measured.quantized_parameters,
         mxfp4_parameters=measured.mxfp4_parameters,
+        two_blocks=measured.two_blocks,
         unquantized_bytes=measured.unquantized_bytes,
         vocabulary_bytes=measured.vocabulary_bytes,
         adapter_parameters=round(measured.adapter_parameters * share),

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,8 +19,9 @@ from qlora_api.schema import replace
 from qlora_api.spec.resolved import ResolvedLora, ResolvedSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
+from qlora_trainer.model.architecture.decoder import decoder_blocks
 from qlora_trainer.model.architecture.vocabulary import spreadable
-from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack, expert_stacks
+from qlora_trainer.model.experts.stack import Mxfp4Stack, expert_stacks
 from qlora_trainer.model.families.family import Family
 from qlora_trainer.model.families.inspection import inspect_family
 from qlora_trainer.model.memory.answer_bytes import answer_bytes
@@ -27,7 +29,7 @@ from qlora_trainer.model.memory.device import fake_batch, fake_cuda, on_fake_cud
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.skeleton import adapted_skeleton
 from qlora_trainer.model.memory.step import full_batch, joint_step_bytes, step_bytes
-from qlora_trainer.model.protocols import AdaptedModel
+from qlora_trainer.model.protocols import AdaptedModel, Network
 from qlora_trainer.model.source.files import CONFIG
 
 
@@ -124,9 +126,9 @@ def _steps(model: AdaptedModel, sizes: Sequence[StepSize], spec: ResolvedSpec) -
 
 
 def _count(model: AdaptedModel, spec: ResolvedSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    packed = {id(layer.weight) for layer in layers}
-    stacks = [stack for _, stack in expert_stacks(model)]
+    packed = {id(module.weight) for module in model.modules() if isinstance(module, Linear4bit)}
+    in_nf4, in_mxfp4 = _in_4_bit(model)
+    blocks = [sum(_in_4_bit(block)) for block in decoder_blocks(model.get_base_model())]
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     adapter = [parameter.numel() for name, parameter in trained if ".lora_" in name]
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in packed]
@@ -136,9 +138,9 @@ def _count(model: AdaptedModel, spec: ResolvedSpec, steps: Sequence[MeasuredStep
         digest=digest,
         blocks=config.num_hidden_layers,
         rank=spec.lora.rank,
-        quantized_parameters=sum(layer.quant_state.shape.numel() for layer in layers)
-        + sum(stack.parameters_count for stack in stacks if isinstance(stack, ExpertStack)),
-        mxfp4_parameters=sum(stack.parameters_count for stack in stacks if isinstance(stack, Mxfp4Stack)),
+        quantized_parameters=in_nf4,
+        mxfp4_parameters=in_mxfp4,
+        two_blocks=max(map(sum, pairwise(blocks)), default=sum(blocks)) / (in_nf4 + in_mxfp4),
         unquantized_bytes=sum(parameter.nbytes for parameter in frozen),
         vocabulary_bytes=sum(
             weight.nbytes for weight in {module.weight for module in spreadable(model.get_base_model())}
@@ -150,3 +152,11 @@ def _count(model: AdaptedModel, spec: ResolvedSpec, steps: Sequence[MeasuredStep
         answer_bytes_per_pair=answers.per_pair,
         steps=tuple(steps),
     )
+
+
+def _in_4_bit(part: Network) -> tuple[int, int]:
+    """The weights in NF4 or FP4, and in MXFP4."""
+    layers = [module.quant_state.shape.numel() for module in part.modules() if isinstance(module, Linear4bit)]
+    stacks = [stack for _, stack in expert_stacks(part)]
+    in_mxfp4 = sum(stack.parameters_count for stack in stacks if isinstance(stack, Mxfp4Stack))
+    return sum(layers) + sum(stack.parameters_count for stack in stacks) - in_mxfp4, in_mxfp4
