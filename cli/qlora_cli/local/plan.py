@@ -145,10 +145,10 @@ def make_plan(
     weights, unknown = None, ""
     try:
         while True:
-            shape = _shape(resolved, traits, limits.recomputation)
+            shape = _shape(resolved, limits.recomputation)
             job = MeasuredJob.from_config(config, resolved, shape, None if job is None else job.measured, measure)
             blocks = job.measured.blocks
-            fitting = limits_that_fit(spec, choose_within, limits, gpu_gib, blocks, partial(_estimate, job, traits))
+            fitting = limits_that_fit(spec, choose_within, limits, gpu_gib, blocks, partial(_estimate, job))
             if fitting == limits:
                 break
             limits = fitting
@@ -156,12 +156,12 @@ def make_plan(
     except DryRunFailed as failure:
         limits = dataclasses.replace(limits, recomputation=RECOMPUTE_ALL)
         resolved = resolve(spec, settings := choose_within(limits))
-        weights, unknown = weights_of(config, _shape(resolved, traits, limits.recomputation)), str(failure)
+        weights, unknown = weights_of(config, _shape(resolved, limits.recomputation)), str(failure)
     return MemoryPlan(
         title=f"{name}: {spec.model.source}, rank {resolved.lora.rank}, "
         f"{resolved.training.micro_batch_size} × {resolved.training.max_sequence_length} tokens",
         job=job,
-        training=_shape(resolved, traits, limits.recomputation),
+        training=_shape(resolved, limits.recomputation),
         gpu_gib=gpu_gib,
         spec=resolved,
         settings=settings,
@@ -175,13 +175,12 @@ def make_plan(
     )
 
 
-def _estimate(job: MeasuredJob, traits: Traits, spec: ResolvedSpec, recomputation: Recomputation) -> MemoryEstimate:
-    return job.estimate(_shape(spec, traits, recomputation))
+def _estimate(job: MeasuredJob, spec: ResolvedSpec, recomputation: Recomputation) -> MemoryEstimate:
+    return job.estimate(_shape(spec, recomputation))
 
 
-def _shape(spec: ResolvedSpec, traits: Traits, recomputation: Recomputation) -> TrainingShape:
-    experts = traits.mixture_of_experts
-    return training_shape(spec, spec.lora.target_modules, recomputation, mixture_of_experts=experts)
+def _shape(spec: ResolvedSpec, recomputation: Recomputation) -> TrainingShape:
+    return training_shape(spec, spec.lora.target_modules, recomputation)
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> FoundConfig:

@@ -23,8 +23,8 @@ def note_gathered(notes: Path) -> None:
     from qlora_trainer.training import open_run
     from qlora_trainer.training.distributed.sharding import shard_base
 
-    def sharded(model: Any, device: torch.device, processes: int) -> None:
-        shard_base(model, device, processes)
+    def sharded(model: Any, *arguments: Any) -> None:
+        shard_base(model, *arguments)
         Gathered(model.get_base_model().get_decoder(), Path(f"{notes}-{os.environ.get('RANK', '0')}"))
 
     vars(open_run)["shard_base"] = sharded
@@ -35,7 +35,8 @@ class Gathered:
 
     A line has the moment (`gather`: a block's buffer has been allocated; `layer`: a linear layer begins; `forward` and
     `backward`: a pass has ended), `grad`: whether it is for training, `blocks`: how many are whole, `bytes`: of the
-    whole blocks' weights and of the buffers, and `block`: the bytes of the largest block.
+    whole blocks' weights and of the buffers, `block`: the bytes of the largest block, `held`: of what blocks keep, the
+    adapter left out, and `all`: of all blocks.
     """
 
     def __init__(self, decoder: Any, path: Path) -> None:
@@ -68,6 +69,7 @@ class Gathered:
     def _note(self, moment: str) -> None:
         whole = [block for block in self._blocks if _is_whole(block)]
         line = {"moment": moment, "grad": torch.is_grad_enabled(), "blocks": len(whole)}
+        line |= {"held": sum(map(_held_bytes, self._blocks)), "all": sum(map(_whole_bytes, self._blocks))}
         # A thread of gloo's lets go of a buffer a moment after all has arrived in it.
         for _ in range(_LOOKS):
             gathered = sum(map(_whole_bytes, whole)) + sum(storage.nbytes() for storage in self._buffers)
@@ -102,3 +104,10 @@ def _is_whole(block: nn.Module) -> bool:
 
 def _whole_bytes(block: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in _frozen(block))
+
+
+def _held_bytes(block: nn.Module) -> int:
+    """The bytes of the memory behind weights and buffers."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in _frozen(block)]
+    storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, [*local, *block.buffers()])}
+    return sum(storage.nbytes() for storage in storages.values())

@@ -137,7 +137,6 @@ BASE = {"base": {"destination": "pvc://models/base"}}
 @pytest.mark.parametrize(
     ("config", "settings", "reason"),
     [
-        (MIXTURE, {"training": {"sharding": "full"}, "resources": {"gpus": 2}}, "whose experts are not sharded"),
         (MIXTURE, {"output": MERGED}, r"spec\.output\.merged: the model \(model_type 'qwen3_moe'\) is a mixture"),
         (MIXTURE, {"output": BASE}, "no server reads experts as they are in its 4-bit base"),
         (BAMBA, {"training": {"objective": "dpo"}}, "compares two answers in one pass"),

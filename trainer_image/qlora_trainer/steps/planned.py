@@ -118,7 +118,7 @@ def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tupl
     `gpu_gib`: memory of another GPU than the job's. Raises StepFailure as prepare does, unless the job does not fit.
     """
     traits = check_config(config, spec)
-    targets, experts = spec.lora.target_modules, traits.mixture_of_experts
+    targets = spec.lora.target_modules
 
     def measure(resolved: ResolvedSpec, recomputation: Recomputation, earlier: MeasuredMemory | None) -> MemoryFit:
         return MemoryFit.from_config(
@@ -127,14 +127,13 @@ def plan_memory(config: Path, spec: QLoRAJobSpec, gpu_gib: float | None) -> tupl
             targets,
             recomputation,
             rows_apart=traits.keeps_rows_apart(resolved.training.max_sequence_length),
-            mixture_of_experts=experts,
             gpu_gib=gpu_gib,
             earlier=earlier,
             measure=measure_with(traits, gpu_gib),
         )
 
     def shape(resolved: ResolvedSpec, recomputation: Recomputation) -> TrainingShape:
-        return training_shape(resolved, targets, recomputation, mixture_of_experts=experts)
+        return training_shape(resolved, targets, recomputation)
 
     gpu_gib = gpu_gib or spec.resources.gpu_gib
     return traits, fit_settings(spec, partial(assume_settings, spec, traits), NO_LIMITS, gpu_gib, shape, measure)

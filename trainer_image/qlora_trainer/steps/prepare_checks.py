@@ -108,7 +108,6 @@ def refresh_record(
         record.target_modules,
         record.recomputation,
         rows_apart=record.rows_apart,
-        mixture_of_experts=record.mixture_of_experts,
         group_size=group_size,
         earlier=record.measured,
     )

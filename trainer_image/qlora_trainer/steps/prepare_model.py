@@ -96,7 +96,6 @@ class FittedModel:
             target_modules=family.target_modules,
             packed=self.packed,
             rows_apart=self.rows_apart,
-            mixture_of_experts=family.mixture_of_experts,
             experts_in_mxfp4=family.experts_in_mxfp4,
             model_type=family.model_type,
             auto_class=family.auto_class,
@@ -131,9 +130,7 @@ def fit_model(model: AdmittedModel, spec: QLoRAJobSpec, choose: Choose, limits: 
     require_settings(family, model.folder / CONFIG, resolve(spec, choose(limits)))
 
     def shape(resolved: ResolvedSpec, recomputation: Recomputation) -> TrainingShape:
-        return training_shape(
-            resolved, family.target_modules, recomputation, mixture_of_experts=family.mixture_of_experts
-        )
+        return training_shape(resolved, family.target_modules, recomputation)
 
     def measure(resolved: ResolvedSpec, recomputation: Recomputation, earlier: MeasuredMemory | None) -> MemoryFit:
         return measure_memory(model.folder, resolved, family, limits.group_size, recomputation, earlier)
@@ -160,7 +157,6 @@ def measure_memory(
         family.target_modules,
         recomputation,
         rows_apart=family.keeps_rows_apart(spec.training.max_sequence_length),
-        mixture_of_experts=family.mixture_of_experts,
         group_size=group_size,
         earlier=earlier,
         measure=partial(measure_within_limits, family=family),

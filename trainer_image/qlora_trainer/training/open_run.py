@@ -24,6 +24,7 @@ from qlora_trainer.model.adapter.attach import (
 )
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.load import Storage, load_base, storage_of
+from qlora_trainer.model.experts.loading import StoredExperts
 from qlora_trainer.model.families.family import cannot_keep_rows_apart
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.protocols import AdaptedModel, Decoder
@@ -65,15 +66,16 @@ class LoadedBase:
     threads: int
     """CPU threads of this process."""
     compute_type: ComputeType
+    unloaded: StoredExperts | None
+    """The routed experts of a base that will be sharded, which are loaded then."""
 
 
 def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:
     """Load everything, in the checkpoint's state, or at step 0 without one."""
-    ranks = process.ranks
     base = open_base(job, process, checkpoint, checkpoint)
     model = attach_job_adapter(base, job, initialized=checkpoint is None)
-    if ranks.is_sharded:
-        shard_base(model, base.device, ranks.rank_info.size)
+    if base.unloaded is not None:
+        shard_base(model, base.device, process.ranks.rank_info.size, base.unloaded)
     return open_on_model(job, process, checkpoint, base, model)
 
 
@@ -105,13 +107,14 @@ def open_base(
     process.runtime.records.progress(loading, force=True)
     if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
         raise cannot_keep_rows_apart(prepared.model_type)
-    quantization, attention = spec.quantization, prepared.attention or ATTENTION
+    quantization, attention, unloaded = spec.quantization, prepared.attention or ATTENTION, None
     if ranks.is_sharded:
         # It may be larger than the GPU: shard_base moves it there block by block.
         model = load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
+        unloaded = StoredExperts.from_folder(model, job.base_folder, quantization)
     else:
         model = load_base(job.base_folder, quantization, job.device, attention=attention, compute_type=compute_type)
-    return LoadedBase(model, storage_of(model), device, threads, compute_type)
+    return LoadedBase(model, storage_of(model), device, threads, compute_type, unloaded)
 
 
 def _own_compute_type(device: Device, ranks: Ranks) -> ComputeType:

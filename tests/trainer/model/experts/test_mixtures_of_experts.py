@@ -158,15 +158,14 @@ def test_experts_that_a_token_is_not_routed_to_are_not_counted_for_it(tiny_qwen3
     assert family.parameters_of_token(10**9) == 10**9 - idle
 
 
-def test_sharding_merging_and_publishing_the_base_are_rejected_for_experts_only(
-    tiny_qwen3_moe: Path, tiny_llama: Path
-) -> None:
+def test_merging_and_publishing_the_base_are_rejected_for_experts_only(tiny_qwen3_moe: Path, tiny_llama: Path) -> None:
     routed, dense = inspect_family(tiny_qwen3_moe, resolved_lora()), inspect_family(tiny_llama, resolved_lora())
     base = OutputSpec(base=PublishedBaseSpec(destination="pvc://out/base"))
-    for training, output, message in (
-        (resolved_training(sharding="full"), OutputSpec(), r"spec\.training\.sharding is full"),
-        (resolved_training(), OutputSpec(merged=MergedSpec()), r"spec\.output\.merged"),
-        (resolved_training(), base, r"spec\.output\.base.* no server reads experts"),
+    training = resolved_training(sharding="full")
+    routed.require(training, OutputSpec())
+    for output, message in (
+        (OutputSpec(merged=MergedSpec()), r"spec\.output\.merged"),
+        (base, r"spec\.output\.base.* no server reads experts"),
     ):
         with pytest.raises(StepFailure, match=message) as caught:
             routed.require(training, output)
@@ -385,7 +384,7 @@ def test_experts_behind_attention_with_sinks_are_packed_and_behind_latent_attent
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * 3) for n in range(8)])
     context = make_context(SPEC, model=save_model(tmp_path / "model", config))
     record = prepare(context, Recorded())
-    assert (record.attention, record.packed, record.mixture_of_experts) == (attention, packed, True)
+    assert (record.attention, record.packed) == (attention, packed)
     assert record.memory.source == "DryRun"
     assert {name.split(".")[3] for name in record.target_modules} == adapted_parts
 

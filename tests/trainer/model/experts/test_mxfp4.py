@@ -138,7 +138,7 @@ def test_it_is_trained_and_plain_libraries_get_the_same_loss(
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     context = make_context({"dataset": {"eval": {"fraction": 0.25}}}, model=gpt_oss)
     record = prepare(context, Recorded())
-    assert (record.mixture_of_experts, record.attention, record.packed) == (True, None, True)
+    assert (record.experts_in_mxfp4, record.attention, record.packed) == (True, None, True)
     assert record.measured is not None
     assert record.measured.mxfp4_parameters == 2 * 4 * 64 * (256 + 128)
 

@@ -304,7 +304,7 @@ class BaseLayout:
             pieces.setdefault((place.name, place.pieces), set()).add(place.piece)
         found = {name for (name, count), those in pieces.items() if len(those) == count}
         missing = sorted(min(group) for group in self.tied if not group & found)
-        missing += sorted(set(self.experts.entries()).difference(stored))
+        missing += sorted(set(self.experts.entries(self.experts.stacks)).difference(stored))
         if self.is_stored_in_4_bit:
             layers = [name for name, place in places.items() if place.name in self.four_bit]
             needed = {entry.name for layer in layers for entry in _layer(layer, 0, self.quantization)}

@@ -22,7 +22,8 @@ from qlora_trainer.model.architecture.text_part import load_text_part
 from qlora_trainer.model.base.artifact import MANIFEST
 from qlora_trainer.model.base.chosen_layers import library_config
 from qlora_trainer.model.experts.compute import EXPERTS, register_experts
-from qlora_trainer.model.experts.loading import load_experts
+from qlora_trainer.model.experts.loading import StoredExperts
+from qlora_trainer.model.experts.quantizer import loaded_layout, stack_experts
 from qlora_trainer.model.experts.routers import route_without_autocast
 from qlora_trainer.model.experts.stack import ExpertStack, Stack, expert_stacks
 from qlora_trainer.model.kernels.activations import fuse_activations
@@ -47,7 +48,8 @@ def load_base(
     """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode. See `load_text_part`.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
-    `storage_dtype` of the packed weights is not uint8 for a base that will be sharded; it changes no value.
+    `storage_dtype` of the packed weights is not uint8 for a base that will be sharded; it changes no value. The routed
+    experts of such a base have no data yet.
     `compute_type`: what weights are dequantized to and matmuls computed in. The bytes of the base are the same.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not stored as `quantization` specifies.
@@ -76,8 +78,13 @@ def load_base(
             f"the weights in {folder} do not fit config.json: {len(missing)} tensors are missing or have another "
             f"shape, first {missing[0]}"
         )
-    load_experts(model, folder, quantization)
-    copied = cpu.copies_mapped_weights(device, sharded=storage_dtype != torch.uint8)
+    sharded = storage_dtype != torch.uint8
+    if sharded:
+        # transformers has given them memory.
+        stack_experts(model, loaded_layout(model), quantization, "meta")
+    else:
+        StoredExperts.from_folder(model, folder, quantization).load(model, model, model.device)
+    copied = cpu.copies_mapped_weights(device, sharded=sharded)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if copied and (in_4_bit or not isinstance(parameter, Params4bit)):
@@ -88,7 +95,7 @@ def load_base(
             continue
         if copied:
             _copy_constants(layer.weight.quant_state)
-        if storage_dtype != torch.uint8:
+        if sharded:
             # As bitsandbytes does for such a storage.
             layer.weight.data = layer.weight.data.reshape(-1).view(storage_dtype).unsqueeze(1)
             layer.weight.quant_storage = storage_dtype

@@ -1,6 +1,6 @@
 """Decides which weights are stacks of experts, and the places of tensors in them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -127,13 +127,17 @@ class ExpertLayout:
                 return Place(name, numbers[-1], list(converter.source_patterns).index(source))
         return Place(name, None)
 
-    def entries(self) -> Iterator[str]:
-        """The name of each piece of each stack in a file of ours."""
-        for name, stack in self.stacks.items():
+    def entries(self, names: Iterable[str]) -> Iterator[str]:
+        """The name of each piece of the stacks of these names in a file of ours."""
+        for name in names:
+            stack = self.stacks[name]
             if stack.is_mxfp4:
                 yield from (f"{name}{role}" for role in (BLOCKS, SCALES))
             else:
                 yield from (entry_name(name, *matrix) for matrix in stack.matrices(Place(name, None)))
+
+
+NO_EXPERTS = ExpertLayout({}, (), (), "")
 
 
 def entry_name(stack: str, expert: int, piece: int) -> str:

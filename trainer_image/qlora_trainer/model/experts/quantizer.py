@@ -12,7 +12,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.experts.compute import expert_modules
-from qlora_trainer.model.experts.layout import ExpertLayout, routing_linears
+from qlora_trainer.model.experts.layout import NO_EXPERTS, ExpertLayout, routing_linears
+from qlora_trainer.model.protocols import Network
 from qlora_trainer.model.source.quantization import EXPERTS_FORMAT
 
 _METHOD = "qlora_4bit"
@@ -76,7 +77,13 @@ def stack_experts(
         module._is_hf_initialized = True
 
 
-def holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def loaded_layout(model: PreTrainedModel) -> ExpertLayout:
+    """The layout that a loaded model's experts had in it, or an empty one."""
+    quantizer = model.hf_quantizer
+    return quantizer.layout if isinstance(quantizer, ExpertsQuantizer) else NO_EXPERTS
+
+
+def holder(model: Network, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter or stack of this name, and its name there."""
     parent, _, last = name.rpartition(".")
     return model.get_submodule(parent), last

@@ -7,7 +7,7 @@ uses.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
@@ -30,6 +30,9 @@ _LARGEST_SCALE = 252
 
 class _FrozenStack(nn.Module):
     """One weight of all experts of a block, not a parameter."""
+
+    sharded: ClassVar[tuple[str, ...]]
+    """Names of the tensors that have nearly all of the bytes."""
 
     def __init__(self, shape: tuple[int, int, int], buffers: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -60,6 +63,7 @@ class ExpertStack(_FrozenStack):
     Without double quantization `outer_absmax`, `outer_code` and `offset` are empty.
     """
 
+    sharded = ("packed", "absmax")
     packed: Tensor
     """uint8 [experts, bytes]: two weights a byte."""
     absmax: Tensor
@@ -178,6 +182,7 @@ class Mxfp4Stack(_FrozenStack):
     Formats 1.0, sections 5.2 and 6.3).
     """
 
+    sharded = ("blocks", "scales")
     blocks: Tensor
     """uint8 [experts, outputs, groups, 16]: two weights a byte, the lower half first."""
     scales: Tensor

@@ -75,7 +75,7 @@ class Traits:
             if training.micro_batch_size is not None and training.micro_batch_size > 1:
                 raise cannot_keep_rows_apart(self.model_type)
         if self.mixture_of_experts:
-            _require_whole_and_unmerged(self.model_type, training, output)
+            _require_unmerged(self.model_type, output)
 
     def remarks(self, training: TrainingSpec) -> Iterator[str]:
         """Yield what is done otherwise than the job asks."""
@@ -157,13 +157,8 @@ def cannot_compare_answers(model_type: str) -> StepFailure:
     )
 
 
-def _require_whole_and_unmerged(model_type: str, training: TrainingSpec, output: OutputSpec) -> None:
+def _require_unmerged(model_type: str, output: OutputSpec) -> None:
     mixture = f"the model (model_type {model_type!r}) is a mixture of experts"
-    if training.sharding == "full":
-        raise bad_configuration(
-            f"spec.training.sharding is full, and {mixture}, whose experts are not sharded: leave it out, and use "
-            "GPUs that hold the whole model in 4-bit"
-        )
     if output.merged is not None:
         raise bad_configuration(
             f"spec.output.merged: {mixture}, and no adapter is merged into these: leave it out, and serve the "

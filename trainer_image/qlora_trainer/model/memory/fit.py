@@ -72,8 +72,6 @@ def training_shape(
     spec: ResolvedSpec,
     target_modules: Iterable[str],
     recomputation: Recomputation = RECOMPUTE_ALL,
-    *,
-    mixture_of_experts: bool = False,
 ) -> TrainingShape:
     """The settings of a job that decide its memory.
 
@@ -98,16 +96,16 @@ def training_shape(
         gpus=spec.resources.gpu_count,
         sharding=spec.training.sharding,
         answer_tokens=_answer_tokens(spec),
-        fixed=_fixed_fields(spec, mixture_of_experts=mixture_of_experts),
+        fixed=_fixed_fields(spec),
     )
 
 
-def _fixed_fields(spec: ResolvedSpec, *, mixture_of_experts: bool) -> frozenset[str]:
+def _fixed_fields(spec: ResolvedSpec) -> frozenset[str]:
     """Fields that no advice may change."""
     if spec.continues is not None:
         return RUN_FIELDS
     fixed = frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
-    if mixture_of_experts or not _can_be_sharded(spec):
+    if not _can_be_sharded(spec):
         return fixed | SHARDING_FIELDS
     return fixed if spec.resources.node_count == 1 else fixed | {"gpus"}
 
@@ -169,7 +167,6 @@ class MemoryFit:
         recomputation: Recomputation = RECOMPUTE_ALL,
         *,
         rows_apart: bool = True,
-        mixture_of_experts: bool = False,
         gpu_gib: float | None = None,
         group_size: int = 1,
         earlier: MeasuredMemory | None = None,
@@ -183,7 +180,7 @@ class MemoryFit:
         itself included. `earlier`: dry runs. If the dry run fails, the memory is unknown.
         Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
         """
-        training = training_shape(spec, target_modules, recomputation, mixture_of_experts=mixture_of_experts)
+        training = training_shape(spec, target_modules, recomputation)
         try:
             job = MeasuredJob.from_config(config, spec, training, earlier, measure)
         except DryRunFailed as failure:

@@ -8,11 +8,12 @@ summed as without sharding.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -22,25 +23,29 @@ from torch.distributed.tensor import DTensor, Shard
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.architecture.decoder import decoder_blocks
 from qlora_trainer.model.architecture.vocabulary import spread_vocabulary
+from qlora_trainer.model.experts.loading import StoredExperts
+from qlora_trainer.model.experts.stack import Stack
 from qlora_trainer.model.protocols import AdaptedModel
 
 logger = logging.getLogger(__name__)
 STORAGE_DTYPE = torch.bfloat16
-"""The storage type of packed weights: that of the norms in FSDP's one buffer."""
+"""The storage type of packed weights: that of the norms in FSDP's one buffer. Wider ones, as of routers, stay whole."""
 
 
-def shard_base(model: AdaptedModel, device: torch.device, processes: int) -> None:
+def shard_base(model: AdaptedModel, device: torch.device, processes: int, experts: StoredExperts) -> None:
     """Shard the frozen base of a model of `attach_adapter` over the ranks, and move the model to `device`.
 
     The base must be in main memory and checked to be NF4 or FP4. Of a base that is mapped from a file, only this rank's
-    part of each weight is read. From then on every rank must run the same number of passes, and the bytes of two blocks
-    at most are gathered at a time. Raises StepFailure (BAD_CONFIGURATION) for a block that cannot be.
+    part of each weight is read. Its `experts` have no data: those of one block at a time are loaded. From then on every
+    rank must run the same number of passes, and the bytes of two blocks at most are gathered at a time. Raises
+    StepFailure for a block that cannot be (BAD_CONFIGURATION), and as `StoredExperts` does.
     """
     mesh = init_device_mesh(device.type, (processes,))
     base = model.get_base_model()
     decoder, held = base.get_decoder(), []
     for number, block in enumerate(decoder_blocks(base)):
-        _require_one_dtype(number, block)
+        _require_four_bit(number, block)
+        experts.load(base, block, "cpu")
         held.append(_shard_block(block, mesh, device))
     held.append(spread_vocabulary(base, mesh.get_local_rank(), processes, device))
     # A root without other weights: under it the blocks share the streams that gather the next one while
@@ -64,12 +69,17 @@ def _shard_block(block: nn.Module, mesh: DeviceMesh, device: torch.device) -> tu
     without data, and their parts afterwards, as when a checkpoint is loaded into a sharded model.
     Returns the bytes of the parts, and of the whole weights.
     """
-    constants = [_as_weight(module) for module in block.modules() if isinstance(module, Linear4bit)]
-    adapter = {parameter for parameter in block.parameters() if parameter.requires_grad}
-    whole = {name: parameter.data for name, parameter in block.named_parameters() if not parameter.requires_grad}
+    layers = [module for module in block.modules() if isinstance(module, Linear4bit)]
+    turned = [tensor for module in block.modules() for tensor in _as_weights(module)]
+    not_sharded = {
+        parameter
+        for parameter in block.parameters()
+        if parameter.requires_grad or parameter.itemsize > STORAGE_DTYPE.itemsize
+    }
+    whole = {name: parameter.data for name, parameter in block.named_parameters() if parameter not in not_sharded}
     for name, weight in whole.items():
         _set_frozen(block, name, weight.to("meta"))
-    fully_shard(block, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
+    fully_shard(block, mesh=mesh, ignored_params=not_sharded, reshard_after_forward=True)
     own = 0
     for name, weight in whole.items():
         # The rows that FSDP gives to the rank: as many to each, until there are no more.
@@ -79,36 +89,56 @@ def _shard_block(block: nn.Module, mesh: DeviceMesh, device: torch.device) -> tu
         shape, stride = weight.shape, weight.stride()
         sharded = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         _set_frozen(block, name, sharded)
-    for layer in constants:
-        layer.module.quant_state.to(device)
+    for layer in layers:
+        layer.quant_state.to(device)
     # FSDP's own hook, which gathers, is the first one. Its buffers are the same at each pass, freed in between.
-    block.register_forward_pre_hook(lambda *_: _take_gathered(constants))
+    block.register_forward_pre_hook(lambda *_: _take_gathered(turned))
     return own, sum(weight.nbytes for weight in whole.values())
 
 
 @dataclass(frozen=True)
-class _Constants:
-    """The constants of a 4-bit layer, one for each group of weights, which are sharded as if they were a weight."""
+class _Turned:
+    """A tensor of 4-bit weights that has become a parameter of a module, to be sharded."""
 
-    module: Linear4bit
-    count: int
+    module: nn.Module
+    holder: QuantState | Stack
+    """What computes with the tensor, once it is gathered."""
+    name: str
+    """Of the tensor, in the holder."""
+    shape: torch.Size
     dtype: torch.dtype
 
 
-def _take_gathered(constants: Iterable[_Constants]) -> None:
-    """Let the layers read the constants that have been gathered."""
-    for layer in constants:
-        gathered = layer.module.absmax.detach().view(torch.uint8).view(-1).view(layer.dtype)
-        layer.module.quant_state.absmax = gathered[: layer.count]
+def _take_gathered(turned: Iterable[_Turned]) -> None:
+    """Let what computes with the tensors read those that have been gathered."""
+    for tensor in turned:
+        gathered = getattr(tensor.module, _parameter(tensor.name)).detach().view(torch.uint8).view(-1)
+        own = gathered[: tensor.shape.numel() * tensor.dtype.itemsize]
+        setattr(tensor.holder, tensor.name, own.view(tensor.dtype).view(tensor.shape))
 
 
-def _as_weight(module: Linear4bit) -> _Constants:
-    absmax = module.quant_state.absmax
-    data = absmax.view(torch.uint8)
-    data = torch.nn.functional.pad(data, (0, data.numel() % STORAGE_DTYPE.itemsize)).view(STORAGE_DTYPE)
-    module.register_parameter("absmax", nn.Parameter(data.unsqueeze(1), requires_grad=False))
-    module.quant_state.absmax = absmax[:0]
-    return _Constants(module, absmax.numel(), absmax.dtype)
+def _as_weights(module: nn.Module) -> Iterator[_Turned]:
+    """Turn the constants of a layer, one for each group of weights, and stacked experts into parameters."""
+    if isinstance(module, Linear4bit):
+        yield _as_weight(module, module.quant_state, "absmax")
+    elif isinstance(module, Stack):
+        yield from (_as_weight(module, module, name) for name in module.sharded)
+
+
+def _as_weight(module: nn.Module, holder: QuantState | Stack, name: str) -> _Turned:
+    tensor = getattr(holder, name)
+    data = tensor.view(-1).view(torch.uint8)
+    if left := data.numel() % STORAGE_DTYPE.itemsize:
+        data = torch.nn.functional.pad(data, (0, left))
+    data = data.view(STORAGE_DTYPE).unsqueeze(1)
+    module.register_parameter(_parameter(name), nn.Parameter(data, requires_grad=False))
+    # FSDP copies buffers to the device whole.
+    setattr(holder, name, tensor.new_empty(0))
+    return _Turned(module, holder, name, tensor.shape, tensor.dtype)
+
+
+def _parameter(name: str) -> str:
+    return f"sharded_{name}"
 
 
 def _set_frozen(block: nn.Module, name: str, tensor: Tensor) -> None:
@@ -116,15 +146,9 @@ def _set_frozen(block: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(block.get_submodule(module), last, nn.Parameter(tensor, requires_grad=False))
 
 
-def _require_one_dtype(number: int, block: nn.Module) -> None:
+def _require_four_bit(number: int, block: nn.Module) -> None:
     for name, module in block.named_modules():
         if isinstance(module, Linear4bit) and not (
             isinstance(module.weight, Params4bit) and module.weight.quant_state is not None
         ):
             raise bad_configuration(f"block {number}: {name} is not 4-bit and cannot be sharded")
-    found = {str(parameter.dtype) for parameter in block.parameters() if not parameter.requires_grad}
-    if found != {str(STORAGE_DTYPE)}:
-        raise bad_configuration(
-            f"block {number} holds tensors of {', '.join(sorted(found))} and can only be sharded in {STORAGE_DTYPE}: "
-            "set spec.training.sharding to none"
-        )
