@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import numpy
 from numpy.typing import NDArray
 
-from benchmarks.quality.plan import ARMS, FULL
+from benchmarks.quality.plan import ARMS, FEWER_SEEDS, FULL, LEAST_SEEDS, STEPS
 from benchmarks.quality.results import Run
 from benchmarks.tuning import Arm
 
@@ -37,7 +37,8 @@ class Interval:
 
 
 def compared(runs: Sequence[Run], steps: int) -> Compared:
-    """Return the right answers after so many steps, of tasks with two seeds and more of all arms."""
+    """Return the right answers after so many steps, of tasks with enough seeds of all arms for a bootstrap."""
+    enough = LEAST_SEEDS if steps == STEPS else len(FEWER_SEEDS)
     main = [run for run in runs if (run.cell.purpose, run.cell.steps) == ("main", steps)]
     found = {}
     for task in dict.fromkeys(run.cell.task for run in main):
@@ -45,7 +46,7 @@ def compared(runs: Sequence[Run], steps: int) -> Compared:
             arm: {r.cell.seed: r.right for r in main if (r.cell.task, r.cell.arm) == (task, arm)} for arm in ARMS
         }
         seeds = sorted(set.intersection(*map(set, by_seed.values())))
-        if len(seeds) > 1:
+        if len(seeds) >= enough:
             found[task] = {
                 arm: numpy.array([[float(one) for one in right[seed]] for seed in seeds])
                 for arm, right in by_seed.items()
