@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from qlora_api.memory.estimate import AnswerBytes
 from qlora_trainer.evaluation.prompts import Prompt
@@ -19,7 +20,7 @@ class AnswerRoom:
     """Of all prompts in a batch, padding included."""
 
     @classmethod
-    def after_training(cls, trained_bytes: int, batch_tokens: int, *, hidden_size: int, blocks: int) -> "AnswerRoom":
+    def after_training(cls, trained_bytes: int, batch_tokens: int, *, hidden_size: int, blocks: int) -> Self:
         """Return the room of gradients and of the blocks' inputs, in 16 bit, of a micro batch with so many tokens."""
         return cls(trained_bytes + 2 * batch_tokens * hidden_size * blocks, batch_tokens)
 
@@ -32,7 +33,7 @@ class AnswerRoom:
 def batches(
     prompts: Iterable[Prompt], new_tokens: int, sizes: AnswerBytes, room: AnswerRoom
 ) -> list[tuple[Prompt, ...]]:
-    """Return the prompts in batches of like lengths. The same prompts always have the same batches."""
+    """Return the prompts in batches of like lengths. Equal prompts and room give equal batches."""
     found: list[list[Prompt]] = []
     for prompt in sorted(prompts, key=lambda prompt: (len(prompt.tokens), prompt.sha256)):
         rows = len(found[-1]) + 1 if found else MOST_ROWS + 1

@@ -136,13 +136,14 @@ def measure_score(
     with AnswerLog.open(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for batch in _batches(run, scored.chosen, spec):
             report(run, state, f"scoring answers {done + 1} to {done + len(batch)} of {count}")
-            known = [answers for prompt in batch if (answers := log.get(prompt)) is not None]
-            if len(known) < len(batch):
+            known = [log.get(prompt) for prompt in batch]
+            if None in known:
                 texts = _answer_batch(answering, batch, spec, job.name, base_answers)
-                known = [_checked(answering.texts, checker, spec, *each) for each in zip(batch, *texts, strict=True)]
+                new = (_checked(answering.texts, checker, spec, *each) for each in zip(batch, *texts, strict=True))
+                known = [earlier or answers for earlier, answers in zip(known, new, strict=True)]
             if stop.is_requested:
                 raise Interrupted(state.step, run.progress.schedule.total_steps, run.progress.checkpoint_step or 0)
-            for answers in known:
+            for answers in filter(None, known):
                 log.add(answers)
                 base, adapter = base + answers.base_passed, adapter + answers.adapter_passed
             done += len(batch)
@@ -172,7 +173,8 @@ def _batches(run: Run, rows: Sequence[Prompt], spec: ScoreSpec) -> list[tuple[Pr
         sum(parameter.nbytes for parameter in run.parameters.values()),
         run.progress.schedule.micro_batch_size * run.training.max_sequence_length,
         hidden_size=config.hidden_size,
-        blocks=config.num_hidden_layers,
+        # Inputs in host memory leave no room on the GPU.
+        blocks=0 if run.progress.recomputation.offloads else config.num_hidden_layers,
     )
     return batches(rows, spec.max_new_tokens, answer_bytes(config), room)
 
