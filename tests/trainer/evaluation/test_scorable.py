@@ -12,7 +12,7 @@ from qlora_api.spec.gate import GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.examples.row_check import RowCheck
-from qlora_trainer.evaluation import answers, scorable
+from qlora_trainer.evaluation import prompts, scorable
 from qlora_trainer.evaluation.answers import AnswerTexts
 from qlora_trainer.evaluation.prompts import Prompt
 from qlora_trainer.evaluation.scorable import require_scorable, row_criterion
@@ -45,7 +45,7 @@ def rejection(folder: Path, model: Path, *, pairs: bool = False, positions: int 
 
 
 def longest_prompt(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    for module in (answers, scorable):
+    for module in (prompts, scorable):
         monkeypatch.setattr(module, "MAX_PROMPT_TOKENS", tokens)
 
 

@@ -47,6 +47,7 @@ class PreparedModel(ObservedModel):
     target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
     packed: bool = Field(description="Whether a sequence may hold several rows.")
     rows_apart: bool = Field(False, description="Whether a micro batch may hold several rows.")
+    mixture_of_experts: bool = Field(False, description="Whether the base has routed experts, which are in 4-bit too.")
     experts_in_mxfp4: bool = Field(False, description="Whether these are in MXFP4, as they were published.")
     model_type: str
     auto_class: str = Field("AutoModelForCausalLM", description="The one of transformers that loads the whole model.")

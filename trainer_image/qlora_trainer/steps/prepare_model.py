@@ -96,6 +96,7 @@ class FittedModel:
             target_modules=family.target_modules,
             packed=self.packed,
             rows_apart=self.rows_apart,
+            mixture_of_experts=family.mixture_of_experts,
             experts_in_mxfp4=family.experts_in_mxfp4,
             model_type=family.model_type,
             auto_class=family.auto_class,

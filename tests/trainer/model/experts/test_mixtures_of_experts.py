@@ -384,7 +384,7 @@ def test_experts_behind_attention_with_sinks_are_packed_and_behind_latent_attent
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * 3) for n in range(8)])
     context = make_context(SPEC, model=save_model(tmp_path / "model", config))
     record = prepare(context, Recorded())
-    assert (record.attention, record.packed) == (attention, packed)
+    assert (record.attention, record.packed, record.mixture_of_experts) == (attention, packed, True)
     assert record.memory.source == "DryRun"
     assert {name.split(".")[3] for name in record.target_modules} == adapted_parts
 
