@@ -157,6 +157,7 @@ def prepared(
         target_modules=family.target_modules,
         packed=packed,
         rows_apart=family.keeps_rows_apart(64),
+        mixture_of_experts=family.mixture_of_experts,
         experts_in_mxfp4=family.experts_in_mxfp4,
         model_type=family.model_type,
         fixed_positions=family.fixed_positions,

@@ -113,6 +113,44 @@ def test_a_stopped_or_killed_score_is_continued_and_training_is_not_repeated(
     assert read_completion(scored.workspace.completion("train"), TrainRecord) == record
 
 
+def test_a_score_killed_within_a_batch_counts_the_answers_that_are_written(
+    scored: StepContext, tmp_path: Path, tiny_llama: Path
+) -> None:
+    undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SCORED)
+    expected = run(undisturbed)
+    run(scored)
+    path, record = scored.workspace.report / "answers.jsonl", scored.workspace.completion("train")
+    heading, first, *_ = path.read_bytes().splitlines(keepends=True)
+    written = json.loads(first) | {"adapterPassed": False, "basePassed": False}
+    path.write_bytes(heading + json.dumps(written).encode() + b"\n")
+    done = read_completion(record, TrainRecord)
+    assert done is not None
+    write_completion(record, done.model_copy(update={"score": None}))
+
+    assert_is_of_its_answers(run(scored), scored)
+
+    assert answers(scored)[1] == written
+    assert answers(scored)[2:] == answers(undisturbed)[2:]
+    assert expected.score is not None
+
+
+def test_a_batch_without_memory_is_answered_row_by_row(
+    scored: StepContext, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SCORED)
+    expected, generate = run(undisturbed), Answering.answers
+
+    def limited(self: Answering, prompts: Sequence[Prompt], *, adapter: bool, max_new_tokens: int) -> list[str]:
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(self, prompts, adapter=adapter, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(Answering, "answers", limited)
+
+    assert run(scored).score == expected.score
+    assert len(answers(scored)) == 4
+
+
 def note_data(context: StepContext, fingerprint: str) -> None:
     """Note the fingerprint of the prepared data, whose sequences stay the same."""
     path = context.workspace.completion("prepare")

@@ -71,7 +71,7 @@ class Answering:
 
     def __init__(self, model: AdaptedModel, texts: AnswerTexts, stopped: Stopped, device: torch.device) -> None:
         """Answers in progress when `stopped` turns true are cut off there."""
-        self._model, self.texts, self._device, self._stopped = model, texts, device, stopped
+        self._model, self.texts, self.device, self._stopped = model, texts, device, stopped
         base = model.get_base_model()
         base.activation_checkpointing_disable()
         base.set_attn_implementation("eager")
@@ -95,13 +95,13 @@ class Answering:
 
         longest = max(len(prompt.tokens) for prompt in prompts)
         padded = [((0,) * (longest - len(prompt.tokens)), prompt.tokens) for prompt in prompts]
-        input_ids = torch.tensor([padding + tokens for padding, tokens in padded], device=self._device)
+        input_ids = torch.tensor([padding + tokens for padding, tokens in padded], device=self.device)
         is_token = torch.tensor([(0,) * len(padding) + (1,) * len(tokens) for padding, tokens in padded])
         without = nullcontext() if adapter else self._model.disable_adapter()
-        with without, torch.no_grad(), computing(self._model, self._device.type, cache=True):
+        with without, torch.no_grad(), computing(self._model, self.device.type, cache=True):
             output = self._model.generate(
                 input_ids=input_ids,
-                attention_mask=is_token.to(self._device),
+                attention_mask=is_token.to(self.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 stopping_criteria=StoppingCriteriaList([Stopping()]),

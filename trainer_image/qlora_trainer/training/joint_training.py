@@ -15,7 +15,8 @@ from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
 from qlora_trainer.model.losses.batch import Batch, read_batch
 from qlora_trainer.model.losses.joint import joint_losses, route
 from qlora_trainer.model.nf4.computation import computing
-from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, free_memory, is_done, note_step
+from qlora_trainer.training.distributed.device import free_memory
+from qlora_trainer.training.loop import StepCost, apply_gradient, between_steps, is_done, note_step
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Gradient, Run, report
 

@@ -1,6 +1,5 @@
 """The training loop: steps, evaluations and checkpoints until the run's end."""
 
-import gc
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from qlora_trainer.model.adapter.attach import adapter_tensors, recompute_activa
 from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.training.checkpoints.attempts import note_time
 from qlora_trainer.training.checkpoints.checkpoint import BEST_FILE, Checkpoint, save_checkpoint, write_best
-from qlora_trainer.training.distributed.device import memory_bytes, peak_memory_bytes, processor, seed_step
+from qlora_trainer.training.distributed.device import free_memory, memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.objective import evaluation_measure
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
 from qlora_trainer.training.progress.run_state import RunState
@@ -249,14 +248,6 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
     state = replace(state, micro_batch_size=run.progress.schedule.micro_batch_size)
     report(run, state, "training", force=True)
     return state
-
-
-def free_memory(device: torch.device) -> None:
-    """Free the memory of a pass that was given up."""
-    # It left cycles, whose tensors are memory in use until they are found.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:

@@ -30,6 +30,7 @@ from qlora_trainer.evaluation.answers import Answering, AnswerTexts
 from qlora_trainer.evaluation.prompts import Prompt
 from qlora_trainer.evaluation.scorable import row_criterion, scored_rows
 from qlora_trainer.model.memory.answer_bytes import answer_bytes
+from qlora_trainer.training.distributed.device import free_memory
 from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run, report
@@ -182,7 +183,10 @@ def _batches(run: Run, rows: Sequence[Prompt], spec: ScoreSpec) -> list[tuple[Pr
 def _answer_batch(
     answering: Answering, batch: Sequence[Prompt], spec: ScoreSpec, name: str, base_answers: BaseAnswers
 ) -> tuple[list[str], list[str]]:
-    """The answers of base and adapter. `name`: the job, whose adapter others can continue from."""
+    """The answers of base and adapter, one by one if the GPU has no memory for the batch.
+
+    `name`: the job, whose adapter others can continue from.
+    """
     texts = answering.texts
     asked = [(prompt.sha256, texts.last_tokens(prompt)) for prompt in batch]
     key = repr((asked, texts.stop_strings, spec.max_new_tokens))
@@ -191,18 +195,28 @@ def _answer_batch(
             base_answers[key] = answering.answers(batch, adapter=False, max_new_tokens=spec.max_new_tokens)
         return base_answers[key], answering.answers(batch, adapter=True, max_new_tokens=spec.max_new_tokens)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        if is_out_of_gpu_memory(error):
-            raise StepFailure(
-                ExitCode.GPU_OUT_OF_MEMORY,
-                f"the GPU ran out of memory while answers were scored ({first_line(error)}): the adapter is in "
-                "trained/ of the workspace. Use a GPU with more memory and set a new spec.retry.request, or create a "
-                f"job with continues: {name} and a lower gate.score.maxNewTokens, which trains no further step",
-            ) from error
-        raise bad_configuration(
-            f"spec.gate.score: the model could not answer ({first_line(error)}). The adapter is in trained/ of the "
-            f"workspace: create a job with continues: {name} and without gate.score and gate.minScore (if gate has "
-            "nothing else, without it), which publishes the adapter and trains no further step"
-        ) from error
+        if not is_out_of_gpu_memory(error) or len(batch) == 1:
+            raise _cannot_answer(error, name) from error
+        logger.warning("no GPU memory for %d answers at a time: they are generated one by one", len(batch))
+    # Outside of the handler, whose error holds what was allocated.
+    free_memory(answering.device)
+    alone = [_answer_batch(answering, [prompt], spec, name, base_answers) for prompt in batch]
+    return [base for (base,), _ in alone], [adapter for _, (adapter,) in alone]
+
+
+def _cannot_answer(error: Exception, name: str) -> StepFailure:
+    if is_out_of_gpu_memory(error):
+        return StepFailure(
+            ExitCode.GPU_OUT_OF_MEMORY,
+            f"the GPU ran out of memory while answers were scored ({first_line(error)}): the adapter is in "
+            "trained/ of the workspace. Use a GPU with more memory and set a new spec.retry.request, or create a "
+            f"job with continues: {name} and a lower gate.score.maxNewTokens, which trains no further step",
+        )
+    return bad_configuration(
+        f"spec.gate.score: the model could not answer ({first_line(error)}). The adapter is in trained/ of the "
+        f"workspace: create a job with continues: {name} and without gate.score and gate.minScore (if gate has "
+        "nothing else, without it), which publishes the adapter and trains no further step"
+    )
 
 
 def _checked(

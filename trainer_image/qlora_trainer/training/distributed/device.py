@@ -1,5 +1,6 @@
 """The device to train on: its choice, name, random seed and used memory."""
 
+import gc
 import logging
 import os
 import platform
@@ -129,3 +130,11 @@ def peak_memory_bytes(device: Device) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory(device: torch.device) -> None:
+    """Free the memory of a pass that was given up."""
+    # It left cycles, whose tensors are memory in use until they are found.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
