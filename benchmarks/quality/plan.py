@@ -34,6 +34,9 @@ LEVELS = (0.99, 0.97)
 """Shares of a reference's score that are tested: the claim, and a level that fewer runs can show."""
 # Quantiles of the normal distribution: 5 % of error on one side, and 80 % power.
 _ERROR_AND_POWER = 2.49
+# The bootstrap draws seeds and prompts crosswise: in simulations with 1,000 prompts and 90 % right its standard error
+# was up to 1.6 times that of a mean over pairs.
+_WIDER = 1.6
 LEAST_RIGHT = 0.85
 ALMOST_ALL = 0.95
 MOST_CHANGE, MOST_POINTS = 0.05, 0.02
@@ -66,15 +69,17 @@ class Power:
     """Standard deviation of the difference between QLoRA's and full fine-tuning's score, within tasks."""
     score: float
     """Mean of full fine-tuning's."""
+    tasks: int
+    """That take part, as far as is decided."""
 
     def pairs(self, level: float) -> int:
         """The pairs of a task and a seed that show a share of `level` with 80 % power, if the true share is 100 %."""
-        return ceil((_ERROR_AND_POWER * self.deviation / ((1 - level) * self.score)) ** 2)
+        return ceil((_ERROR_AND_POWER * _WIDER * self.deviation / ((1 - level) * self.score)) ** 2)
 
     @property
     def seeds(self) -> int:
         """The seeds of each task that give these pairs for the claim, from `LEAST_SEEDS` to all."""
-        return min(max(ceil(self.pairs(LEVELS[0]) / len(TASKS)), LEAST_SEEDS), len(SEEDS))
+        return min(max(ceil(self.pairs(LEVELS[0]) / self.tasks), LEAST_SEEDS), len(SEEDS))
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,15 @@ def _of_tuning(runs: Sequence[Run], task: str, tuned: Tuned) -> list[Run]:
     return [run for run in runs if (run.cell.purpose, run.cell.task) == ("tuning", task) and run.cell.arm in tuned.arms]
 
 
-def power(runs: Iterable[Run]) -> Power | None:
+def power(runs: Sequence[Run]) -> Power | None:
     """Return the power by the first pairs, in the order of the runs, or None before there are enough.
 
-    It depends on the differences' spread and not on their mean, so that the number of seeds that follows from it does
-    not favor a verdict (Wittes and Brittain 1990, doi:10.1002/sim.4780090113).
+    It depends on the differences' spread and not on their mean (an internal pilot: Wittes and Brittain 1990,
+    doi:10.1002/sim.4780090113). Fewer pairs are enough where so few tasks take part that there are no more.
     """
+    found = {task: convergence(runs, task) for task in TASKS}
+    tasks = sum(each is None or each.is_in for each in found.values())
+    enough = min(FIRST_PAIRS, tasks * len(FIRST_SEEDS))
     scores: dict[tuple[str, int], dict[Arm, float]] = {}
     pairs: list[tuple[str, float, float]] = []
     for run in runs:
@@ -155,19 +163,20 @@ def power(runs: Iterable[Run]) -> Power | None:
             pair[run.cell.arm] = run.score
             if len(pair) == 2:
                 pairs.append((run.cell.task, pair[QLORA] - pair[FULL], pair[FULL]))
-    if len(pairs) < FIRST_PAIRS:
+    if not enough or len(pairs) < enough:
         return None
-    first = pairs[:FIRST_PAIRS]
+    first = pairs[:enough]
     of_task = {task: mean(difference for name, difference, _ in first if name == task) for task, _, _ in first}
     squares = sum((difference - of_task[task]) ** 2 for task, difference, _ in first)
-    return Power(sqrt(squares / (FIRST_PAIRS - len(of_task))), mean(score for _, _, score in first))
+    return Power(sqrt(squares / (enough - len(of_task))), mean(score for _, _, score in first), tasks)
 
 
 def waiting_cells(runs: Sequence[Run], part: int = 0, parts: int = 1) -> Iterator[Cell]:
     """The cells without a result whose learning rate is known, in the order of the study.
 
     Each task is tuned and has its first seeds; then all have the seeds that follow from these, and then other steps.
-    With several parts, a process runs one of them: all cells of some tasks, so that no part waits for another.
+    With several parts, a process runs one of them: all cells of some tasks. One that is ahead of the others runs other
+    steps before the further seeds, and ends without these: the command is then repeated.
     """
     done = {run.cell for run in runs}
     tasks = [task for number, task in enumerate(TASKS) if number % parts == part]

@@ -12,7 +12,6 @@ from benchmarks.quality.analysis import Interval, compared, drawn_means, share, 
 from benchmarks.quality.plan import (
     ADAPTERS,
     ARMS,
-    FIRST_PAIRS,
     FULL,
     LEAST_SEEDS,
     LEVELS,
@@ -123,9 +122,9 @@ def _power(runs: Sequence[Run]) -> list[str]:
         return []
     needed = " and ".join(f"{found.pairs(level)} pairs for {100 * level:.0f} %" for level in LEVELS)
     text = (
-        f"In the first {FIRST_PAIRS} pairs of runs with {STEPS} steps, QLoRA's score minus full fine-tuning's has a "
+        f"In the first pairs of runs with {STEPS} steps, QLoRA's score minus full fine-tuning's has a "
         f"standard deviation of {100 * found.deviation:.2f} points. At this deviation the test needs {needed}; "
-        f"{len(TASKS)} tasks with {found.seeds} seeds give {len(TASKS) * found.seeds}."
+        f"{found.tasks} tasks with {found.seeds} seeds give {found.tasks * found.seeds}."
     )
     return [text]
 
