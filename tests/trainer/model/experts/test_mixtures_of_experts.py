@@ -1,6 +1,7 @@
 """Experts become 4-bit from any storage; unsupported options are rejected."""
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -37,6 +38,7 @@ from qlora_trainer.model.kernels.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.model.memory.measure import measure
 from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.steps.publish import publish
 from tests.support.families import CASES, EXPERTS, ROUTED
 from tests.support.manifests import job_spec
 from tests.support.models.adapted import adapted
@@ -394,3 +396,7 @@ def test_experts_behind_attention_with_sinks_are_packed_and_behind_latent_attent
     assert trained.bits_per_parameter < 5.6
     (first, *_, last) = [line["loss"] for line in history(context) if "loss" in line]
     assert last < first
+
+    publish(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    for text in (context.workspace.adapter / "README.md", context.workspace.report / "report.html"):
+        assert "The base is a mixture of experts" in text.read_text(), text
