@@ -67,6 +67,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "its tokens attend to later ones",
         ALTERNATIVE,
     ),
+    "bidirectional by name": (
+        {"model_type": "gemma4_text", **SHAPE, "use_bidirectional_attention": "all"},
+        "its tokens attend to later ones",
+        ALTERNATIVE,
+    ),
     **{
         method: ({"model_type": "llama", **SHAPE, "quantization_config": {"quant_method": method}}, method, ORIGINAL)
         for method in ("gptq", "awq", "bitsandbytes", "fp8", "mxfp4", "compressed-tensors", "aqlm")

@@ -60,7 +60,7 @@ def reason_in_config(config: PretrainedConfig) -> str | None:
             return f"its {name} is {min(value, 10**18)}, and at most {limit} are allowed"
     if auto_class(config) is None:
         return "transformers has no causal language model of this type"
-    if getattr(text, "use_bidirectional_attention", None) is True:
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         # As of PaliGemma, whose processor marks the prompt for it. Without its marks, eager attention is causal, and
         # transformers' default, sdpa, is not.
         return "its tokens attend to later ones (use_bidirectional_attention), which this trainer does not support"
