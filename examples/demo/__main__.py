@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from devcluster import cluster, console, layout, product, toolchain
 from devcluster.errors import ClusterError
 from devcluster.kubectl import Kubectl, claim, file_pod
 from devcluster.product import Images
+from qlora_api.status import QLoRAJobStatus
 
 HERE = Path(__file__).parent
 MANIFEST = HERE.parent / "demo.yaml"
@@ -53,7 +55,7 @@ def _run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     job = _follow(kubectl)
     say("kubectl get qlorajob demo --output wide")
     print(kubectl("get", "qlorajob", JOB, f"--namespace={NAMESPACE}", "--output=wide"), end="")
-    output = _fetch(kubectl, images.trainer, job, options.output)
+    output = fetch(kubectl, images.trainer, job, options.output)
     say("Comparing the base model and the tuned model on held-out requests")
     code = _evaluate(model, output)
     if not console.verbose():
@@ -125,7 +127,7 @@ def _delete_job(kubectl: Kubectl) -> None:
     kubectl("delete", "qlorajob", JOB, f"--namespace={NAMESPACE}", "--ignore-not-found", "--wait")
 
 
-def _follow(kubectl: Kubectl) -> dict[str, object]:
+def _follow(kubectl: Kubectl) -> dict[str, Any]:
     """Show the user's view until the job has ended. Raises ClusterError on failure."""
     base: list[str | Path] = [
         kubectl.program,
@@ -153,22 +155,23 @@ def _follow(kubectl: Kubectl) -> dict[str, object]:
     return job
 
 
-def _fetch(kubectl: Kubectl, image: str, job: dict[str, object], output: Path) -> Path:
-    """Copy adapter and report from the volume, and compare the sum with the status."""
-    status = job["status"]
-    assert isinstance(status, dict)
-    adapter, resolved = status["adapter"], status["resolved"]
+def fetch(kubectl: Kubectl, image: str, job: Mapping[str, Any], output: Path) -> Path:
+    """Copy a finished job's adapter and report from its volume, and compare the sum with the status."""
+    status = QLoRAJobStatus.model_validate(job["status"])
+    adapter, workspace = status.adapter, status.workspace
+    if adapter is None or workspace is None:
+        raise ClusterError(f"{job['metadata']['name']} has published no adapter")
     output.mkdir(parents=True, exist_ok=True)
-    with file_pod(kubectl, NAMESPACE, resolved["claimName"], image) as pod:
+    with file_pod(kubectl, job["metadata"]["namespace"], workspace.claim_name, image) as pod:
         for name in ("adapter", "report"):
-            pod.get(f"{resolved['workspacePath']}/{name}", output / name)
+            pod.get(f"{workspace.path}/{name}", output / name)
     found = hashlib.sha256((output / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    print(f"\nadapter     {adapter['uri']}")
+    print(f"\nadapter     {adapter.uri}")
     print(f"  copied to {output / 'adapter'}")
     print(f"  sha256    {found} on the volume")
-    print(f"            {adapter['sha256']} in the status")
+    print(f"            {adapter.sha256} in the status")
     print(f"loss curve  {output / 'report' / 'loss.png'}")
-    if found != adapter["sha256"]:
+    if found != adapter.sha256:
         raise ClusterError("the adapter on the volume is not the one in the status")
     return output
 

@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from devcluster.product import SHARED_PROFILE
+from examples.demo import __main__ as demo
 from qlora_api.naming import SWEEP_LABEL
 from tests.cluster.conftest import row
 from tests.cluster.environment import CHECKPOINT, INPUTS, LONG, Object, Tenant, tiny_job, tiny_sweep
@@ -161,8 +162,11 @@ def test_every_change_of_phase_is_an_event(tenant: Tenant) -> None:
     assert len(reasons) == len(set(reasons)), f"an event was doubled: {reasons}"
 
 
-def test_the_sum_in_the_status_is_that_of_the_file(tenant: Tenant, finished: Finished) -> None:
-    assert tenant.adapter_sum(finished.status) == finished.status["adapter"]["sha256"]
+def test_the_demo_copies_the_adapter_and_the_report(tenant: Tenant, finished: Finished, tmp_path: Path) -> None:
+    """It compares the sum of the status with the file's."""
+    job = {"metadata": {"name": NAME, "namespace": tenant.namespace}, "status": finished.status}
+    demo.fetch(tenant.cluster.kubectl, tenant.cluster.images.trainer, job, tmp_path)
+    assert (tmp_path / "report" / "loss.png").stat().st_size > 0
 
 
 def qlora(tenant: Tenant, *arguments: str) -> str:
