@@ -89,6 +89,18 @@ def test_sums_start_in_the_pass_from_the_last_block_to_the_first_in_every_rank(
     assert events[3:] == [[0], [9]]
 
 
+def test_a_bucket_holds_blocks_that_the_pass_reaches_one_after_another(
+    events: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_sums, "BUCKET_BYTES", 8)
+    parameters = make_parameters(*NAMES, "blocks.9.weight")
+    sums = Ranks(RankInfo(size=2, local_size=2)).gradient_sums(parameters, torch.full((1,), 9.0))
+
+    with sums.during_last_pass():
+        backward(parameters, _0=1, _2=2, _9=3, _10=4)
+    assert events == [[3, 4], [1, 2]]
+
+
 @pytest.mark.parametrize(
     "ranks", [Ranks(RankInfo(size=2, local_size=2), is_sharded=True), Ranks()], ids=["sharded", "one rank"]
 )

@@ -6,7 +6,7 @@ the pass leaves the others waiting for the buckets that it has not reached. Here
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Self
@@ -39,16 +39,14 @@ class GradientSums:
     def of(cls, parameters: Mapping[str, nn.Parameter], means: Tensor, exchange: Exchange, *, overlaps: bool) -> Self:
         """Divide the gradients of these parameters, by name, and the means, which are complete after the last pass.
 
-        `overlaps`: whether to start sums in the pass, those of the buckets whose parameters are all in decoder blocks.
+        `overlaps`: whether to start sums in the pass, those of decoder blocks.
         """
         named = ((parameter, _BLOCK.search(name)) for name, parameter in parameters.items() if overlaps)
         blocks = {parameter: int(block[1]) for parameter, block in named if block is not None}
-        during, after = list[Bucket](), list[Bucket]()
-        for bucket in _buckets([means, *parameters.values()]):
-            (during if all(tensor in blocks for tensor in bucket) else after).append(bucket)
+        others = [parameter for parameter in parameters.values() if parameter not in blocks]
         # The pass reaches the last block first. Gradients that a rank lacks do not change this order.
-        during.sort(key=lambda bucket: min(blocks[parameter] for parameter in bucket))
-        return cls(during, after, exchange)
+        during = list(_buckets(sorted(blocks, key=lambda parameter: blocks[parameter])))
+        return cls(during, list(_buckets([means, *others])), exchange)
 
     @contextmanager
     def during_last_pass(self) -> Iterator[None]:
@@ -103,7 +101,7 @@ class GradientSums:
                 _gradient(tensor).copy_(part.view_as(tensor))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[Bucket]:
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[Bucket]:
     """Divide the tensors, in their order, into buckets of at most BUCKET_BYTES or one tensor."""
     bucket: list[Tensor] = []
     size = 0
@@ -113,7 +111,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[Bucket]:
             bucket, size = [], 0
         bucket.append(tensor)
         size += 4 * tensor.numel()
-    yield bucket
+    if bucket:
+        yield bucket
 
 
 def _gradient(tensor: Tensor) -> Tensor:
