@@ -52,6 +52,12 @@ class GateStatus(ObservedModel):
     adapter_sha256: str = Field(
         max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the adapter that was checked."
     )
+    base_sha256: str | None = Field(
+        None,
+        max_length=64,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of the base that it was checked on, as base.sha256.",
+    )
     criteria: tuple[GateCriterion, ...] = Field((), max_length=8, description="The limits that spec.gate sets.")
     eval_loss: Finite | None = Field(None, description="Held-out loss of the adapter.")
     initial_eval_loss: Finite | None = Field(None, description="Held-out loss before training.")

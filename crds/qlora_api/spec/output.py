@@ -171,12 +171,20 @@ class MergedSpec(ApiModel):
     )
 
 
+BaseType = Literal["quantized", "bfloat16"]
+
+
 class PublishedBaseSpec(ApiModel):
-    """The base model in 4-bit, in the very bytes that the adapter was trained on."""
+    """The base model that the adapter was trained on, for servers."""
 
     destination: FolderAddress = Field(
         description="Folder for the base, as output.destination. Jobs that were trained on the same base can name the "
         "same folder: it is written once."
+    )
+    type: BaseType = Field(
+        default="quantized",
+        description="Type of its weights: in 4-bit, in the very bytes of training, for servers with bitsandbytes; or "
+        "dequantized from these, in bfloat16, for any server that loads the model.",
     )
 
 
@@ -233,7 +241,7 @@ class OutputSpec(ApiModel):
     )
     base: PublishedBaseSpec | None = Field(
         default=None,
-        description="Also publish the 4-bit base that the adapter was trained on; not published if not set.",
+        description="Also publish the base that the adapter was trained on; not published if not set.",
     )
     report: Literal["full", "withoutSamples", "none"] | None = Field(
         default=None,

@@ -11,7 +11,7 @@ from qlora_trainer.core.completion import Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.publishing.gate import check_gate, gate_failure
 
-ADAPTER, OTHER = "a" * 64, "b" * 64
+ADAPTER, OTHER, BASE = "a" * 64, "b" * 64, "c" * 64
 EXACT = {"check": "exactMatch"}
 
 
@@ -24,6 +24,7 @@ def trained(before: float | None = 2.0, after: float | None = 1.5, score: Score 
         fingerprint="f",
         adapter_path="trained",
         adapter_sha256=ADAPTER,
+        base_sha256=BASE,
         training_step=6,
         loss=1.0,
         initial_eval_loss=before,
@@ -76,12 +77,13 @@ def test_a_loss_that_rose_has_not_improved() -> None:
     assert passed(gate_of(minImprovement=0), trained(before=0.0, after=0.0))["all"] is True
 
 
-def test_the_status_has_measurements_their_size_and_their_adapter() -> None:
+def test_the_status_has_measurements_their_size_adapter_and_base() -> None:
     judged = check_gate(gate_of(minImprovement=0.5, score=EXACT), trained(score=scored(0.94)))
     assert judged is not None
     assert judged.dump() == {
         "passed": False,
         "adapterSha256": ADAPTER,
+        "baseSha256": BASE,
         "criteria": [{"name": "minImprovement", "required": 0.5, "found": 0.25, "passed": False}],
         "evalLoss": 1.5,
         "initialEvalLoss": 2.0,

@@ -26,6 +26,7 @@ def check_gate(
     return GateStatus(
         passed=all(criterion.passed for criterion in criteria),
         adapter_sha256=trained.adapter_sha256,
+        base_sha256=trained.base_sha256 or None,
         criteria=criteria,
         eval_loss=trained.eval_loss,
         initial_eval_loss=trained.initial_eval_loss,

@@ -25,7 +25,8 @@ from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.data.render.template_source import PROCESSOR_TEMPLATE, TEMPLATE_FILE
 from qlora_trainer.evaluation.held_out import mean_loss, read_compared
-from qlora_trainer.model.adapter.merge import MergeSource, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.adapter.merge import MergeSource
+from qlora_trainer.model.architecture.dequantized_model import model_without_weights, write_model, written_bytes
 from qlora_trainer.model.architecture.text_part import load_text_part
 from qlora_trainer.model.architecture.widening import compute_in_float32
 from qlora_trainer.model.base.artifact import require_sha256
@@ -92,15 +93,15 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     """
     prepared, trained = job.prepared, job.trained
     model_folder = workspace.root / prepared.model_path
-    model = merged_model(model_folder)
+    model = model_without_weights(model_folder)
     # Without a separate destination it takes room twice: as it is written here, and as it is published next to that.
     copies = 1 if job.spec.output.merged and job.spec.output.merged.destination else 2
-    require_space(workspace.root, copies * merged_bytes(model), "writing the merged model in 16 bit")
+    require_space(workspace.root, copies * written_bytes(model), "writing the merged model in 16 bit")
     base_folder = workspace.root / prepared.base_path
     require_sha256(base_folder, trained.base_sha256)
     base = BaseWeights(base_folder, model)
     adapter = workspace.root / trained.adapter_path / ADAPTER_FILE
-    write_merged(model, MergeSource(base, adapter, job.spec.lora), folder)
+    write_model(model, MergeSource(base, adapter, job.spec.lora), folder)
     loss = None
     if trained.compared is not None:
         held_out = open_prepared(workspace.root / prepared.data_path, "eval")
@@ -119,7 +120,7 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     if template is not None:
         give_template(folder, template, prepared.end_of_turn)
     (folder / MODEL_CARD_FILE).write_text(merged_model_card(job, loss))
-    return Merged({path.name: path for path in sorted(folder.iterdir())}, merged_bytes(model), loss)
+    return Merged({path.name: path for path in sorted(folder.iterdir())}, written_bytes(model), loss)
 
 
 def job_template_file(prepared: PrepareRecord, workspace: WorkspaceLayout) -> Path | None:

@@ -8,6 +8,7 @@ from qlora_api.artifact_status import GateStatus
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
+from qlora_api.spec.output import BaseType
 from qlora_api.spec.resolved import ResolvedLora
 from qlora_api.spec.training import PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
@@ -136,13 +137,20 @@ effect. To serve in 4-bit, load the original model in 4-bit and the adapter on t
 """
 
 
-def base_model_card(job: TrainedJob) -> str:
+def base_model_card(job: TrainedJob, base_type: BaseType) -> str:
     """The model card of a published base as Markdown. Names the base as the job does."""
-    return f"""# {job.base_name}, in 4-bit
+    quantization = quantization_label(job.spec.quantization)
+    if base_type == "quantized":
+        name, form = "in 4-bit", f"in {quantization}, as adapters were\ntrained on it"
+        loading = "Load it like any other model that\nbitsandbytes has quantized"
+    else:
+        name = "dequantized"
+        form = f"dequantized to bfloat16 from\n{quantization}, with the weights that adapters were trained on"
+        loading = "Load it like any\nother model, unquantized"
+    return f"""# {job.base_name}, {name}
 
-`{job.base_name}` (`{job.prepared.model_revision}`) in {quantization_label(job.spec.quantization)}, as adapters were
-trained on it: with these bytes they give the answers that were measured in training. Load it like any other model that
-bitsandbytes has quantized, and an adapter on top of it:
+`{job.base_name}` (`{job.prepared.model_revision}`) {form}: with these
+they give the answers that were measured in training. {loading}, and an adapter on top of it:
 
 ```python
 from peft import PeftModel
@@ -153,6 +161,6 @@ tokenizer = AutoTokenizer.from_pretrained("PATH/OF/THIS/FOLDER")
 model = PeftModel.from_pretrained(base, "PATH/OF/THE/ADAPTER")
 ```
 
-SHA-256 over the lines `SHA-256  NAME` of the weights, `config.json` and what belongs to them:
+SHA-256 over the lines `SHA-256  NAME` of the weights in 4-bit, their `config.json` and what belongs to them:
 `{job.trained.base_sha256}`. `manifest.json` lists the SHA-256 of each file.
 """

@@ -52,8 +52,8 @@ class ServedBase:
     path: str
     """As libraries take it."""
     revision: str | None
-    in_4_bit: bool
-    """Whether it is quantized already."""
+    is_trained_base: bool
+    """Whether it has the weights of training, and needs no settings to be loaded."""
 
 
 def served_base(job: TrainedJob) -> ServedBase:
@@ -62,7 +62,7 @@ def served_base(job: TrainedJob) -> ServedBase:
     source = parse_source(job.spec.model.source if published is None else published.destination)
     path = source.repository if isinstance(source, HubSource) else BASE_PLACEHOLDER
     pinned = published is None and isinstance(source, HubSource)
-    return ServedBase(path, job.prepared.model_revision if pinned else None, in_4_bit=published is not None)
+    return ServedBase(path, job.prepared.model_revision if pinned else None, is_trained_base=published is not None)
 
 
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:
@@ -91,7 +91,7 @@ def peft_program(job: TrainedJob, adapter: str) -> str:
     """A program that prints an answer, on a base most like the trained one. `adapter`: the adapter's folder."""
     base, auto_class = served_base(job), job.prepared.auto_class
     kind, settings = loading_settings(job)
-    if base.in_4_bit:
+    if base.is_trained_base:
         loading = f"""from peft import PeftModel
 from transformers import {auto_class}, AutoTokenizer
 

@@ -46,7 +46,7 @@ from qlora_trainer.steps.prepare_data import build_dataset, rows_folder, write_s
 from qlora_trainer.steps.prepare_model import AdmittedModel, check_settings, fit_model
 from qlora_trainer.steps.publish import read_published
 from qlora_trainer.stores.access import StoreAccess
-from qlora_trainer.stores.contents import SHARED_BASE, Publisher
+from qlora_trainer.stores.contents import SHARED_BASES, Publisher
 from qlora_trainer.stores.destinations.addresses import check_destination
 from qlora_trainer.stores.destinations.destination import reject_occupied
 from qlora_trainer.stores.destinations.volume import VolumeFolder
@@ -87,18 +87,19 @@ def prepare(
         begun = begun or continued_settings(mounts.continued, spec.continues, settings, left_open)
     secret = context.secret("output") if context.contract_version > 1 else None
     check = partial(check_destination, mounts=mounts, secret=secret, registries=context.registries)
-    record = None
+    record, base = None, spec.output.base
     if written is not None:
         record = refresh_record(written, spec, workspace, mounts, context.group_size, records)
     if record is None:
         with _leaving_what_can_be_resumed(workspace):
             for field, address in spec.output.destinations.items():
-                check(address, publisher=Publisher(SHARED_BASE if field == "base.destination" else identity.job_uid))
+                shared = base is not None and field == "base.destination" and SHARED_BASES[base.type]
+                check(address, publisher=Publisher(shared or identity.job_uid))
             earlier = None if written is None else written.initial_adapter
             record = _prepare(context, records, report, now, earlier, begun)
-    if spec.output.base is not None:
-        publisher = base_publisher(record.base_sha256, workspace.root / record.model_path)
-        check(spec.output.base.destination, publisher=publisher)
+    if base is not None:
+        publisher = base_publisher(base.type, record.base_sha256, workspace.root / record.model_path)
+        check(base.destination, publisher=publisher)
     job = PreparedJob.from_record(context, record, gpus)
     trained = job.read_train_record()
     if trained is None:

@@ -43,9 +43,9 @@ from qlora_trainer.publishing.gate import check_gate, gate_failure
 from qlora_trainer.publishing.gguf import GgufFile, gguf_file
 from qlora_trainer.publishing.lineage import publish_with_lineage, read_signing_key
 from qlora_trainer.publishing.merged_model import is_merged_published, publish_merged
-from qlora_trainer.publishing.quantized_base import is_base_published, publish_base
 from qlora_trainer.publishing.tokenizer import has_chat_template, tokenizer_files
 from qlora_trainer.publishing.tracking import upload_run
+from qlora_trainer.publishing.trained_base import is_base_published, publish_base
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.report.learning import learned_little
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
@@ -122,10 +122,10 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
         adapter = _adapter_status(uri, job, folder, gguf, signed=key is not None, remark=remark)
     base_folder = workspace.root / job.prepared.base_path
     base, merged = None, None
-    if (destination_of_base := destinations.base()) is not None:
+    if (wanted_base := job.spec.output.base) is not None:
         require_whole_in_cache(base_folder, mounts.model_cache)
-        report(f"writing the base to {destination_of_base.uri}")
-        base = publish_base(job, workspace, destination_of_base)
+        report(f"writing the base to {wanted_base.destination}")
+        base = publish_base(job, workspace, destinations.base(wanted_base), wanted_base.type)
     if (destination_of_merged := destinations.merged()) is not None:
         require_whole_in_cache(base_folder, mounts.model_cache)
         merged = publish_merged(job, workspace, destination_of_merged, report)
@@ -242,8 +242,8 @@ def _find_published(
     merged = destinations.merged()
     if merged is not None and not is_merged_published(merged, record.merged):
         return None
-    base = destinations.base()
-    if base is not None and not (record.base and is_base_published(job, workspace, base)):
+    base = job.spec.output.base
+    if base is not None and not (record.base and is_base_published(job, workspace, destinations.base(base), base.type)):
         return None
     manifest = destination.read_manifest()
     if manifest is None or ADAPTER_FILE not in manifest.files:

@@ -11,13 +11,14 @@ from pydantic import Field, ValidationError
 from qlora_api.artifact_status import InitialAdapterStatus
 from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE
 from qlora_api.schema import ApiModel, ObservedModel
+from qlora_api.spec.output import BaseType
 from qlora_trainer.core.file_names import PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_trainer.core.filesystem import file_sha256
 
 MAX_MANIFEST_BYTES = 2**22
 """Enough for tens of thousands of files. Limited, since any writer may make it."""
-SHARED_BASE = "base"
-"""In place of a job's UID: the base is of every job that was trained on it."""
+SHARED_BASES: Mapping[BaseType, str] = {"quantized": "base", "bfloat16": "base in bfloat16"}
+"""In place of a job's UID: a base of either type is of every job that was trained on it."""
 STATEMENTS = frozenset({SIGNED_FILE, UNSIGNED_FILE})
 """Files with a statement of the others' origin. A folder has one at most."""
 Contents = Mapping[str, Path | bytes]
@@ -64,7 +65,12 @@ class Manifest(ObservedModel):
     @property
     def publisher(self) -> "Publisher":
         """The run that has published it, or will."""
-        return Publisher(self.job_uid, self.fingerprint, self.tokenizer if self.job_uid == SHARED_BASE else None)
+        return Publisher(self.job_uid, self.fingerprint, self.tokenizer if self.is_shared else None)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is of a base, which no job owns."""
+        return self.job_uid in SHARED_BASES.values()
 
     @property
     def tokenizer(self) -> dict[str, PublishedFile]:
@@ -80,7 +86,7 @@ class Publisher:
     """
 
     job_uid: str
-    """SHARED_BASE for a base."""
+    """One of SHARED_BASES for a base."""
     fingerprint: str | None = None
     tokenizer: Mapping[str, PublishedFile] | None = None
     """The files of the tokenizer next to a base, by name."""

@@ -32,7 +32,8 @@ from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.evaluation import held_out
 from qlora_trainer.model.adapter.attach import attach_adapter, save_adapter
-from qlora_trainer.model.adapter.merge import BYTES_PER_ENTRY, MergeSource, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.adapter.merge import BYTES_PER_ENTRY, MergeSource
+from qlora_trainer.model.architecture.dequantized_model import model_without_weights, write_model, written_bytes
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.losses.batch import Batch
@@ -288,7 +289,7 @@ def merge_of_a_larger_model(root: Path) -> int:
     allocator.malloc_trim(0)
     before = anonymous_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish_merged, "write_merged", partial(write_merged, shard_bytes=SHARD))
+        patch.setattr(publish_merged, "write_model", partial(write_model, shard_bytes=SHARD))
         return peak_while(lambda: merge(*job, root / "merged")) - before
 
 
@@ -300,7 +301,7 @@ def test_a_merge_holds_one_file_and_one_layer_in_memory(tmp_path: Path) -> None:
     folder = tmp_path / "merged"
     # Everything small: headers, names, the allocator's own. Measured: 7 MiB.
     rest = 12 * 2**20
-    assert held <= SHARD + BYTES_PER_ENTRY * LARGE_LAYER + rest < 0.3 * merged_bytes(merged_model(folder))
+    assert held <= SHARD + BYTES_PER_ENTRY * LARGE_LAYER + rest < 0.3 * written_bytes(model_without_weights(folder))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 8
@@ -341,10 +342,10 @@ def test_buffers_of_a_family_are_in_the_merged_model(tmp_path: Path) -> None:
     convert(model, tmp_path / "base", NF4)
     save_file({}, tmp_path / "adapter.safetensors")
 
-    whole = merged_model(model)
+    whole = model_without_weights(model)
     (tmp_path / "merged").mkdir()
     base = BaseWeights(tmp_path / "base", whole)
-    write_merged(whole, MergeSource(base, tmp_path / "adapter.safetensors", resolved_lora()), tmp_path / "merged")
+    write_model(whole, MergeSource(base, tmp_path / "adapter.safetensors", resolved_lora()), tmp_path / "merged")
 
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"]
@@ -380,12 +381,12 @@ def test_a_merged_model_that_transformers_does_not_load_whole_is_not_published(
     job, workspace = mergeable(tmp_path / "job", tiny_llama)
 
     def without_last_norm(model: Any, source: MergeSource, folder: Path) -> None:
-        write_merged(model, source, folder)
+        write_model(model, source, folder)
         weights = load_file(folder / "model.safetensors")
         del weights["model.norm.weight"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(publish_merged, "write_merged", without_last_norm)
+    monkeypatch.setattr(publish_merged, "write_model", without_last_norm)
     (tmp_path / "merged").mkdir()
     with pytest.raises(StepFailure, match=r"1 missing keys .* model\.norm\.weight: it is not published") as caught:
         merge(job, workspace, tmp_path / "merged")

@@ -21,8 +21,9 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter.merge import MergeSource, merged_model, write_merged
+from qlora_trainer.model.adapter.merge import MergeSource
 from qlora_trainer.model.architecture.decoder import place_in_block
+from qlora_trainer.model.architecture.dequantized_model import model_without_weights, write_model
 from qlora_trainer.model.architecture.text_part import parts_beside_text, random_text_part, without_weights
 from qlora_trainer.model.base import layout as base_layout
 from qlora_trainer.model.base.load import load_base
@@ -222,9 +223,9 @@ def test_towers_take_no_memory_in_training_and_are_not_in_the_estimate(trained: 
 
 @dense
 def test_a_merged_model_is_the_whole_one_with_its_towers_as_they_were(trained: Trained, tmp_path: Path) -> None:
-    whole = merged_model(trained.model)
+    whole = model_without_weights(trained.model)
     base = BaseWeights(trained.context.workspace.base, whole)
-    write_merged(
+    write_model(
         whole, MergeSource(base, trained.adapter / ADAPTER_FILE, resolved_spec(trained.context.spec).lora), tmp_path
     )
 

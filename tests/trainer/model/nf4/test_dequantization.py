@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qlora_api.spec.training import QuantizationSpec
-from qlora_trainer.model.adapter.merge import merged_model
+from qlora_trainer.model.architecture.dequantized_model import model_without_weights
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.experts.stack import ExpertStack, Mxfp4Stack
 from qlora_trainer.model.memory.live_bytes import LiveBytes
@@ -60,7 +60,7 @@ def test_layers_of_a_model_multiply_with_the_merged_weights(tmp_path: Path) -> N
     model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"hidden_size": 96, "intermediate_size": 160}))
     convert(model, tmp_path / "base", QuantizationSpec(double_quant=False))
     base = load_base(tmp_path / "base", QuantizationSpec(double_quant=False), "cpu")
-    weights = BaseWeights(tmp_path / "base", merged_model(model))
+    weights = BaseWeights(tmp_path / "base", model_without_weights(model))
 
     layers = {name: module for name, module in base.named_modules() if isinstance(module, Linear4bit)}
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.model.adapter.merge import write_merged
+from qlora_trainer.model.architecture.dequantized_model import write_model
 from qlora_trainer.publishing import merged_model as publish_merged
 from qlora_trainer.steps.publish import publish
-from qlora_trainer.stores.contents import SHARED_BASE, Manifest, PublishedFile
+from qlora_trainer.stores.contents import SHARED_BASES, Manifest, PublishedFile
 from tests.support.commands.command import Files
 from tests.support.models.tiny import Recorded
 from tests.support.runs.published import MANIFEST, rejected
@@ -24,7 +24,7 @@ from tests.support.training import prepared, run
 
 pytestmark = of("s3")
 TWO = MANIFEST.model_copy(update={"job_uid": "two"})
-BASE = MANIFEST.model_copy(update={"job_uid": SHARED_BASE})
+BASE = MANIFEST.model_copy(update={"job_uid": SHARED_BASES["quantized"]})
 OTHER_BASE = BASE.model_copy(update={"files": {"tokenizer.json": PublishedFile(sha256="c" * 64, size=1)}})
 
 
@@ -112,7 +112,7 @@ def test_an_adapter_a_merged_model_and_a_base_load_from_the_store(
     tmp_path: Path, tiny_llama: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is in several files, as larger ones are. Another job writes the same base, from a mirror."""
-    monkeypatch.setattr(publish_merged, "write_merged", partial(write_merged, shard_bytes=10**5))
+    monkeypatch.setattr(publish_merged, "write_model", partial(write_model, shard_bytes=10**5))
     store.log_in(monkeypatch)
     merged, base = store.renamed(f"{store.name}-merged"), store.renamed(f"{store.name}-base")
     output = {"destination": store.uri, "merged": {"destination": merged.uri}, "base": {"destination": base.uri}}

@@ -166,7 +166,8 @@ def _require_unmerged(model_type: str, output: OutputSpec) -> None:
         )
     if output.base is not None:
         raise bad_configuration(
-            f"spec.output.base: {mixture}, and no server reads experts as they are in its 4-bit base: leave it out"
+            f"spec.output.base: {mixture}, and no server reads experts as they are in its 4-bit base, and none are "
+            "dequantized: leave it out"
         )
 
 

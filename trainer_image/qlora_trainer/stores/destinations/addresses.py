@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
-from qlora_api.spec.output import OutputSpec
+from qlora_api.spec.output import OutputSpec, PublishedBaseSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
@@ -22,7 +22,7 @@ from qlora_trainer.stores.registry_auth import require_allowed
 
 @dataclass(frozen=True)
 class JobDestinations:
-    """The destinations of a job's adapter, merged model and 4-bit base; without an address, folders of the workspace.
+    """The destinations of a job's adapter, merged model and base; without an address, folders of the workspace.
 
     Methods raise StepFailure as `open_destination`.
     """
@@ -45,10 +45,9 @@ class JobDestinations:
         wanted = self.output.merged
         return None if wanted is None else self._open(wanted.destination, self.workspace.merged)
 
-    def base(self) -> Destination | None:
-        """Open the destination of the 4-bit base; None if the job does not ask for one."""
-        wanted = self.output.base
-        return None if wanted is None else self._at(wanted.destination)
+    def base(self, wanted: PublishedBaseSpec) -> Destination:
+        """Open the destination of the base."""
+        return self._at(wanted.destination)
 
     def _open(self, address: str | None, folder: Path) -> Destination:
         if address is not None:

@@ -10,7 +10,7 @@ from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.stores.contents import (
     MAX_MANIFEST_BYTES,
-    SHARED_BASE,
+    SHARED_BASES,
     Contents,
     Manifest,
     Publisher,
@@ -115,7 +115,7 @@ def reject_occupied(destination: Destination, publisher: Publisher) -> None:
 
 
 def _occupation(holder: Manifest, publisher: Publisher) -> str:
-    if holder.job_uid != SHARED_BASE:
+    if not holder.is_shared:
         is_own = holder.job_uid == publisher.job_uid
         restart = "; `qlora run --restart` deletes that of its own workspace" if is_own else ""
         return (
@@ -124,8 +124,8 @@ def _occupation(holder: Manifest, publisher: Publisher) -> str:
         )
     if (holder.job_uid, holder.fingerprint) != (publisher.job_uid, publisher.fingerprint):
         return (
-            f"holds the 4-bit base of {holder.base_model} ({holder.base_revision}), and not what is to be published: "
-            "choose another one, or delete that base"
+            f"holds the {_label(holder)} of {holder.base_model} ({holder.base_revision}), and not what is to "
+            "be published: choose another one, or delete that base"
         )
     there, own = holder.tokenizer, publisher.tokenizer or {}
     different = [name for name in {**there, **own} if there.get(name) != own.get(name)]
@@ -133,6 +133,10 @@ def _occupation(holder: Manifest, publisher: Publisher) -> str:
         "holds this base with another tokenizer: choose another destination, or delete that base (different: "
         f"{some_names(different)})"
     )
+
+
+def _label(base: Manifest) -> str:
+    return "4-bit base" if base.job_uid == SHARED_BASES["quantized"] else base.job_uid
 
 
 def publish_folder(destination: Destination, contents: Contents, manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""The 4-bit base with the adapter: loads in servers, and is shared by jobs."""
+"""The published base of an adapter: loads in servers, computes what was measured, and is shared by jobs."""
 
 import json
 import shutil
@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.spec.output import BaseType
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import sync_tree
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.publishing import manifest as manifests
-from qlora_trainer.publishing.quantized_base import publish_base
+from qlora_trainer.publishing.trained_base import publish_base
 from qlora_trainer.steps import publish as publish_step
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
@@ -35,6 +38,7 @@ from tests.support.runs.published import context
 from tests.support.training import run as train
 
 ADDRESS = "pvc://data/bases/tiny"
+OTHER_ADDRESS = "pvc://data/bases/bfloat16"
 OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
 Row = tuple[torch.Tensor, torch.Tensor]
 
@@ -43,6 +47,11 @@ Row = tuple[torch.Tensor, torch.Tensor]
 def job(trained: Files) -> Files:
     """A trained job that publishes its base."""
     return trained.with_spec({"output": {"base": {"destination": ADDRESS}}})
+
+
+def dequantized(job: Files) -> Files:
+    """The job with its base in bfloat16, elsewhere."""
+    return job.with_spec({"output": {"base": {"destination": OTHER_ADDRESS, "type": "bfloat16"}}})
 
 
 def run(files: Files, *, uid: str = JOB_UID) -> Any:
@@ -125,9 +134,48 @@ def test_plain_libraries_compute_the_loss_of_training_on_the_published_base(job:
     model = PeftModel.from_pretrained(base, job.workspace / "adapter").eval()
     assert loss_of(model, rows) == pytest.approx(trained.eval_loss, rel=2e-3)
     card = (job.workspace / "adapter" / "README.md").read_text()
-    assert f"`{ADDRESS}` (SHA-256 `{trained.base_sha256}`" in card
+    assert f"`{ADDRESS}` (SHA-256 in 4-bit `{trained.base_sha256}`" in card
     assert "BitsAndBytesConfig" not in card
     assert trained.base_sha256 in (folder / "README.md").read_text()
+
+
+def test_the_dequantized_base_has_the_weights_that_were_trained_on_and_their_loss(job: Files) -> None:
+    run(job)
+    in_4_bit = AutoModelForCausalLM.from_pretrained(job.data / "bases" / "tiny")
+    assert run(dequantized(job)).base.uri == OTHER_ADDRESS
+    folder = job.data / "bases" / "bfloat16"
+    base, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not {kind: names for kind, names in report.items() if names}
+    assert len(AutoTokenizer.from_pretrained(folder)) > 0
+    weights = dict(base.named_parameters())
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    for name, weight in in_4_bit.named_parameters():
+        known = dequantize_4bit(weight, weight.quant_state) if isinstance(weight, Params4bit) else weight
+        assert torch.equal(weights[name], known)
+
+    trained = read_completion(job.workspace / "records" / "train.json", TrainRecord)
+    assert trained is not None
+    model = PeftModel.from_pretrained(base, job.workspace / "adapter").eval()
+    assert loss_of(model, held_out_rows(job)) == pytest.approx(trained.eval_loss, rel=2e-3)
+    assert f"dequantized to bfloat16, at `{OTHER_ADDRESS}`" in (job.workspace / "adapter" / "README.md").read_text()
+    assert "dequantized" in (folder / "README.md").read_text().splitlines()[0]
+    assert not list(job.workspace.glob("*dequantized*"))
+
+
+def test_jobs_share_the_dequantized_base_and_no_folder_holds_both_types(job: Files) -> None:
+    first = run(dequantized(job))
+    before = state(job.data / "bases" / "bfloat16")
+    (job.workspace / "records" / "publish.json").unlink()
+    shutil.rmtree(job.workspace / "adapter")
+    assert run(dequantized(job), uid=OTHER_UID).base == first.base
+    assert state(job.data / "bases" / "bfloat16") == before
+    in_its_place = job.with_spec({"output": {"base": {"destination": OTHER_ADDRESS}}})
+    shutil.rmtree(job.workspace / "adapter")
+    with pytest.raises(StepFailure, match="holds the base in bfloat16 of pvc://models/model"):
+        run(in_its_place)
+    shutil.rmtree(job.workspace / "adapter")
+    with pytest.raises(StepFailure, match="holds the base in bfloat16 of pvc://models/model"):
+        prepare(context(in_its_place), Recorded())
 
 
 def test_jobs_on_the_same_base_share_it(job: Files) -> None:
@@ -187,14 +235,16 @@ def test_prepare_names_another_tokenizer_in_the_folder(job: Files, mirrored: Fil
 def test_a_job_that_another_one_overtakes_uses_its_base(job: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = job.data / "bases" / "tiny"
 
-    def overtaken(trained: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> BaseStatus:
+    def overtaken(
+        trained: TrainedJob, workspace: WorkspaceLayout, destination: Destination, kind: BaseType
+    ) -> BaseStatus:
         def sync(stage: Path) -> None:
             monkeypatch.setattr(volume_folder, "sync_tree", sync_tree)
-            publish_base(trained, workspace, VolumeFolder(folder, ADDRESS, owner="another pod"))
+            publish_base(trained, workspace, VolumeFolder(folder, ADDRESS, owner="another pod"), kind)
             sync_tree(stage)
 
         monkeypatch.setattr(volume_folder, "sync_tree", sync)
-        return publish_base(trained, workspace, destination)
+        return publish_base(trained, workspace, destination, kind)
 
     monkeypatch.setattr(publish_step, "publish_base", overtaken)
     assert run(job).base.uri == ADDRESS

@@ -1,0 +1,66 @@
+"""Writes a model in bfloat16 of the 4-bit base that adapters were trained on, one tensor at a time."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from qlora_trainer.model.architecture.text_part import without_weights
+from qlora_trainer.model.nf4.base_weights import BaseWeights
+from qlora_trainer.model.protocols import Network
+from qlora_trainer.model.source.files import WEIGHTS_INDEX
+
+DTYPE = torch.bfloat16
+SHARD_BYTES = 2**30
+"""Size of a file of weights, unless one tensor is larger."""
+
+
+@dataclass(frozen=True)
+class DequantizedBase:
+    """The tensors of a 4-bit base in bfloat16."""
+
+    base: BaseWeights
+
+    def tensor(self, name: str) -> Tensor:
+        """This tensor of the model. Raises StepFailure if the base lacks it."""
+        tensor = self.base[name]
+        return tensor.to(DTYPE) if tensor.is_floating_point() else tensor
+
+
+def model_without_weights(model_folder: Path) -> PreTrainedModel:
+    """The model to write, from the configuration in `model_folder`."""
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    # It is written in 16 bit, also if the base was published in 4.
+    vars(config).pop("quantization_config", None)
+    return without_weights(config, dtype=DTYPE)
+
+
+def written_bytes(model: Network) -> int:
+    """Bytes of the weights of a model that is written. Tied weights count once."""
+    return sum(parameter.numel() * DTYPE.itemsize for parameter in model.parameters())
+
+
+def write_model(model: PreTrainedModel, source: DequantizedBase, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write configuration and weights of the `model` into `folder`, which exists, as transformers reads them.
+
+    Holds at most a file's tensors (`shard_bytes`, or one tensor if that is larger) and what `source` needs for one;
+    what is read is mapped, not held. Raises OSError or SafetensorError if the disk is full.
+    """
+    # named_parameters has the first of tied tensors; transformers ties the others again when it loads.
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    # Gemma 4 multiplies with buffers that its files hold.
+    persistent = model.state_dict()
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent and name in source.base}
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
