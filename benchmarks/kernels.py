@@ -64,10 +64,13 @@ CASES = (
     Case("Llama 3.1 8B, recomputed, 8 jobs", "meta-llama/Llama-3.1-8B-Instruct", recomputed=True, jobs=8),
     Case("Gemma 3 12B, sliding window", "google/gemma-3-12b-it", "sliding_attention"),
     Case("Qwen3-30B-A3B, experts one by one", "Qwen/Qwen3-30B-A3B"),
+    Case("Qwen3-30B-A3B, experts one by one, recomputed", "Qwen/Qwen3-30B-A3B", recomputed=True),
     Case("Qwen3-30B-A3B, experts together", "Qwen/Qwen3-30B-A3B", gpu_gib=80),
+    Case("Qwen3-30B-A3B, experts together, recomputed", "Qwen/Qwen3-30B-A3B", gpu_gib=80, recomputed=True),
     Case("gpt-oss-20b, experts one by one", "openai/gpt-oss-20b", "sliding_attention"),
     Case("gpt-oss-20b, experts together", "openai/gpt-oss-20b", "sliding_attention", gpu_gib=80),
     Case("Qwen 3.5, linear attention", "qwen3_5_text", "linear_attention"),
+    Case("Qwen 3.5, linear attention, recomputed", "qwen3_5_text", "linear_attention", recomputed=True),
 )
 
 
