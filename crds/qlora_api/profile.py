@@ -55,8 +55,8 @@ class Resources(ApiModel):
     train: StepResources = Field(StepResources(cpu="4", memory="24Gi"), description="Host side of the training pod.")
     publish: StepResources = Field(
         StepResources(),
-        description="For checking and writing the adapter. A merge (output.merged) needs 2 GiB and 8 bytes per "
-        "weight of the model's largest layer: 4Gi is enough for 70B.",
+        description="For checking and writing the adapter. A merge (output.merged) or a base in bfloat16 needs 2 GiB "
+        "and 8 bytes per weight of the model's largest layer: 4Gi is enough for 70B.",
     )
 
 

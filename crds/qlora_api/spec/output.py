@@ -181,11 +181,16 @@ class PublishedBaseSpec(ApiModel):
         description="Folder for the base, as output.destination. Jobs that were trained on the same base can name the "
         "same folder: it is written once."
     )
-    type: BaseType = Field(
-        default="quantized",
-        description="Type of its weights: in 4-bit, in the very bytes of training, for servers with bitsandbytes; or "
-        "dequantized from these, in bfloat16, for any server that loads the model.",
+    type: BaseType | None = Field(
+        default=None,
+        description="Its weights: quantized, the bytes of training in 4-bit, also if not set; or bfloat16, dequantized "
+        "from these, for servers without bitsandbytes.",
     )
+
+    @property
+    def written_type(self) -> BaseType:
+        """The type of the weights that are published."""
+        return self.type or "quantized"
 
 
 _NOTHING_TO_OPEN = f"secretRef is for an {prefixes(WITH_SECRET)} destination: set one, or remove secretRef"

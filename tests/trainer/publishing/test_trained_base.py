@@ -171,10 +171,10 @@ def test_jobs_share_the_dequantized_base_and_no_folder_holds_both_types(job: Fil
     assert state(job.data / "bases" / "bfloat16") == before
     in_its_place = job.with_spec({"output": {"base": {"destination": OTHER_ADDRESS}}})
     shutil.rmtree(job.workspace / "adapter")
-    with pytest.raises(StepFailure, match="holds the base in bfloat16 of pvc://models/model"):
+    with pytest.raises(StepFailure, match="holds the 16-bit base of pvc://models/model"):
         run(in_its_place)
     shutil.rmtree(job.workspace / "adapter")
-    with pytest.raises(StepFailure, match="holds the base in bfloat16 of pvc://models/model"):
+    with pytest.raises(StepFailure, match="holds the 16-bit base of pvc://models/model"):
         prepare(context(in_its_place), Recorded())
 
 

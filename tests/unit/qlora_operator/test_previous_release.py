@@ -41,6 +41,7 @@ NEW_FIELDS: dict[str, Any] = {
     "scheduling": {"queueName": "gpus", "queuePriorityClassName": "high"},
     "retry": {"request": "a", "onNoProgress": "restart"},
     "progressDeadlineSeconds": 600,
+    "output": {"base": {"destination": "pvc://out/base"}},
 }
 
 

@@ -26,8 +26,12 @@ from qlora_trainer.data.prepared import PreparedDataset, open_prepared
 from qlora_trainer.data.render.template_source import PROCESSOR_TEMPLATE, TEMPLATE_FILE
 from qlora_trainer.evaluation.held_out import mean_loss, read_compared
 from qlora_trainer.model.adapter.merge import MergeSource
-from qlora_trainer.model.architecture.dequantized_model import model_without_weights, write_model, written_bytes
-from qlora_trainer.model.architecture.text_part import load_text_part
+from qlora_trainer.model.architecture.dequantized_model import (
+    load_written,
+    model_without_weights,
+    write_model,
+    written_bytes,
+)
 from qlora_trainer.model.architecture.widening import compute_in_float32
 from qlora_trainer.model.base.artifact import require_sha256
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
@@ -167,14 +171,7 @@ def _held_out_loss(
     files lack a tensor of the model or have another one.
     """
     register_attention()
-    model, report = load_text_part(folder, dtype=torch.bfloat16, attn_implementation=attention)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report.get(kind) or ())):
-            raise StepFailure(
-                ExitCode.INTERNAL_ERROR,
-                f"transformers reports {len(names)} {kind.replace('_', ' ')} of the merged model, first {names[0]}: it "
-                "is not published; the adapter is",
-            )
+    model = load_written(folder, attention)
     if compute_type == "float32":
         compute_in_float32(model)
     batches = read_compared(held_out, compared.sequences, torch.device("cpu"), together=together)

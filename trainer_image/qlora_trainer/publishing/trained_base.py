@@ -15,11 +15,13 @@ from qlora_trainer.core.filesystem import require_space, scratch_folder
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.model.architecture.dequantized_model import (
     DequantizedBase,
+    load_written,
     model_without_weights,
     write_model,
     written_bytes,
 )
-from qlora_trainer.model.base.artifact import require_files, require_sha256
+from qlora_trainer.model.base.artifact import require_files, require_sha256, require_sum
+from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.source.files import GENERATION_CONFIG, tokenizer_and_processor
 from qlora_trainer.publishing.manifest import base_manifest, base_publisher
@@ -38,7 +40,9 @@ def publish_base(
     """
     if job.prepared.base is None:
         raise AssertionError("a release without the base's status has no output.base")
-    model = workspace.root / job.prepared.model_path
+    if base_type == "bfloat16" and is_base_published(job, workspace, destination, base_type):
+        return _at(destination, job.prepared.base)
+    folder, model = workspace.root / job.prepared.base_path, workspace.root / job.prepared.model_path
     with _weights(job, workspace, base_type) as weights:
         contents: Contents = {
             **weights,
@@ -46,17 +50,23 @@ def publish_base(
             MODEL_CARD_FILE: base_model_card(job, base_type).encode(),
         }
         manifest = base_manifest(job, base_type, contents)
+        if base_type == "quantized":
+            require_sum(folder, {name: manifest.files[name].sha256 for name in weights}, job.trained.base_sha256)
         if not _is_there(destination, manifest, manifest.publisher):
             reject_occupied(destination, manifest.publisher)
             try:
                 destination.write(contents, manifest)
             except (OSError, StepFailure):
                 # Another job with the same base has been faster, and has removed or replaced what this one had begun.
-                if not _is_there(destination, manifest, manifest.publisher):
+                if not is_base_published(job, workspace, destination, base_type):
                     raise
-    # Another job's has another model card, and so another address.
-    uri = destination.location(destination.read_manifest() or manifest)
-    return replace(job.prepared.base, uri=uri)
+    return _at(destination, job.prepared.base)
+
+
+def _at(destination: Destination, base: BaseStatus) -> BaseStatus:
+    """The status of a base that is published. Another job's has another model card, and so another address."""
+    manifest = destination.read_manifest()
+    return base if manifest is None else replace(base, uri=destination.location(manifest))
 
 
 def is_base_published(
@@ -70,18 +80,20 @@ def is_base_published(
 
 @contextmanager
 def _weights(job: TrainedJob, workspace: WorkspaceLayout, base_type: BaseType) -> Iterator[Mapping[str, Path]]:
-    """Yield the files of weights and configuration, by name, once the base has the sum that training recorded."""
+    """Yield the files of weights and configuration, by name; dequantized, of a base with the sum of training."""
     folder, model_folder = workspace.root / job.prepared.base_path, workspace.root / job.prepared.model_path
-    require_sha256(folder, job.trained.base_sha256)
     if base_type == "quantized":
         yield {name: folder / name for name in require_files(folder)}
         return
+    require_sha256(folder, job.trained.base_sha256)
     model = model_without_weights(model_folder)
     require_space(workspace.root, written_bytes(model), "dequantizing the base to 16 bit")
     with scratch_folder(workspace.root / "dequantized") as written:
         write_model(model, DequantizedBase(BaseWeights(folder, model)), written)
         if (model_folder / GENERATION_CONFIG).is_file():
             shutil.copyfile(model_folder / GENERATION_CONFIG, written / GENERATION_CONFIG)
+        register_attention()
+        load_written(written, job.prepared.attention or ATTENTION)
         yield {path.name: path for path in sorted(written.iterdir())}
 
 

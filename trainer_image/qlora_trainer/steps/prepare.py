@@ -93,12 +93,12 @@ def prepare(
     if record is None:
         with _leaving_what_can_be_resumed(workspace):
             for field, address in spec.output.destinations.items():
-                shared = base is not None and field == "base.destination" and SHARED_BASES[base.type]
+                shared = base is not None and field == "base.destination" and SHARED_BASES[base.written_type]
                 check(address, publisher=Publisher(shared or identity.job_uid))
             earlier = None if written is None else written.initial_adapter
             record = _prepare(context, records, report, now, earlier, begun)
     if base is not None:
-        publisher = base_publisher(base.type, record.base_sha256, workspace.root / record.model_path)
+        publisher = base_publisher(base.written_type, record.base_sha256, workspace.root / record.model_path)
         check(base.destination, publisher=publisher)
     job = PreparedJob.from_record(context, record, gpus)
     trained = job.read_train_record()

@@ -125,7 +125,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     if (wanted_base := job.spec.output.base) is not None:
         require_whole_in_cache(base_folder, mounts.model_cache)
         report(f"writing the base to {wanted_base.destination}")
-        base = publish_base(job, workspace, destinations.base(wanted_base), wanted_base.type)
+        base = publish_base(job, workspace, destinations.base(wanted_base), wanted_base.written_type)
     if (destination_of_merged := destinations.merged()) is not None:
         require_whole_in_cache(base_folder, mounts.model_cache)
         merged = publish_merged(job, workspace, destination_of_merged, report)
@@ -243,7 +243,9 @@ def _find_published(
     if merged is not None and not is_merged_published(merged, record.merged):
         return None
     base = job.spec.output.base
-    if base is not None and not (record.base and is_base_published(job, workspace, destinations.base(base), base.type)):
+    if base is not None and not (
+        record.base and is_base_published(job, workspace, destinations.base(base), base.written_type)
+    ):
         return None
     manifest = destination.read_manifest()
     if manifest is None or ADAPTER_FILE not in manifest.files:

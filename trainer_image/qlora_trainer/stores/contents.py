@@ -17,7 +17,7 @@ from qlora_trainer.core.filesystem import file_sha256
 
 MAX_MANIFEST_BYTES = 2**22
 """Enough for tens of thousands of files. Limited, since any writer may make it."""
-SHARED_BASES: Mapping[BaseType, str] = {"quantized": "base", "bfloat16": "base in bfloat16"}
+SHARED_BASES: Mapping[BaseType, str] = {"quantized": "base", "bfloat16": "base-bfloat16"}
 """In place of a job's UID: a base of either type is of every job that was trained on it."""
 STATEMENTS = frozenset({SIGNED_FILE, UNSIGNED_FILE})
 """Files with a statement of the others' origin. A folder has one at most."""

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from qlora_trainer.model.architecture.text_part import without_weights
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model.architecture.text_part import load_text_part, without_weights
 from qlora_trainer.model.nf4.base_weights import BaseWeights
 from qlora_trainer.model.protocols import Network
 from qlora_trainer.model.source.files import WEIGHTS_INDEX
@@ -22,14 +24,15 @@ SHARD_BYTES = 2**30
 
 @dataclass(frozen=True)
 class DequantizedBase:
-    """The tensors of a 4-bit base in bfloat16."""
+    """The tensors of a 4-bit base in bfloat16, and those that it has in 32 bit."""
 
     base: BaseWeights
 
     def tensor(self, name: str) -> Tensor:
         """This tensor of the model. Raises StepFailure if the base lacks it."""
         tensor = self.base[name]
-        return tensor.to(DTYPE) if tensor.is_floating_point() else tensor
+        # The base has in 32 bit what the family computes with in 32 bit.
+        return tensor.to(DTYPE) if tensor.dtype == torch.float16 else tensor
 
 
 def model_without_weights(model_folder: Path) -> PreTrainedModel:
@@ -43,6 +46,22 @@ def model_without_weights(model_folder: Path) -> PreTrainedModel:
 def written_bytes(model: Network) -> int:
     """Bytes of the weights of a model that is written. Tied weights count once."""
     return sum(parameter.numel() * DTYPE.itemsize for parameter in model.parameters())
+
+
+def load_written(folder: Path, attention: str) -> PreTrainedModel:
+    """Load a model that has been written. Weights are mapped, not in memory.
+
+    Raises StepFailure INTERNAL_ERROR if its files lack a tensor of the model or have another one.
+    """
+    model, report = load_text_part(folder, dtype=DTYPE, attn_implementation=attention)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(kind) or ())):
+            raise StepFailure(
+                ExitCode.INTERNAL_ERROR,
+                f"transformers reports {len(names)} {kind.replace('_', ' ')} of the written model, first {names[0]}: "
+                "it is not published; the adapter is",
+            )
+    return model
 
 
 def write_model(model: PreTrainedModel, source: DequantizedBase, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

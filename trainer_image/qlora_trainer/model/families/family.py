@@ -166,8 +166,9 @@ def _require_unmerged(model_type: str, output: OutputSpec) -> None:
         )
     if output.base is not None:
         raise bad_configuration(
-            f"spec.output.base: {mixture}, and no server reads experts as they are in its 4-bit base, and none are "
-            "dequantized: leave it out"
+            f"spec.output.base: {mixture}, and no server reads experts as they are in its 4-bit base: leave it out"
+            if output.base.written_type == "quantized"
+            else f"spec.output.base: {mixture}, whose experts are not dequantized: leave it out"
         )
 
 

@@ -136,7 +136,7 @@ def _occupation(holder: Manifest, publisher: Publisher) -> str:
 
 
 def _label(base: Manifest) -> str:
-    return "4-bit base" if base.job_uid == SHARED_BASES["quantized"] else base.job_uid
+    return "4-bit base" if base.job_uid == SHARED_BASES["quantized"] else "16-bit base"
 
 
 def publish_folder(destination: Destination, contents: Contents, manifest: Manifest) -> str:
