@@ -13,6 +13,7 @@ import torch.distributed
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
+from qlora_trainer.training.distributed import gradient_sums
 from tests.support.commands.command import Files
 from tests.support.manifests import merged
 from tests.support.ranks import (
@@ -158,11 +159,15 @@ def test_a_failure_of_one_process_ends_both_with_its_exit_code(tmp_path: Path, t
 
 def fail_as_the_second_and_sum_as_the_first() -> None:
     limit_second_gpu(0)
+    # All sums follow the pass, as those of trained embeddings do. One that starts in it is not waited for by the host.
+    vars(gradient_sums)["_BLOCK"] = re.compile(r"(?!)")
     if os.environ["RANK"] == "0":
-        torch.distributed.all_reduce = lambda *_: os._exit(99)
+        torch.distributed.all_reduce = lambda *_, **__: os._exit(99)
 
 
-def test_no_process_starts_a_sum_that_a_failed_process_will_never_join(tmp_path: Path, tiny_llama: Path) -> None:
+def test_no_process_starts_a_sum_after_the_pass_that_a_failed_process_will_never_join(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
     """NCCL, other than gloo, would wait for half an hour."""
     context = prepared(tmp_path, tiny_llama, merged(TWO, {"dataset": {"eval": None}}))
 
