@@ -24,7 +24,10 @@ from tests.support.models.tiny import SHAPE, chat_row, save_model, write_rows
 pytestmark = pytest.mark.image
 
 MXFP4 = "gpt_oss in MXFP4"
-FAMILIES = ("qwen3", "gemma2", "gemma3_text", "gemma4_text", "qwen3_moe", "mixtral", "gpt_oss", MXFP4, "bamba", "bloom")
+DENSE = ("qwen3", "gemma2", "gemma3_text", "gemma4_text", "bloom")
+# Packed rows in linear attention and short convolutions; Mamba's state has one row a sequence.
+HYBRID = ("qwen3_5_text", "lfm2", "bamba")
+FAMILIES = (*DENSE, *HYBRID, "qwen3_moe", "mixtral", "gpt_oss", MXFP4)
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"useRslora": True},
     "dora": {"useDora": True},
