@@ -92,23 +92,25 @@ def vllm(log: Path, model: Path, *options: str, **environment: str) -> Iterator[
     server = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", "--host=127.0.0.1"]
     settings = [f"--port={port}", "--dtype=bfloat16", "--enforce-eager", "--max-model-len=512", "--enable-lora"]
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | environment
+    # vLLM reads as a number what make exports as an empty text.
+    inherited = {name: value for name, value in os.environ.items() if name != "VERBOSE"}
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*server, *settings, *options], env={**os.environ, **variables}, stdout=output, stderr=output
+            [*server, *settings, *options], env=inherited | variables, stdout=output, stderr=output
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        eventually(partial(is_ready, process, address, log), seconds=START_SECONDS, what="vLLM's readiness")
+        eventually(partial(is_ready_or_ended, process, address), seconds=START_SECONDS, what="vLLM's readiness")
+        assert process.poll() is None, log.read_text()[-5000:]
         yield address
     finally:
         process.terminate()
         process.wait(60)
 
 
-def is_ready(process: "subprocess.Popen[bytes]", address: str, log: Path) -> bool:
-    assert process.poll() is None, log.read_text()[-5000:]
+def is_ready_or_ended(process: "subprocess.Popen[bytes]", address: str) -> bool:
     try:
-        return requests.get(f"{address}/health", timeout=5).ok
+        return process.poll() is not None or requests.get(f"{address}/health", timeout=5).ok
     except requests.ConnectionError:
         return False
 
