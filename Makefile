@@ -132,7 +132,7 @@ test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one they are
 	@$(if $(IMAGE),QLORA_TRAINER_IMAGE=$(IMAGE) )$(PYTEST) --timeout=900 tests/gpu
 
 .PHONY: test-serving
-test-serving: $(VENV)/.synced ## Run the tests with a real vLLM, in an environment of its own: ten minutes, and 6 GB the first time
+test-serving: $(VENV)/.synced ## Run the tests with a real vLLM, in an environment of its own: seven minutes, and 6 GB the first time
 	@[ -e $(SERVING)/.complete ] || { echo "Installing vLLM (6 GB; once)" && $(UV) venv --quiet --python $(PYTHON) --clear $(SERVING) && \
 	  $(UV) pip install --quiet --python $(SERVING)/bin/python --override tests/serving/overrides.txt \
 	  --requirements tests/serving/requirements.txt && touch $(SERVING)/.complete; }
