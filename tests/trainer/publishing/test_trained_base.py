@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, configuration_utils
 
 from qlora_api.artifact_status import BaseStatus
 from qlora_api.contract import ExitCode, WorkspaceLayout
@@ -162,12 +162,18 @@ def test_the_dequantized_base_has_the_weights_that_were_trained_on_and_their_los
     assert not list(job.workspace.glob("*dequantized*"))
 
 
-def test_jobs_share_the_dequantized_base_and_no_folder_holds_both_types(job: Files) -> None:
+def test_jobs_share_the_dequantized_base_and_no_folder_holds_both_types(
+    job: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run(dequantized(job))
     before = state(job.data / "bases" / "bfloat16")
     (job.workspace / "records" / "publish.json").unlink()
     shutil.rmtree(job.workspace / "adapter")
+    # The other job's transformers writes another config.json, and its first attempt was killed.
+    monkeypatch.setattr(configuration_utils, "__version__", "99.0")
+    (job.workspace / ".dequantized.partial").mkdir()
     assert run(dequantized(job), uid=OTHER_UID).base == first.base
+    assert not (job.workspace / ".dequantized.partial").exists()
     assert state(job.data / "bases" / "bfloat16") == before
     in_its_place = job.with_spec({"output": {"base": {"destination": OTHER_ADDRESS}}})
     shutil.rmtree(job.workspace / "adapter")

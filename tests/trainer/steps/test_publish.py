@@ -172,7 +172,10 @@ def test_the_folder_describes_itself(finished: Files) -> None:
     assert "30 of 41 rows" in model_card.text
     words = " ".join(model_card.text.split())
     assert "1 were left out because they are longer than 64 tokens." in words
-    base = "the base in nf4 with double quantization, as loaded above: serve it on that base to get the same answers"
+    base = (
+        "the base in nf4 with double quantization, with the weights that are loaded above: serve it on these to get "
+        "the same answers"
+    )
     assert f"The losses above were measured with the adapter on {base}" in words
     assert "No loss was measured on the original 16-bit base, which the command below serves: measure on that" in words
     assert "names the base as `pvc://models/model`, which no library can load: give the base's own folder." in words

@@ -27,10 +27,10 @@ from qlora_trainer.data.render.template_source import PROCESSOR_TEMPLATE, TEMPLA
 from qlora_trainer.evaluation.held_out import mean_loss, read_compared
 from qlora_trainer.model.adapter.merge import MergeSource
 from qlora_trainer.model.architecture.dequantized_model import (
+    bytes_to_write,
     load_written,
     model_without_weights,
     write_model,
-    written_bytes,
 )
 from qlora_trainer.model.architecture.widening import compute_in_float32
 from qlora_trainer.model.base.artifact import require_sha256
@@ -100,12 +100,12 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     model = model_without_weights(model_folder)
     # Without a separate destination it takes room twice: as it is written here, and as it is published next to that.
     copies = 1 if job.spec.output.merged and job.spec.output.merged.destination else 2
-    require_space(workspace.root, copies * written_bytes(model), "writing the merged model in 16 bit")
+    require_space(workspace.root, copies * bytes_to_write(model), "writing the merged model in 16 bit")
     base_folder = workspace.root / prepared.base_path
     require_sha256(base_folder, trained.base_sha256)
     base = BaseWeights(base_folder, model)
     adapter = workspace.root / trained.adapter_path / ADAPTER_FILE
-    write_model(model, MergeSource(base, adapter, job.spec.lora), folder)
+    written = write_model(model, MergeSource(base, adapter, job.spec.lora), folder)
     loss = None
     if trained.compared is not None:
         held_out = open_prepared(workspace.root / prepared.data_path, "eval")
@@ -124,7 +124,7 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     if template is not None:
         give_template(folder, template, prepared.end_of_turn)
     (folder / MODEL_CARD_FILE).write_text(merged_model_card(job, loss))
-    return Merged({path.name: path for path in sorted(folder.iterdir())}, written_bytes(model), loss)
+    return Merged({path.name: path for path in sorted(folder.iterdir())}, written, loss)
 
 
 def job_template_file(prepared: PrepareRecord, workspace: WorkspaceLayout) -> Path | None:

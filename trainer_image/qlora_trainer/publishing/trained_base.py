@@ -11,14 +11,14 @@ from qlora_api.schema import replace
 from qlora_api.spec.output import BaseType
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import MODEL_CARD_FILE
-from qlora_trainer.core.filesystem import require_space, scratch_folder
+from qlora_trainer.core.filesystem import remove_partials, require_space, scratch_folder
 from qlora_trainer.core.trained_job import TrainedJob
 from qlora_trainer.model.architecture.dequantized_model import (
     DequantizedBase,
+    bytes_to_write,
     load_written,
     model_without_weights,
     write_model,
-    written_bytes,
 )
 from qlora_trainer.model.base.artifact import require_files, require_sha256, require_sum
 from qlora_trainer.model.kernels.attention import ATTENTION, register_attention
@@ -40,8 +40,10 @@ def publish_base(
     """
     if job.prepared.base is None:
         raise AssertionError("a release without the base's status has no output.base")
-    if base_type == "bfloat16" and is_base_published(job, workspace, destination, base_type):
-        return _at(destination, job.prepared.base)
+    # Of an attempt that was killed: a copy of the base in 16 bit.
+    remove_partials(workspace.root)
+    if base_type == "bfloat16" and (found := _find(job, workspace, destination, base_type)) is not None:
+        return replace(job.prepared.base, uri=destination.location(found))
     folder, model = workspace.root / job.prepared.base_path, workspace.root / job.prepared.model_path
     with _weights(job, workspace, base_type) as weights:
         contents: Contents = {
@@ -58,24 +60,33 @@ def publish_base(
                 destination.write(contents, manifest)
             except (OSError, StepFailure):
                 # Another job with the same base has been faster, and has removed or replaced what this one had begun.
-                if not is_base_published(job, workspace, destination, base_type):
+                # In 16 bit another release of transformers writes another config.json.
+                is_there = (
+                    _is_there(destination, manifest, manifest.publisher)
+                    if base_type == "quantized"
+                    else is_base_published(job, workspace, destination, base_type)
+                )
+                if not is_there:
                     raise
-    return _at(destination, job.prepared.base)
-
-
-def _at(destination: Destination, base: BaseStatus) -> BaseStatus:
-    """The status of a base that is published. Another job's has another model card, and so another address."""
-    manifest = destination.read_manifest()
-    return base if manifest is None else replace(base, uri=destination.location(manifest))
+    # Another job's has another model card, and so another address.
+    uri = destination.location(destination.read_manifest() or manifest)
+    return replace(job.prepared.base, uri=uri)
 
 
 def is_base_published(
     job: TrainedJob, workspace: WorkspaceLayout, destination: Destination, base_type: BaseType
 ) -> bool:
     """Whether the trained base is at the destination with its tokenizer, undamaged."""
+    return _find(job, workspace, destination, base_type) is not None
+
+
+def _find(
+    job: TrainedJob, workspace: WorkspaceLayout, destination: Destination, base_type: BaseType
+) -> Manifest | None:
+    """Return the manifest of the trained base at the destination, or None unless it exists, undamaged."""
     publisher = base_publisher(base_type, job.trained.base_sha256, workspace.root / job.prepared.model_path)
     found = destination.read_manifest()
-    return found is not None and _is_there(destination, found, publisher)
+    return found if found is not None and _is_there(destination, found, publisher) else None
 
 
 @contextmanager
@@ -87,7 +98,7 @@ def _weights(job: TrainedJob, workspace: WorkspaceLayout, base_type: BaseType) -
         return
     require_sha256(folder, job.trained.base_sha256)
     model = model_without_weights(model_folder)
-    require_space(workspace.root, written_bytes(model), "dequantizing the base to 16 bit")
+    require_space(workspace.root, bytes_to_write(model), "dequantizing the base to 16 bit")
     with scratch_folder(workspace.root / "dequantized") as written:
         write_model(model, DequantizedBase(BaseWeights(folder, model)), written)
         if (model_folder / GENERATION_CONFIG).is_file():

@@ -88,13 +88,13 @@ def prepare(
     secret = context.secret("output") if context.contract_version > 1 else None
     check = partial(check_destination, mounts=mounts, secret=secret, registries=context.registries)
     record, base = None, spec.output.base
+    shared = {} if base is None else {"base.destination": SHARED_BASES[base.written_type]}
     if written is not None:
         record = refresh_record(written, spec, workspace, mounts, context.group_size, records)
     if record is None:
         with _leaving_what_can_be_resumed(workspace):
             for field, address in spec.output.destinations.items():
-                shared = base is not None and field == "base.destination" and SHARED_BASES[base.written_type]
-                check(address, publisher=Publisher(shared or identity.job_uid))
+                check(address, publisher=Publisher(shared.get(field, identity.job_uid)))
             earlier = None if written is None else written.initial_adapter
             record = _prepare(context, records, report, now, earlier, begun)
     if base is not None:

@@ -33,7 +33,7 @@ from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.evaluation import held_out
 from qlora_trainer.model.adapter.attach import attach_adapter, save_adapter
 from qlora_trainer.model.adapter.merge import BYTES_PER_ENTRY, MergeSource
-from qlora_trainer.model.architecture.dequantized_model import model_without_weights, write_model, written_bytes
+from qlora_trainer.model.architecture.dequantized_model import bytes_to_write, model_without_weights, write_model
 from qlora_trainer.model.base.load import load_base
 from qlora_trainer.model.kernels.attention import ATTENTION
 from qlora_trainer.model.losses.batch import Batch
@@ -301,7 +301,7 @@ def test_a_merge_holds_one_file_and_one_layer_in_memory(tmp_path: Path) -> None:
     folder = tmp_path / "merged"
     # Everything small: headers, names, the allocator's own. Measured: 7 MiB.
     rest = 12 * 2**20
-    assert held <= SHARD + BYTES_PER_ENTRY * LARGE_LAYER + rest < 0.3 * written_bytes(model_without_weights(folder))
+    assert held <= SHARD + BYTES_PER_ENTRY * LARGE_LAYER + rest < 0.3 * bytes_to_write(model_without_weights(folder))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 8
@@ -380,11 +380,12 @@ def test_a_merged_model_that_transformers_does_not_load_whole_is_not_published(
 ) -> None:
     job, workspace = mergeable(tmp_path / "job", tiny_llama)
 
-    def without_last_norm(model: Any, source: MergeSource, folder: Path) -> None:
-        write_model(model, source, folder)
+    def without_last_norm(model: Any, source: MergeSource, folder: Path) -> int:
+        written = write_model(model, source, folder)
         weights = load_file(folder / "model.safetensors")
         del weights["model.norm.weight"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return written
 
     monkeypatch.setattr(publish_merged, "write_model", without_last_norm)
     (tmp_path / "merged").mkdir()

@@ -1,6 +1,7 @@
 """Writes a model in bfloat16 of the 4-bit base that adapters were trained on, one tensor at a time."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def model_without_weights(model_folder: Path) -> PreTrainedModel:
     return without_weights(config, dtype=DTYPE)
 
 
-def written_bytes(model: Network) -> int:
-    """Bytes of the weights of a model that is written. Tied weights count once."""
+def bytes_to_write(model: Network) -> int:
+    """Bytes of the weights in 16 bit, without the few in 32 bit. Tied weights count once."""
     return sum(parameter.numel() * DTYPE.itemsize for parameter in model.parameters())
 
 
@@ -64,11 +65,12 @@ def load_written(folder: Path, attention: str) -> PreTrainedModel:
     return model
 
 
-def write_model(model: PreTrainedModel, source: DequantizedBase, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def write_model(model: PreTrainedModel, source: DequantizedBase, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
     """Write configuration and weights of the `model` into `folder`, which exists, as transformers reads them.
 
     Holds at most a file's tensors (`shard_bytes`, or one tensor if that is larger) and what `source` needs for one;
-    what is read is mapped, not held. Raises OSError or SafetensorError if the disk is full.
+    what is read is mapped, not held. Returns the bytes of the weights. Raises OSError or SafetensorError if the disk is
+    full.
     """
     # named_parameters has the first of tied tensors; transformers ties the others again when it loads.
     tensors: dict[str, Tensor] = dict(model.named_parameters())
@@ -76,10 +78,16 @@ def write_model(model: PreTrainedModel, source: DequantizedBase, folder: Path, s
     persistent = model.state_dict()
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent and name in source.base}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+    written = sum(_write_shard(source, names, folder / file) for file, names in split.filename_to_tensors.items())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
+    return written
+
+
+def _write_shard(source: DequantizedBase, names: Sequence[str], path: Path) -> int:
+    tensors = {name: source.tensor(name) for name in names}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
