@@ -133,7 +133,7 @@ test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one they are
 
 .PHONY: test-serving
 test-serving: $(VENV)/.synced ## Run the tests with a real vLLM, in an environment of its own: seven minutes, and 6 GB the first time
-	@[ -e $(SERVING)/.complete ] || { echo "Installing vLLM (6 GB; once)" && $(UV) venv --quiet --python $(PYTHON) --clear $(SERVING) && \
+	@[ -e $(SERVING)/.complete ] || { echo "Installing vLLM (6 GB; once)" && rm -rf $(CACHE)/serving-* && $(UV) venv --quiet --python $(PYTHON) $(SERVING) && \
 	  $(UV) pip install --quiet --python $(SERVING)/bin/python --override tests/serving/overrides.txt \
 	  --requirements tests/serving/requirements.txt && touch $(SERVING)/.complete; }
 	QLORA_VLLM_PYTHON=$(SERVING)/bin/python $(PYTEST) tests/serving

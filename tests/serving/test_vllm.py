@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,10 @@ def vllm(log: Path, model: Path, *options: str, **environment: str) -> Iterator[
         yield address
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
 
 
 def is_ready_or_ended(process: "subprocess.Popen[bytes]", address: str) -> bool:
@@ -154,9 +158,12 @@ def in_4_bit(published: Published) -> Any:
 
 
 def difference(one: Answer, other: Answer) -> float | None:
-    """Nats by which the two differ at their first different token, the smaller lead there; None for equal answers."""
+    """The smaller lead, in nats, of the first different tokens; None for equal answers."""
+    if one.tokens == other.tokens:
+        return None
     places = [at for at, pair in enumerate(zip(one.tokens, other.tokens, strict=False)) if pair[0] != pair[1]]
-    return min(one.leads[places[0]], other.leads[places[0]]) if places else None
+    # One is the beginning of the other.
+    return min(one.leads[places[0]], other.leads[places[0]]) if places else inf
 
 
 def test_vllm_on_the_dequantized_base_answers_as_peft_on_the_4_bit_one(published: Published, tmp_path: Path) -> None:
