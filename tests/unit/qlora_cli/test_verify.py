@@ -3,58 +3,31 @@
 import base64
 import json
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from qlora_api.contract import ExitCode
-from qlora_api.lineage import (
-    SIGNED_FILE,
-    UNSIGNED_FILE,
-    Lineage,
-    LineageBase,
-    LineageData,
-    LineageJob,
-    LineageResult,
-    LineageTrainer,
-    Statement,
-    Subject,
-)
-from qlora_cli import verify as verify_module
+from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE
+from qlora_cli import verification
 from qlora_cli.__main__ import main
-from qlora_cli.verify import Adapter, NotVerified, verify
-from qlora_trainer.publishing.signing import sign
+from qlora_cli.verification import Adapter, NotVerified, verify
+from tests.support.signed_adapter import KEY, WEIGHTS, WEIGHTS_FILE, digest, public_pem, signed_statement
 
 ADDRESS = "oci://registry.example.org/team/adapter:v1"
 OWN, OTHER = "a" * 64, "b" * 64
-FILE = "adapter_model.safetensors"
-WEIGHTS = b"weights"
-KEY = Ed25519PrivateKey.generate()
+FILE = WEIGHTS_FILE
 
 
 def bundle(artifact: str, content: bytes = WEIGHTS) -> bytes:
     """Sign a statement about the artifact with this SHA-256, and about this content."""
-    predicate = Lineage(
-        job=LineageJob(name=f"of-{artifact[0]}", namespace="team", uid="u"),
-        base=LineageBase(source="hf://org/model", revision="c0ffee", sha256="0" * 64),
-        data=LineageData(sources=("hf://org/rows",), sha256="0" * 64, prepared="0" * 64, rows=1, eval_rows=0),
-        trainer=LineageTrainer(libraries={}),
-        settings={},
-        fingerprint="0" * 64,
-        spec_sha256="0" * 64,
-        result=LineageResult(steps=1, adapter_step=1, attempts=1, loss=1.0),
-    )
-    file = Subject(name=FILE, digest={"sha256": sha256(content).hexdigest()})
-    subject = (file, Subject(name=ADDRESS, digest={"sha256": artifact}))
-    return sign(Statement(subject=subject, predicate=predicate).model_dump_json(by_alias=True).encode(), KEY)
+    return signed_statement({FILE: digest(content), ADDRESS: artifact}, job=f"of-{artifact[0]}")
 
 
 def public_key(file: Path, key: Ed25519PrivateKey) -> Path:
-    file.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    file.write_bytes(public_pem(key))
     return file
 
 
@@ -167,7 +140,7 @@ def attach(monkeypatch: pytest.MonkeyPatch, *bundles: bytes, looked_at: int | No
         (folder / FILE).write_bytes(WEIGHTS)
         return Adapter(folder, bundles, (), OWN, looked_at)
 
-    monkeypatch.setattr(verify_module, "_downloaded", downloaded)
+    monkeypatch.setattr(verification, "download", downloaded)
 
 
 def test_statements_of_the_same_key_about_other_artifacts_hide_none(monkeypatch: pytest.MonkeyPatch, key: Path) -> None:
