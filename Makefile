@@ -136,6 +136,7 @@ test-serving: $(VENV)/.synced ## Run the tests with a real vLLM, in an environme
 	@[ -e $(SERVING)/.complete ] || { echo "Installing vLLM (6 GB; once)" && rm -rf $(CACHE)/serving-* && $(UV) venv --quiet --python $(PYTHON) $(SERVING) && \
 	  $(UV) pip install --quiet --python $(SERVING)/bin/python --override tests/serving/overrides.txt \
 	  --requirements tests/serving/requirements.txt && touch $(SERVING)/.complete; }
+	$(UV) pip install --quiet --python $(SERVING)/bin/python --reinstall-package qlora-operator '.[vllm]' $(QUIETLY)
 	QLORA_VLLM_PYTHON=$(SERVING)/bin/python $(PYTEST) tests/serving
 
 .PHONY: fuzz
@@ -159,7 +160,7 @@ check-text:
 	@$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/deptry crds cli operator trainer_image
+	$(VENV)/bin/deptry crds cli operator serving trainer_image
 	$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm release tests
 	$(DEVCLUSTER) build vale > /dev/null
 	$(PYTHON) -m docs.words

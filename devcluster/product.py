@@ -19,7 +19,15 @@ NAMESPACE = "qlora-system"
 RELEASE = "qlora-operator"
 DEFINITIONS = ("qlorajobs.qlora.dev", "qlorasweeps.qlora.dev", "qloraprofiles.qlora.dev")
 
-_SHARED_SOURCES = ("pyproject.toml", "uv.lock", "README.md", "crds/qlora_api", "cli/qlora_cli", "cli/qlora_client")
+_SHARED_SOURCES = (
+    "pyproject.toml",
+    "uv.lock",
+    "README.md",
+    "crds/qlora_api",
+    "cli/qlora_cli",
+    "cli/qlora_client",
+    "serving/qlora_vllm",
+)
 _PACKAGES = ("operator/qlora_operator", "trainer_image/qlora_trainer", "third_party")
 _DOCKERFILES = {
     "qlora-operator": ROOT / "operator" / "Dockerfile",

@@ -1,0 +1,1 @@
+"""A plugin of vLLM that serves adapters of QLoRAJobs once they are verified."""

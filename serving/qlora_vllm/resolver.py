@@ -1,0 +1,84 @@
+"""Resolves names of adapters to verified folders, and keeps the reasons against the others."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client import Counter
+
+from qlora_cli.verification import NotVerified
+from qlora_trainer.core.failures import StepFailure
+from qlora_vllm.records import AdapterName, parse_name
+
+_LOG = logging.getLogger("vllm.qlora")
+_RESOLVED = Counter("qlora_adapters_resolved", "Names of adapters that requests asked for, once each.", ["outcome"])
+SECONDS_AGAIN = 10.0
+"""Until an adapter that was not served is looked for again."""
+MAX_SECONDS = 120.0
+"""That a request waits for a download, which then goes on."""
+MAX_REASONS = 1000
+DOWNLOADS = 4
+"""At the same time."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The last attempt to serve an adapter."""
+
+    reason: str | None
+    """Why it is not served; None if it is."""
+    at: float
+    """Seconds of the monotonic clock."""
+
+
+@dataclass
+class Resolver:
+    """Provides an adapter once for all requests that name it at the same time."""
+
+    provide: Callable[[AdapterName], Path]
+    """Returns the verified folder. Raises NotVerified, ValueError, OSError or StepFailure."""
+    clock: Callable[[], float] = time.monotonic
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    """By name, the oldest first; unknown ones too, so their number is limited."""
+    _running: dict[str, "asyncio.Future[Path]"] = field(default_factory=dict)
+    _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DOWNLOADS, "qlora-adapters"))
+
+    async def resolve(self, text: str) -> Path | None:
+        """Return the folder of the adapter, or None if it is not served, with the reason in `outcomes`."""
+        last = self.outcomes.get(text)
+        if last is not None and last.reason is not None and self.clock() < last.at + SECONDS_AGAIN:
+            return None
+        try:
+            name = parse_name(text)
+            folder = await asyncio.wait_for(asyncio.shield(self._begin(text, name)), MAX_SECONDS)
+        except TimeoutError:
+            self._record(text, "waiting", "it is still being downloaded: ask again later")
+        except NotVerified as difference:
+            self._record(text, "rejected", str(difference))
+        except (ValueError, OSError, StepFailure) as error:
+            self._record(text, "unavailable", str(error))
+        else:
+            self._record(text, "served", None)
+            return folder
+        return None
+
+    def _begin(self, text: str, name: AdapterName) -> "asyncio.Future[Path]":
+        """Return the running download of the name, or start one."""
+        if text not in self._running:
+            future = asyncio.get_running_loop().run_in_executor(self._threads, self.provide, name)
+            self._running[text] = future
+            future.add_done_callback(lambda _: self._running.pop(text))
+        return self._running[text]
+
+    def _record(self, text: str, outcome: str, reason: str | None) -> None:
+        if reason is not None:
+            _LOG.warning("adapter %.200r is not served: %s", text, reason)
+        _RESOLVED.labels(outcome).inc()
+        self.outcomes.pop(text, None)
+        while len(self.outcomes) >= MAX_REASONS:
+            del self.outcomes[next(iter(self.outcomes))]
+        self.outcomes[text] = Outcome(reason, self.clock())
