@@ -1,4 +1,4 @@
-"""A real vLLM on a CPU answers as PEFT did in training, and loads the adapters that the documentation names.
+"""A real vLLM on a CPU answers as PEFT did in training, and serves no adapter that the plugin has not verified.
 
 The job is the demo's. `make test-serving` makes the environment that vLLM runs in.
 """
@@ -26,6 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from devcluster.addresses import free_port
 from examples.demo.__main__ import model_folder
+from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE, Statement
+from qlora_api.schema import replace
+from qlora_trainer.publishing.signing import sign
+from qlora_vllm.cache import Layout
+from tests.support.signed_adapter import KEY, public_pem
 from tests.support.waiting import eventually
 
 PYTHON = os.environ.get("QLORA_VLLM_PYTHON")
@@ -181,22 +186,49 @@ def test_vllm_on_the_dequantized_base_answers_as_peft_on_the_4_bit_one(published
     assert max(differences, default=0) <= NEAR_TIE
 
 
-def test_vllms_resolver_loads_an_adapter_of_the_base_in_its_arguments_and_of_no_other(
-    published: Published, tmp_path: Path
-) -> None:
-    cache = tmp_path / "adapters"
-    for name, base in (("of-a-volume", None), ("of-the-argument", str(published.base))):
-        config = shutil.copytree(published.adapter, cache / name) / "adapter_config.json"
-        settings = json.loads(config.read_text())
-        config.chmod(0o644)
-        config.write_text(json.dumps(settings | ({} if base is None else {"base_model_name_or_path": base})))
-    resolver = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
-        "VLLM_PLUGINS": "lora_filesystem_resolver",
-        "VLLM_LORA_RESOLVER_CACHE_DIR": str(cache),
-    }
+def test_only_the_verified_adapter_of_a_name_is_served(published: Published, tmp_path: Path) -> None:
+    """Tests of the plugin without a server are in tests/unit/qlora_vllm."""
+    pod = Layout(tmp_path / "qlora")
+    name = sign_and_announce(published, pod)
+    changed = sign_and_announce(published, pod, job="changed")
+    config = pod.claims / "served" / "changed" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 9'))
     question = [{"role": "user", "content": "List the pods of team-blue."}]
+    by_hand = {"lora_name": "by-hand", "lora_path": str(pod.claims / "served" / "demo")}
 
-    with vllm(tmp_path / "log", published.base, "--max-lora-rank=16", **resolver) as address:
-        assert ask(address, "of-a-volume", question).status_code == requests.codes.not_found
-        assert ask(address, "of-the-argument", question).ok
+    # Another plugin, which is not named, would load adapters without a check.
+    plugin = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", "VLLM_PLUGINS": "qlora", "QLORA_FOLDER": str(pod.root)}
+    options = ("--max-lora-rank=16", f"--lora-modules=by-argument={published.adapter}")
+    with vllm(tmp_path / "log", published.base, *options, **plugin) as address:
+        answer = ask(address, name, question)
+        assert answer.json()["choices"] == ask(address, "by-argument", question).json()["choices"]
+        assert answer.json()["model"] == name
+        assert ask(address, changed, question).status_code == requests.codes.not_found
+        for route in ("load", "unload"):
+            done = requests.post(f"{address}/v1/{route}_lora_adapter", json=by_hand, timeout=60)
+            assert (done.status_code, "verified adapters only" in done.text) == (requests.codes.forbidden, True)
+        status = requests.get(f"{address}/v1/qlora/adapters", timeout=60).json()
+        metrics = requests.get(f"{address}/metrics", timeout=60).text
+
+    assert status["base"]["measured"] is True
+    shown = {each["name"]: each["reason"] for each in status["adapters"]}
+    assert shown[name] is None
+    assert "adapter_config.json has SHA-256" in shown[changed]
+    assert 'qlora_adapters_resolved_total{outcome="rejected"} 1.0' in metrics
+
+
+def sign_and_announce(published: Published, pod: Layout, job: str = "demo") -> str:
+    """Copy the adapter to a claim of the server's pod as that of the job, signed. Returns its name."""
+    folder = shutil.copytree(published.adapter, pod.claims / "served" / job, copy_function=shutil.copyfile)
+    statement = Statement.model_validate_json((folder / UNSIGNED_FILE).read_bytes())
+    lineage = statement.predicate
+    owner = replace(lineage.job, name=job, namespace="team")
+    own = replace(statement, predicate=replace(lineage, job=owner))
+    (folder / SIGNED_FILE).write_bytes(sign(own.model_dump_json(by_alias=True).encode(), KEY))
+    digests = {subject.name: subject.digest["sha256"] for subject in statement.subject}
+    digest = f"sha256:{digests['adapter_model.safetensors']}"
+    for parent in (pod.records / "team", pod.key("team").parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    (pod.records / "team" / f"{job}.json").write_text(json.dumps({"uri": f"pvc://served/{job}", "digest": digest}))
+    pod.key("team").write_bytes(public_pem(KEY))
+    return f"team/{job}@{digest}"
