@@ -9,13 +9,14 @@ from tempfile import mkdtemp
 
 from pydantic import BaseModel
 
+from qlora_api.channel import AdapterName
 from qlora_api.lineage import SIGNED_FILE
 from qlora_api.sources import VolumeSource, parse_source
 from qlora_cli.verification import Adapter, NotVerified, Verified, check, download, with_lineage
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.paths import confine
 from qlora_trainer.publishing.signing import PublicKey, read_public_key
-from qlora_vllm.records import AdapterName, find_address
+from qlora_vllm.records import find_address
 from qlora_vllm.served_base import ServedBase
 
 DEFAULT_FOLDER = "/qlora"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from prometheus_client import Counter
 
+from qlora_api.channel import AdapterName, parse_adapter_name
 from qlora_cli.verification import NotVerified
 from qlora_trainer.core.failures import StepFailure
-from qlora_vllm.records import AdapterName, parse_name
 
 _LOG = logging.getLogger("vllm.qlora")
 _RESOLVED = Counter("qlora_adapters_resolved", "Names of adapters that requests asked for, once each.", ["outcome"])
@@ -53,7 +53,7 @@ class Resolver:
         if last is not None and last.reason is not None and self.clock() < last.at + SECONDS_AGAIN:
             return None
         try:
-            name = parse_name(text)
+            name = parse_adapter_name(text)
             folder = await asyncio.wait_for(asyncio.shield(self._begin(text, name)), MAX_SECONDS)
         except TimeoutError:
             self._record(text, "waiting", "it is still being downloaded: ask again later")

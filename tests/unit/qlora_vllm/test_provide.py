@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from qlora_api.channel import AdapterName, parse_adapter_name
 from qlora_cli import verification
 from qlora_cli.verification import Adapter, NotVerified
 from qlora_trainer.core.failures import StepFailure
 from qlora_vllm.cache import Layout, provide, remove_partials
-from qlora_vllm.records import AdapterName, parse_name
 from qlora_vllm.served_base import ServedBase, served_base
 from tests.support.signed_adapter import (
     BASE_REVISION,
@@ -26,7 +26,7 @@ from tests.support.signed_adapter import (
     write_signed_adapter,
 )
 
-NAME = AdapterName("team", "bot", digest(WEIGHTS))
+NAME = AdapterName(namespace="team", job="bot", sha256=digest(WEIGHTS))
 MEASURED = ServedBase(sha256=BASE_SHA256)
 
 
@@ -175,7 +175,7 @@ def test_a_record_of_another_adapter_or_none_is_an_error(pod: Pod) -> None:
     with pytest.raises(ValueError, match=r"announced another adapter, sha256:1{64}"):
         pod.provide()
     with pytest.raises(ValueError, match="no job bot of the namespace other has announced"):
-        pod.provide(AdapterName("other", "bot", NAME.sha256))
+        pod.provide(AdapterName(namespace="other", job="bot", sha256=NAME.sha256))
     (pod.layout.records / "team" / "bot.json").write_text("[]")
     with pytest.raises(ValueError, match="is no entry of"):
         pod.provide()
@@ -235,8 +235,8 @@ def test_what_a_killed_server_has_begun_to_download_is_removed(pod: Pod) -> None
 )
 def test_only_the_name_of_one_adapter_for_ever_is_one(name: str) -> None:
     with pytest.raises(ValueError, match="names of adapters are NAMESPACE/JOB@sha256:DIGEST"):
-        parse_name(name)
-    assert parse_name(f"team/bot@sha256:{NAME.sha256}") == NAME
+        parse_adapter_name(name)
+    assert parse_adapter_name(f"team/bot@sha256:{NAME.sha256}") == NAME
 
 
 def published(folder: Path, uid: str) -> str:

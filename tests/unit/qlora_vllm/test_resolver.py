@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora_api.channel import AdapterName
 from qlora_cli.verification import NotVerified
 from qlora_trainer.core.failures import unreachable
 from qlora_vllm import resolver as resolver_module
-from qlora_vllm.records import AdapterName
 from qlora_vllm.resolver import MAX_REASONS, SECONDS_AGAIN, Resolver
 
 NAME = f"team/bot@sha256:{'a' * 64}"
@@ -33,7 +33,7 @@ def test_requests_for_one_adapter_share_a_download(tmp_path: Path) -> None:
         return list(await asyncio.gather(*asking[1:]))
 
     assert asyncio.run(ask()) == [tmp_path, tmp_path]
-    assert begun == [AdapterName("team", "bot", "a" * 64)]
+    assert begun == [AdapterName(namespace="team", job="bot", sha256="a" * 64)]
 
 
 @pytest.mark.parametrize(
