@@ -1,15 +1,24 @@
-"""Attaches the resolver to vLLM's API server, and closes the routes that load adapters without a check."""
+"""Attaches resolver and channels to vLLM's API server, and closes the routes that load adapters without a check."""
 
+import asyncio
 import os
+from argparse import Namespace
 from functools import partial
+from math import isfinite
 from pathlib import Path
+from uuid import uuid4
 
 from fastapi import FastAPI, HTTPException
 from starlette.datastructures import State
+from vllm import envs
+from vllm.engine.protocol import EngineClient
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+from vllm.sampling_params import SamplingParams
 
 from qlora_vllm.cache import DEFAULT_FOLDER, Layout, provide, remove_partials
+from qlora_vllm.channels import Channels
+from qlora_vllm.middleware import ChannelNames
 from qlora_vllm.resolver import Resolver
 from qlora_vllm.served_base import BASE_REVISION, ServedBase, served_base
 
@@ -36,22 +45,46 @@ class Plugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Register the resolver and the routes. Raises ValueError, which ends the server, for a base of no name."""
+        """Register resolver, channels and routes. Raises ValueError, which ends the server, for unsafe settings."""
+        _require_settings()
         arguments = app.state.args
         layout = Layout(Path(os.environ.get("QLORA_FOLDER") or DEFAULT_FOLDER))
         base = served_base(arguments.model, arguments.revision, os.environ.get(BASE_REVISION))
         remove_partials(layout)
-        resolver = Resolver(partial(provide, layout, base, arguments.max_lora_rank))
-        LoRAResolverRegistry.register_resolver(self.name, VerifiedAdapters(resolver))
-        _attach_status(app, base, resolver)
+        self._resolver = Resolver(partial(provide, layout, base, arguments.max_lora_rank))
+        self._channels = Channels(layout, self._try_adapter)
+        LoRAResolverRegistry.register_resolver(self.name, VerifiedAdapters(self._resolver))
+        app.add_middleware(ChannelNames, channels=self._channels)
+        _attach_status(app, base, self._resolver, self._channels)
         for route in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             app.add_api_route(route, _refuse, methods=["POST"])
 
-    async def init_state(self, engine_client: object, state: State, args: object) -> None:
-        """Do nothing: the resolver needs no engine."""
+    async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
+        """Follow the channels, as long as the server runs."""
+        self._engine, self._models = engine_client, state.openai_serving_models
+        self._following = asyncio.create_task(self._channels.follow())
+
+    async def _try_adapter(self, name: str) -> str | None:
+        """Load the adapter and answer one token with it. Returns why it cannot."""
+        loaded = await self._models.resolve_lora(name)
+        if not isinstance(loaded, LoRARequest):
+            outcome = self._resolver.outcomes.get(name)
+            return str(loaded.error.message if outcome is None or outcome.reason is None else outcome.reason)
+        settings = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
+        async for answer in self._engine.generate("Hello", settings, f"qlora-{uuid4()}", lora_request=loaded):
+            logprobs = [each.logprob for position in answer.outputs[0].logprobs or () for each in position.values()]
+        return None if logprobs and all(map(isfinite, logprobs)) else "its answer to a first request has no probability"
 
 
-def _attach_status(app: FastAPI, base: ServedBase, resolver: Resolver) -> None:
+def _require_settings() -> None:
+    """Raise ValueError if vLLM would answer without the adapter that a request names."""
+    if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise ValueError("set VLLM_ALLOW_RUNTIME_LORA_UPDATING to true: without it, vLLM resolves no adapter")
+    if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
+        raise ValueError("unset VLLM_SKIP_MODEL_NAME_VALIDATION: with it, the base answers for an adapter not served")
+
+
+def _attach_status(app: FastAPI, base: ServedBase, resolver: Resolver, channels: Channels) -> None:
     """Add GET /v1/qlora/adapters, below /v1 so that it needs the server's API key, if there is one."""
 
     @app.get("/v1/qlora/adapters")
@@ -59,7 +92,7 @@ def _attach_status(app: FastAPI, base: ServedBase, resolver: Resolver) -> None:
         served = {"sha256": base.sha256} if base.is_measured else {"revision": base.revision}
         outcomes = resolver.outcomes.items()
         named = [{"name": name, "served": each.reason is None, "reason": each.reason} for name, each in outcomes]
-        return {"base": served | {"measured": base.is_measured}, "adapters": named}
+        return {"base": served | {"measured": base.is_measured}, "channels": list(channels.status()), "adapters": named}
 
 
 async def _refuse() -> None:

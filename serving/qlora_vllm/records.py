@@ -1,12 +1,14 @@
 """Finds the address of an adapter by its immutable name, NAMESPACE/JOB@sha256:DIGEST."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from qlora_api.channel import AdapterName
+from qlora_api.channel import AdapterName, Channel, ChannelStatement
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.output import entry_key
+from qlora_trainer.publishing.signing import payload_of
 
 
 class _Record(ObservedModel):
@@ -16,18 +18,32 @@ class _Record(ObservedModel):
     digest: str
 
 
-def find_address(records: Path, name: AdapterName) -> str:
-    """Return the address in the record of the job, a file in the folder of its namespace.
+def parse_channel(content: bytes) -> Channel:
+    """Parse a channel's record, signed or not, without a check. Raises ValueError."""
+    statement = payload_of(content) if b"dsseEnvelope" in content else content
+    return ChannelStatement.model_validate_json(statement).predicate
 
-    Raises ValueError unless there is a record, of this adapter.
+
+def find_address(records: Path, name: AdapterName) -> str:
+    """Return the address in the job's entry, or in a channel of the namespace that leads or led to the adapter.
+
+    Raises ValueError if none of them has it.
     """
-    file = records / name.namespace / entry_key(name.job)
-    try:
-        record = _Record.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"no job {name.job} of the namespace {name.namespace} has announced an adapter here") from None
-    except ValidationError:
-        raise ValueError(f"{file} is no entry of output.announce") from None
-    if record.digest != f"sha256:{name.sha256}":
-        raise ValueError(f"the job has announced another adapter, {record.digest}")
-    return record.uri
+    folder = records / name.namespace
+    entry = folder / entry_key(name.job)
+    if entry.is_file():
+        try:
+            record = _Record.model_validate_json(entry.read_bytes())
+        except ValidationError:
+            raise ValueError(f"{entry} is no entry of output.announce") from None
+        if record.digest == f"sha256:{name.sha256}":
+            return record.uri
+    for file in sorted(folder.glob("*.channel")):
+        with suppress(ValueError):
+            channel = parse_channel(file.read_bytes())
+            for adapter in (channel.adapter, *channel.previous):
+                if channel.name_of(adapter) == name:
+                    return adapter.uri
+    raise ValueError(
+        f"neither an entry of the job {name.job} nor a channel in {folder} has the address of this adapter"
+    )

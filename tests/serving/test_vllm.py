@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from devcluster.addresses import free_port
 from examples.demo.__main__ import model_folder
+from qlora_api.channel import Channel, ChannelAdapter, ChannelStatement, channel_key, parse_adapter_name
 from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE, Statement
 from qlora_api.schema import replace
 from qlora_trainer.publishing.signing import sign
@@ -40,6 +41,9 @@ MAX_NEW_TOKENS = 40
 NEAR_TIE = 0.25
 """Nats. The logits of this model, in 16 bit, are multiples of 0.125."""
 START_SECONDS = 1200
+PROD = "team/demo@prod"
+VARYING = {"id": None, "created": None, "usage": None}
+"""Of an answer."""
 
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="vLLM is installed by `make test-serving`")
 
@@ -186,13 +190,14 @@ def test_vllm_on_the_dequantized_base_answers_as_peft_on_the_4_bit_one(published
     assert max(differences, default=0) <= NEAR_TIE
 
 
-def test_only_the_verified_adapter_of_a_name_is_served(published: Published, tmp_path: Path) -> None:
+def test_only_verified_adapters_are_served_by_name_and_by_channel(published: Published, tmp_path: Path) -> None:
     """Tests of the plugin without a server are in tests/unit/qlora_vllm."""
     pod = Layout(tmp_path / "qlora")
     name = sign_and_announce(published, pod)
     changed = sign_and_announce(published, pod, job="changed")
     config = pod.claims / "served" / "changed" / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 9'))
+    promote(pod, name, 1)
     question = [{"role": "user", "content": "List the pods of team-blue."}]
     by_hand = {"lora_name": "by-hand", "lora_path": str(pod.claims / "served" / "demo")}
 
@@ -207,14 +212,35 @@ def test_only_the_verified_adapter_of_a_name_is_served(published: Published, tmp
         for route in ("load", "unload"):
             done = requests.post(f"{address}/v1/{route}_lora_adapter", json=by_hand, timeout=60)
             assert (done.status_code, "verified adapters only" in done.text) == (requests.codes.forbidden, True)
+        assert ask(address, PROD, question).json() | VARYING == answer.json() | VARYING
+        promote(pod, changed, 2)
+        eventually(lambda: channel(address)["problem"] is not None, seconds=60, what="the failed promotion")
+        assert ask(address, PROD, question).json()["model"] == name
         status = requests.get(f"{address}/v1/qlora/adapters", timeout=60).json()
         metrics = requests.get(f"{address}/metrics", timeout=60).text
 
     assert status["base"]["measured"] is True
+    assert (status["channels"][0]["sequence"], status["channels"][0]["problem"]["sequence"]) == (1, 2)
     shown = {each["name"]: each["reason"] for each in status["adapters"]}
     assert shown[name] is None
     assert "adapter_config.json has SHA-256" in shown[changed]
-    assert 'qlora_adapters_resolved_total{outcome="rejected"} 1.0' in metrics
+    assert 'qlora_adapters_resolved_total{outcome="rejected"}' in metrics
+    assert f'qlora_channel_sequence{{channel="{PROD}"}} 1.0' in metrics
+
+
+def channel(address: str) -> dict[str, Any]:
+    (shown,) = requests.get(f"{address}/v1/qlora/adapters", timeout=60).json()["channels"]
+    return dict(shown)
+
+
+def promote(pod: Layout, adapter: str, sequence: int) -> None:
+    name = parse_adapter_name(adapter)
+    led = ChannelAdapter(job=name.job, uri=f"pvc://served/{name.job}", sha256=name.sha256)
+    promotion = Channel(
+        namespace="team", name="demo@prod", sequence=sequence, adapter=led, promoted_at="2026-12-03T00:00:00Z"
+    )
+    statement = ChannelStatement(subject=(), predicate=promotion).model_dump_json(by_alias=True)
+    (pod.records / "team" / channel_key(promotion.name)).write_text(statement)
 
 
 def sign_and_announce(published: Published, pod: Layout, job: str = "demo") -> str:

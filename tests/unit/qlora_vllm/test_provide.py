@@ -170,11 +170,12 @@ def test_an_address_that_cannot_be_read_is_an_error(pod: Pod, uri: str, why: str
         pod.provide()
 
 
-def test_a_record_of_another_adapter_or_none_is_an_error(pod: Pod) -> None:
+def test_an_adapter_without_an_address_is_an_error(pod: Pod) -> None:
     pod.announce(sha256="1" * 64)
-    with pytest.raises(ValueError, match=r"announced another adapter, sha256:1{64}"):
+    with pytest.raises(ValueError, match="neither an entry of the job bot nor a channel in"):
         pod.provide()
-    with pytest.raises(ValueError, match="no job bot of the namespace other has announced"):
+    pod.trust("other")
+    with pytest.raises(ValueError, match="records/other has the address"):
         pod.provide(AdapterName(namespace="other", job="bot", sha256=NAME.sha256))
     (pod.layout.records / "team" / "bot.json").write_text("[]")
     with pytest.raises(ValueError, match="is no entry of"):
