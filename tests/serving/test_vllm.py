@@ -50,7 +50,7 @@ pytestmark = pytest.mark.skipif(PYTHON is None, reason="vLLM is installed by `ma
 
 @dataclass(frozen=True)
 class Published:
-    """What the job has published, on a volume."""
+    """The job's output, on a volume."""
 
     model: Path
     """The job's base, in 16 bit, as it was before."""

@@ -1,4 +1,4 @@
-"""A channel moves once its new adapter has answered, back at once, and to no promotion that is older or forged."""
+"""A channel moves once its new adapter has answered, and to no promotion that is older or forged."""
 
 import asyncio
 import json
