@@ -57,6 +57,7 @@ PODS = Resource("", "v1", "pods")
 LOGS = Resource("", "v1", "pods", "log")
 EXEC = Resource("", "v1", "pods", "exec")
 EVENTS = Resource("", "v1", "events")
+CONFIG_MAPS = Resource("", "v1", "configmaps")
 ACCESS_REVIEWS = Resource("authorization.k8s.io", "v1", "selfsubjectaccessreviews")
 
 
