@@ -80,4 +80,5 @@ def _names_of_jobs(context: click.Context, parameter: click.Parameter, incomplet
 
 
 job_name = click.argument("name", shell_complete=_names_of_jobs)
+promoted_job = click.argument("job", shell_complete=_names_of_jobs)
 job_names = click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=_names_of_jobs)
