@@ -260,6 +260,8 @@ def _fix_spec(spec: Schema) -> None:
     """Reject changes of what decides the adapter, or is fixed when the job starts."""
     parts = spec["properties"]
     _fix_fields(spec, QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources", "workspace"}, remedy=REMEDY)
+    taken_back = f"spec.cancel cannot be taken back: {REMEDY}"
+    _add(spec, rule("!has(oldSelf.cancel) || !oldSelf.cancel || (has(self.cancel) && self.cancel)", taken_back))
     _fix_fields(parts["resources"], ResourcesSpec, except_for={"memory"}, remedy=REMEDY, path="spec.resources")
     _fix_fields(parts["workspace"], WorkspaceSpec, except_for={POLICY_FIELD}, remedy=REMEDY, path="spec.workspace")
     message = f"spec.gate.score cannot be changed once the job exists, as training measures it: {REMEDY}"

@@ -158,6 +158,8 @@ def test_a_change_of_a_created_job_is_rejected_with_a_remedy(plane: ControlPlane
     "manifest",
     [
         with_value(FULL, "spec.suspend", False),
+        with_value(FULL, "spec.cancel", True),
+        with_value(FULL, "spec.cancel", False),
         with_value(FULL, "spec.activeDeadlineSeconds", 60),
         without(FULL, "spec.activeDeadlineSeconds"),
         with_value(FULL, "spec.budget.gpuHours", 40),
@@ -177,6 +179,8 @@ def test_a_change_of_a_created_job_is_rejected_with_a_remedy(plane: ControlPlane
     ],
     ids=[
         "suspend",
+        "cancel",
+        "no cancel",
         "deadline",
         "deadline removed",
         "budget",
@@ -199,6 +203,7 @@ def test_mutable_fields_can_be_updated(plane: ControlPlane, manifest: Manifest) 
     changed = apply(plane, manifest)
     for field in (
         "suspend",
+        "cancel",
         "budget",
         "activeDeadlineSeconds",
         "cleanupAfterSeconds",
@@ -210,6 +215,16 @@ def test_mutable_fields_can_be_updated(plane: ControlPlane, manifest: Manifest) 
         assert changed["spec"].get(field) == manifest["spec"].get(field)
     assert (manifest["spec"].get("retry") or {}).items() <= changed["spec"]["retry"].items()
     assert changed["spec"]["resources"]["memory"] == manifest["spec"]["resources"]["memory"]
+
+
+def test_a_cancellation_cannot_be_taken_back(plane: ControlPlane) -> None:
+    canceled = with_value(with_value(FULL, "metadata.name", "canceled"), "spec.cancel", True)
+    apply(plane, canceled, dry_run=False)
+    for manifest in (with_value(canceled, "spec.cancel", False), without(canceled, "spec.cancel")):
+        with pytest.raises(ClusterError, match=r"spec\.cancel cannot be taken back: delete the QLoRAJob"):
+            apply(plane, manifest)
+    assert apply(plane, with_value(canceled, "spec.suspend", False))["spec"]["cancel"]
+    plane.kubectl("delete", "qlorajob", "canceled")
 
 
 def test_the_limit_of_a_score_may_change_and_its_definition_may_not(plane: ControlPlane) -> None:

@@ -26,6 +26,7 @@ JobName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH, pattern
 MUTABLE_FIELDS = frozenset(
     {
         "suspend",
+        "cancel",
         "active_deadline_seconds",
         "cleanup_after_seconds",
         "ttl_seconds_after_finished",
@@ -38,7 +39,7 @@ MUTABLE_FIELDS = frozenset(
 """What may change once a job exists: nothing that decides the adapter.
 
 Of `resources`, `memory` may, and of `workspace` the retention policy. Of `gate`, `score` may not: training has measured
-it.
+it. `cancel` may only become true.
 """
 STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources", "gate", "continues")
 """The parts of the spec that the pods read, if they are set; the others are for the operator only."""
@@ -159,8 +160,9 @@ def _spec_rules(schema: dict[str, Any]) -> None:
 class QLoRAJobSpec(ApiModel):
     """One fine-tuning run. Immutable, except what does not decide the adapter.
 
-    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, ttlSecondsAfterFinished,
-    budget, retry, gate except its score, resources.memory, and workspace.persistentVolumeClaimRetentionPolicy.
+    Mutable: suspend, cancel, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds,
+    ttlSecondsAfterFinished, budget, retry, gate except its score, resources.memory, and
+    workspace.persistentVolumeClaimRetentionPolicy.
     """
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
@@ -188,6 +190,11 @@ class QLoRAJobSpec(ApiModel):
     suspend: bool = Field(
         default=False,
         description="true saves a checkpoint, stops the job and frees the GPU; false resumes it from there.",
+    )
+    cancel: bool | None = Field(
+        default=None,
+        description="true ends the job for good, unless it has ended: it fails with the reason Cancelled, its pods "
+        "stop, its checkpoints and prepared data are deleted, and it cannot be retried. Cannot be taken back.",
     )
     active_deadline_seconds: int | None = Field(
         default=None,

@@ -14,7 +14,7 @@ from qlora_api.sweep.spec import BEST_SUFFIX, Cell, QLoRASweepSpec
 CHANGEABLE = ("activeDeadlineSeconds", "progressDeadlineSeconds", "retry", "gate", "budget")
 """What may change in a cell that exists, besides its memory, and counts for the job that publishes its adapter.
 
-Not: whether it is suspended, and when it is cleaned up.
+Not: whether it is suspended or canceled, and when it is cleaned up.
 """
 
 

@@ -6,11 +6,13 @@ for _, condition in ipairs((obj.status or {}).conditions or {}) do
 end
 
 local actions = {}
-if failed then
+if succeeded or obj.spec.cancel then
+  return actions
+elseif failed then
   actions["retry"] = {iconClass = "fa fa-fw fa-redo"}
-elseif not succeeded and obj.spec.suspend then
+elseif obj.spec.suspend then
   actions["resume"] = {iconClass = "fa fa-fw fa-play"}
-elseif not succeeded then
+else
   actions["suspend"] = {iconClass = "fa fa-fw fa-pause"}
 end
 return actions

@@ -109,6 +109,7 @@ The writes of the operator that are admitted, by policy: `resources` as in a Val
       expression: >-
         oldObject == null || (object.spec.?gate == oldObject.spec.?gate && object.spec.?retry == oldObject.spec.?retry &&
         object.spec.?budget == oldObject.spec.?budget && object.spec.?resources == oldObject.spec.?resources &&
+        object.spec.?cancel == oldObject.spec.?cancel &&
         object.spec.?activeDeadlineSeconds == oldObject.spec.?activeDeadlineSeconds &&
         object.spec.?progressDeadlineSeconds == oldObject.spec.?progressDeadlineSeconds &&
         object.spec.?ttlSecondsAfterFinished == oldObject.spec.?ttlSecondsAfterFinished &&

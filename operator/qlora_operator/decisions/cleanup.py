@@ -4,7 +4,8 @@ from datetime import datetime, timedelta
 
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.observed.conditions import Value, condition, is_true
+from qlora_operator.decisions.observed.conditions import Value, condition, has_started, is_true
+from qlora_operator.decisions.observed.endings import is_canceled
 from qlora_operator.decisions.observed.facts import set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.decisions.pods.blockers import blocking_reason
@@ -13,9 +14,14 @@ from qlora_operator.decisions.retention import claim_goes_now
 
 
 def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
-    """Return when to delete Jobs and scratch data, or None if never, or if done."""
+    """Return when to delete Jobs and scratch data, or None if never, or if done.
+
+    A canceled job needs none of it. The pod of its sweep may still write to a cell's.
+    """
     seconds = job.spec.cleanup_after_seconds
-    if seconds is None or status.completion_time is None or is_true(status, "CleanedUp"):
+    if seconds is None and is_canceled(job, status) and not job.sweep:
+        seconds = 0
+    if seconds is None or status.completion_time is None or is_true(status, "CleanedUp") or not has_started(status):
         return None
     return parse_time(status.completion_time) + timedelta(seconds=seconds)
 

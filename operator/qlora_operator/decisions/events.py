@@ -9,6 +9,7 @@ from qlora_api.status import Phase, QLoRAJobStatus
 from qlora_api.sweep.spec import SWEEP_KIND
 from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decisions.observed.conditions import condition, truncate
+from qlora_operator.decisions.observed.endings import CANCELLED
 from qlora_operator.decisions.observed.objects import QLoRAJob, format_time
 from qlora_operator.decisions.sweeps.sweep import QLoRASweep, StoredSweep
 
@@ -29,7 +30,8 @@ def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[st
     message = succeeded.message if succeeded else ""
     reason = succeeded.reason if succeeded and status.phase == "Failed" else status.phase
     name = f"{_rank(status.phase)}{_digest(_identity(job, status))}"
-    return _build(_metadata(job), reason, message, now, warning=status.phase == "Failed", name=name)
+    warning = status.phase == "Failed" and reason != CANCELLED
+    return _build(_metadata(job), reason, message, now, warning=warning, name=name)
 
 
 def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Enforces a job's limits: interruptions, failures, time without progress."""
+"""Enforces a job's limits: its cancellation, interruptions, failures, time without progress."""
 
 from datetime import datetime
 
@@ -7,7 +7,7 @@ from qlora_api.duration import format_duration
 from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.observed.conditions import condition, is_finished, truncate
-from qlora_operator.decisions.observed.endings import fail, failure_of
+from qlora_operator.decisions.observed.endings import CANCELLED, fail, failure_of
 from qlora_operator.decisions.observed.facts import next_attempt
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, parse_time
 from qlora_operator.decisions.pods.attempts import active_seconds, charge_running
@@ -16,6 +16,15 @@ DEFAULT_PROGRESS_DEADLINE_SECONDS = 3600
 LIMIT_FAILURES = ("DeadlineExceeded", "ProgressDeadlineExceeded")
 _REPORTING: tuple[StepName, ...] = ("prepare", "train")
 """The steps that report while they run. Publish does not while it merges or uploads a large model."""
+
+
+def enforce_cancellation(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
+    """Fail a job that its user cancels, unless it has ended."""
+    if not job.spec.cancel or is_finished(status):
+        return status
+    step = status.step.name if status.step is not None else "prepare"
+    message = "spec.cancel is true, which ends the job for good: to train after all, create a job with another name"
+    return fail(charge_running(status, observed, now), job, now, failure_of(step, CANCELLED, message, now))
 
 
 def enforce_disruptions(status: QLoRAJobStatus, job: QLoRAJob, now: datetime) -> QLoRAJobStatus:

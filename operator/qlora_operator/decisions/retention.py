@@ -11,6 +11,7 @@ from qlora_api.retention import ClaimRetentionPolicy
 from qlora_api.spec.execution import WorkspaceSpec
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.observed.conditions import is_true
+from qlora_operator.decisions.observed.endings import is_canceled
 from qlora_operator.decisions.observed.objects import QLoRAJob
 
 _When = Literal["when_deleted", "when_finished"]
@@ -48,13 +49,13 @@ def is_claim_to_be_deleted(job: QLoRAJob, status: QLoRAJobStatus) -> bool:
 
 
 def claim_goes_now(job: QLoRAJob, status: QLoRAJobStatus) -> bool:
-    """Whether the claim is deleted, or about to be, as the job has succeeded.
+    """Whether the claim is deleted, or about to be, as the job has succeeded or was canceled.
 
-    A job that has failed needs its claim for a retry.
+    A job that has failed otherwise needs its claim for a retry.
     """
     if status.claim_deletion_time is not None:
         return True
-    if job.problem or status.workspace is None or not is_true(status, "Succeeded"):
+    if job.problem or status.workspace is None or not (is_true(status, "Succeeded") or is_canceled(job, status)):
         return False
     is_outside, default = job.spec.output.is_outside_workspace, status.workspace.retention_policy
     return deletes_claim("when_finished", job.spec.workspace, default, is_outside=is_outside)

@@ -17,7 +17,7 @@ from qlora_operator.decisions.resolution import with_profile_of_today
 def is_to_be_taken_up(job: QLoRAJob) -> bool:
     """Whether a failed job has another retry.request than the last one seen."""
     status = job.status
-    failed = is_true(status, "Failed") and status.step is not None and not job.problem
+    failed = is_true(status, "Failed") and status.step is not None and not (job.problem or job.spec.cancel)
     return failed and job.spec.retry.request not in (None, status.retry_request)
 
 

@@ -9,7 +9,13 @@ from qlora_api.schema import replace
 from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.cleanup import follow_cleanup
-from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
+from qlora_operator.decisions.limits import (
+    enforce_cancellation,
+    enforce_deadline,
+    enforce_disruptions,
+    enforce_failures,
+    enforce_progress,
+)
 from qlora_operator.decisions.observed.conditions import condition, is_finished, is_true
 from qlora_operator.decisions.observed.facts import FIRST_JOB, Facts, next_attempt, set_condition
 from qlora_operator.decisions.observed.objects import Observed, QLoRAJob, Reason, format_time, parse_time
@@ -84,7 +90,8 @@ def _next_status(facts: Facts) -> QLoRAJobStatus:
         status = keep_earlier_pod(status, job, observed)
         status = count_usage(status, facts)
         status = follow_forecast(status, job, observed, now, facts.progress)
-    return with_revision(summarize(enforce_budget(status, facts), facts), job)
+    status = enforce_budget(enforce_cancellation(status, job, observed, now), facts)
+    return with_revision(summarize(status, facts), job)
 
 
 def next_status_of_pod(facts: Facts) -> QLoRAJobStatus:

@@ -11,6 +11,7 @@ from qlora_operator.decisions.observed.conditions import (
     Value,
     condition,
     has_begun,
+    has_started,
     is_finished,
     is_true,
     phase_of,
@@ -109,11 +110,10 @@ def _is_at_rest(observed: Observed) -> bool:
 
 
 def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    job, now, step, reason = facts.job, facts.now, status.step, _reason(status, facts)
+    job, now, started, reason = facts.job, facts.now, has_started(status), _reason(status, facts)
     suspended = is_true(status, "Suspended")
-    started = step is not None and (bool(step.job_uid) or step.attempt > 1 or step.name != "prepare")
     if not is_true(status, "Prepared"):
-        status = set_condition(status, job, now, "Prepared", "Unknown", _unprepared(step))
+        status = set_condition(status, job, now, "Prepared", "Unknown", _unprepared(status.step))
     is_accepted = started or suspended
     accepted = Reason("Pending", reason.sentence)
     if suspended:

@@ -9,6 +9,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.status import Phase
 from qlora_operator.decisions.advance import RESULT_FAILURES
 from qlora_operator.decisions.limits import LIMIT_FAILURES
+from qlora_operator.decisions.observed.endings import CANCELLED
 from qlora_operator.decisions.observed.objects import Object, parse_time
 from qlora_operator.decisions.pods.attempts import POD_FAILURES
 from qlora_operator.decisions.usage.budget import BUDGET_EXCEEDED
@@ -16,7 +17,7 @@ from qlora_operator.decisions.usage.budget import BUDGET_EXCEEDED
 OTHER = "Other"
 FAILURE_REASONS = frozenset(
     {code.reason for code in ExitCode}
-    | {*POD_FAILURES, *LIMIT_FAILURES, *RESULT_FAILURES, BUDGET_EXCEEDED}
+    | {*POD_FAILURES, *LIMIT_FAILURES, *RESULT_FAILURES, BUDGET_EXCEEDED, CANCELLED}
     | {"BackoffLimitExceeded", "PodFailurePolicy"}
 )
 """Of the trainer, of the operator, and of the Job controller."""

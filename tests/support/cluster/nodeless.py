@@ -125,7 +125,7 @@ class Nodeless:
 
     def succeed_pod(self, pod: dict[str, Any]) -> None:
         """The pod's step ends well."""
-        self._end_pod(pod, 0, "Done", FOUND[pod["metadata"]["labels"][STEP_LABEL]])
+        self._end_pod(pod, 0, "Done", FOUND.get(pod["metadata"]["labels"][STEP_LABEL], {}))
 
     def stop_pod(self, pod: dict[str, Any], code: int) -> None:
         """Wait until the pod is being deleted, end it with that exit code and remove it."""

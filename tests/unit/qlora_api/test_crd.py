@@ -114,6 +114,7 @@ def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
     spec = SCHEMA["properties"]["spec"]
     mutable = {
         "suspend",
+        "cancel",
         "activeDeadlineSeconds",
         "progressDeadlineSeconds",
         "cleanupAfterSeconds",

@@ -216,7 +216,7 @@ def test_whatever_may_change_in_a_cell_is_either_taken_or_none_of_its_business()
     def stored(field: str) -> str | None:
         return QLoRAJobSpec.model_fields[field].alias
 
-    ends = {"suspend", "cleanupAfterSeconds", "ttlSecondsAfterFinished"}
+    ends = {"suspend", "cancel", "cleanupAfterSeconds", "ttlSecondsAfterFinished"}
     assert {stored(field) for field in MUTABLE_FIELDS} == {*CHANGEABLE, *ends}
 
 

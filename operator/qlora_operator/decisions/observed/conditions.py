@@ -59,6 +59,12 @@ def has_trained(status: QLoRAJobStatus) -> bool:
     return status.step is not None and status.step.name == "publish"
 
 
+def has_started(status: QLoRAJobStatus) -> bool:
+    """Whether the job has ever had a Job."""
+    step = status.step
+    return step is not None and (bool(step.job_uid) or step.attempt > 1 or step.name != "prepare")
+
+
 def has_begun(status: QLoRAJobStatus) -> bool:
     """Whether the current step has had a Job since the start or the last retry."""
     step = status.step

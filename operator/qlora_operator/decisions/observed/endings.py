@@ -6,7 +6,7 @@ from qlora_api.artifact_status import published_text
 from qlora_api.figures import without_remaining
 from qlora_api.schema import replace
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
-from qlora_operator.decisions.observed.conditions import ConditionType, Value, truncate
+from qlora_operator.decisions.observed.conditions import ConditionType, Value, condition, truncate
 from qlora_operator.decisions.observed.facts import set_condition
 from qlora_operator.decisions.observed.objects import QLoRAJob, Reason, format_time
 
@@ -14,6 +14,7 @@ from qlora_operator.decisions.observed.objects import QLoRAJob, Reason, format_t
 NOT_FAILED = Reason("NotFailed", "")
 NOT_STALLED = Reason("NotStalled", "")
 NOT_SUSPENDED = Reason("NotSuspended", "")
+CANCELLED = "Cancelled"
 _FINISHED = Reason("Finished", "the job has ended")
 
 
@@ -37,7 +38,8 @@ def fail(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, failure: FailureS
     """The end of the job, with both summary conditions decided: neither stays Unknown."""
     reason = Reason(failure.reason, failure.message)
     if failure.step == "prepare":
-        status = set_condition(status, job, now, "Prepared", "False", Reason(failure.reason, "prepare has failed"))
+        unprepared = Reason(failure.reason, "prepare has not succeeded")
+        status = set_condition(status, job, now, "Prepared", "False", unprepared)
     ends: tuple[tuple[ConditionType, Value, Reason], ...] = (
         ("Succeeded", "False", reason),
         ("Failed", "True", reason),
@@ -49,6 +51,12 @@ def fail(status: QLoRAJobStatus, job: QLoRAJob, now: datetime, failure: FailureS
     for kind, value, why in ends:
         status = set_condition(status, job, now, kind, value, why)
     return without_remaining(replace(status, last_failure=failure, completion_time=format_time(now)))
+
+
+def is_canceled(job: QLoRAJob, status: QLoRAJobStatus) -> bool:
+    """Whether the job was canceled before it had ended."""
+    failed = condition(status, "Failed")
+    return bool(job.spec.cancel) and failed is not None and (failed.status, failed.reason) == ("True", CANCELLED)
 
 
 def failure_of(step: StepName, reason: str, message: str, now: datetime) -> FailureStatus:

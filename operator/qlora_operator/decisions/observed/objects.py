@@ -76,12 +76,12 @@ class QLoRAJob:
     def adopts(self) -> bool:
         """Whether it is to adopt a restored revision before it starts."""
         adopted = self.began_as or self.status.claim_deletion_time is not None
-        return self.is_restored and not (adopted or self.deleting or self.spec.suspend)
+        return self.is_restored and not (adopted or self.deleting or self.spec.suspend or self.spec.cancel)
 
     @property
     def stops(self) -> bool:
         """Whether no pod of it may run, by its user or its profile."""
-        return self.spec.suspend or self.hold is not None
+        return self.spec.suspend or bool(self.spec.cancel) or self.hold is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
     child = observed.child(step.job_name)
     pods = observed.pods_of(step.job_uid)
     for pod in _not_counted(status, step, pods):
-        if pod.decisive and not pod.detached and child is not None and not child.finished:
+        if pod.decisive and not (pod.detached or job.spec.cancel) and child is not None and not child.finished:
             continue  # counted with the end of its Job, which follows immediately
         if pod.stopping and child is not None and not child.deleting and not child.suspended:
             continue  # counted with its end: that its Job was suspended before may be seen after the pod's deletion

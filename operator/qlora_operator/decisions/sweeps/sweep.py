@@ -218,7 +218,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         suspend=bool(spec.get("suspend")),
         suspended_by_sweep=SUSPENDED_ANNOTATION in annotations,
         stopped_by_sweep=STOPPED_ANNOTATION in annotations,
-        retried=phase == "Failed" and request not in (None, status.retry_request),
+        retried=phase == "Failed" and request not in (None, status.retry_request) and not spec.get("cancel"),
         progress=progress.summary if progress else "",
         total_steps=progress.total_steps if progress else 0,
         evaluations=tuple((found.step, found.eval_loss) for found in (progress and progress.evaluations) or ()),

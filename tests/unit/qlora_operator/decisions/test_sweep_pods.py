@@ -9,6 +9,7 @@ import pytest
 from qlora_api.memory.estimate import GIB
 from qlora_api.profile import Profile
 from qlora_api.status import MemoryStatus, QLoRAJobStatus, Resolved, StepName
+from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.manifests.objects import build_job
 from qlora_operator.decisions.observed.facts import Facts
 from qlora_operator.decisions.observed.objects import Observed
@@ -196,11 +197,18 @@ def test_each_cell_shows_that_the_pod_trains_it() -> None:
     assert CHILD in message_of(status)
 
 
-@pytest.mark.parametrize("doing", ["suspended", "failed", "gone"])
+@pytest.mark.parametrize("doing", ["suspended", "failed", "canceled", "gone"])
 def test_the_running_pod_goes_on_for_the_others(doing: str) -> None:
     found = started()
     if doing == "gone":
         del found.cells[FIRST]
+    elif doing == "canceled":
+        found.cells[FIRST] = cell_body(name=FIRST, cancel=True)
+        found.store_status(FIRST, cell_status_of(found, FIRST))
+        ended_cell = cell_status_of(found, FIRST)
+        assert (ended_cell.phase, reason_of(ended_cell)) == ("Failed", "Cancelled")
+        # The pod may still write to its folder: the sweep cleans up.
+        assert cleanup_at(found.cell(FIRST), ended_cell) is None
     else:
         found.cells[FIRST] = cell_body(doing, FIRST)
     assert found.then(child("train"), running(pod("train"))).actions == ()

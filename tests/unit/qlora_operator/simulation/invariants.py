@@ -95,6 +95,7 @@ class Invariants:
         assert job is not None, f"Job {name} is created for a QLoRAJob that is gone"
         assert "deletionTimestamp" not in job["metadata"], f"Job {name} is created for a QLoRAJob under deletion"
         assert not job["spec"].get("suspend"), f"Job {name} is created for a suspended QLoRAJob"
+        assert not job["spec"].get("cancel"), f"Job {name} is created for a canceled QLoRAJob"
         assert not has(job, "Succeeded"), f"Job {name} is created for a QLoRAJob that has succeeded"
         assert not has(job, "Failed") or _is_retried(job["status"], job["spec"]), (
             f"Job {name} is created after a failure"
@@ -104,7 +105,9 @@ class Invariants:
         name, spec = body["metadata"]["name"], body["spec"]
         if body["metadata"]["labels"][STEP_LABEL] == "clean":
             assert job is not None
-            wait = timedelta(seconds=job["spec"]["cleanupAfterSeconds"])
+            seconds = job["spec"].get("cleanupAfterSeconds")
+            assert seconds is not None or is_canceled(job), f"{name} is created and not asked for"
+            wait = timedelta(seconds=seconds or 0)
             assert self._agenda.moment >= parse_time(job["status"]["completionTime"]) + wait, f"{name} is early"
             return
         if name.endswith("-prepare-1"):
@@ -157,11 +160,11 @@ class Invariants:
             self._has_nothing_to_do(job, due)
 
     def _has_nothing_to_do(self, job: Object, due: datetime) -> None:
-        name, spec, status = job["metadata"]["name"], job["spec"], job["status"]
+        name, status = job["metadata"]["name"], job["status"]
         # Of a pod of its sweep, a cell copies the part until its own end: the sweep counts the rest.
         assert not _counting(status, f"{name}-train-"), f"{name} is deleted before its pods have counted"
-        wait = spec.get("cleanupAfterSeconds")
-        if wait is None or "currentRevision" not in status or "completionTime" not in status:
+        wait = cleanup_seconds(job)
+        if wait is None or "completionTime" not in status:
             return
         is_due = parse_time(status["completionTime"]) + timedelta(seconds=wait) <= due
         reason = _condition(status, "CleanedUp").get("reason")
@@ -169,7 +172,7 @@ class Invariants:
 
     def _claim_is_deleted(self, claim: Object) -> None:
         name, owner = claim["metadata"]["name"], self._owners[_owner_of(claim)]
-        assert has(owner, "Succeeded"), f"{name} is deleted before its job has succeeded"
+        assert has(owner, "Succeeded") or is_canceled(owner), f"{name} is deleted before its job has succeeded"
         assert _policy(owner).get("whenFinished") == "Delete", f"{name} is to be retained"
 
     def _watch(self, kind: str, event: str, body: Object) -> None:
@@ -192,7 +195,8 @@ class Invariants:
             if claim is None or "deletionTimestamp" in claim["metadata"] or not seen:
                 continue
             when = "whenDeleted" if uid in self._gone else "whenFinished"
-            stays = _policy(owner).get(when) != "Delete" or (uid not in self._gone and not has(owner, "Succeeded"))
+            is_over = uid in self._gone or has(owner, "Succeeded") or is_canceled(owner)
+            stays = _policy(owner).get(when) != "Delete" or not is_over
             assert stays, f"{name} is there in spite of {when}"
 
     # --- QLoRAJobs
@@ -356,7 +360,22 @@ def _policy(owner: Object) -> Object:
 
 def _is_retried(status: Object, spec: Object) -> bool:
     """Whether the user has asked for a retry after the failure."""
-    return (spec.get("retry") or {}).get("request") not in (None, status.get("retryRequest"))
+    return not spec.get("cancel") and (spec.get("retry") or {}).get("request") not in (None, status.get("retryRequest"))
+
+
+def is_canceled(job: Object) -> bool:
+    """Whether the job was canceled before it had ended."""
+    return has(job, "Failed") and _condition(job["status"], "Failed")["reason"] == "Cancelled"
+
+
+def cleanup_seconds(job: Object) -> int | None:
+    """Return the seconds from the end to the clean-up, None if the job asks for none or has never had a Job."""
+    step = job["status"].get("step") or {}
+    if not (step.get("jobUid") or step.get("attempt", 1) > 1 or step.get("name", "prepare") != "prepare"):
+        return None
+    at_once = 0 if is_canceled(job) and not controller(job) else None
+    seconds: int | None = job["spec"].get("cleanupAfterSeconds", at_once)
+    return seconds
 
 
 def _place(status: Object) -> tuple[int, int]:

@@ -69,6 +69,11 @@ class Lives(RuleBasedStateMachine):
         if job := self.pick("qlorajobs", which):
             self.world.change("qlorajobs", job, suspend=not job["spec"].get("suspend", False))
 
+    @rule(which=WHICH)
+    def cancel(self, which: int) -> None:
+        if job := self.pick("qlorajobs", which):
+            self.world.change("qlorajobs", job, cancel=True)
+
     @rule(which=WHICH, held=st.booleans())
     def delete(self, which: int, held: bool) -> None:
         if job := self.pick("qlorajobs", which):

@@ -18,7 +18,7 @@ from tests.unit.qlora_operator.simulation.controllers import (
     has,
     over,
 )
-from tests.unit.qlora_operator.simulation.invariants import Invariants
+from tests.unit.qlora_operator.simulation.invariants import Invariants, cleanup_seconds
 from tests.unit.qlora_operator.simulation.kubelet import Kubelet, Run
 from tests.unit.qlora_operator.simulation.played_operator import PlayedOperator
 
@@ -222,7 +222,7 @@ def _has_ended(body: Object) -> bool:
         return False
     if spec.get("ttlSecondsAfterFinished") is not None and not controller(body):
         return False
-    return has(body, "CleanedUp") or spec.get("cleanupAfterSeconds") is None or "currentRevision" not in status
+    return has(body, "CleanedUp") or cleanup_seconds(body) is None
 
 
 def _summary(status: Object) -> str:
