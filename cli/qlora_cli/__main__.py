@@ -19,7 +19,7 @@ _COMMANDS = {
     "retry": ("cluster.control:retry", "Retry failed jobs at the step that failed, from their last checkpoints."),
     "cancel": (
         "cluster.control:cancel",
-        "Delete a job; its workspace stays unless its claim's retention policy is Delete.",
+        "End a job for good; its checkpoints and prepared data are deleted.",
     ),
     "adapter": (
         "cluster.downloads:adapter",

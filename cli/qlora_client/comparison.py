@@ -12,7 +12,7 @@ from qlora_client.jobs.job import Job
 
 ABSENT = "–"
 # They decide how the job runs, not the adapter.
-_WITHOUT_EFFECT = frozenset({"suspend", "retry.request", "cleanupAfterSeconds", "activeDeadlineSeconds"})
+_WITHOUT_EFFECT = frozenset({"suspend", "cancel", "retry.request", "cleanupAfterSeconds", "activeDeadlineSeconds"})
 
 
 @dataclass(frozen=True)

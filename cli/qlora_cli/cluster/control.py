@@ -36,6 +36,8 @@ def retry(cluster: Cluster, names: tuple[str, ...]) -> None:
         job = Job(cluster.get(JOBS, name))
         if job.phase != "Failed":
             fail(f"{name} is {job.phase}, and only a failed job can be retried")
+        if job.spec.get("cancel"):
+            fail(f"{name} is canceled: create a job with another name")
         cluster.merge(JOBS, name, {"spec": {"retry": {"request": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"}}})
         click.echo(f"{name} is retried")
 
@@ -45,13 +47,14 @@ def retry(cluster: Cluster, names: tuple[str, ...]) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Skip the question.")
 @with_cluster
 def cancel(cluster: Cluster, name: str, yes: bool) -> None:
-    """Delete a job. Its workspace stays unless its claim's retention policy is Delete."""
+    """End a job for good. Its checkpoints and prepared data are deleted."""
     job = Job(cluster.get(JOBS, name))
-    rest = "its workspace stays" if job.retains_workspace else "its workspace is deleted with it"
+    if job.ended:
+        fail(f"{name} has ended ({job.phase}), so there is nothing to cancel")
     if not yes:
-        _ask(f"Delete {name}, which is {job.phase}? ({rest})", name)
-    cluster.delete(JOBS, name, job.uid)
-    click.echo(f"{name} is deleted; {rest}")
+        _ask(f"Cancel {name}, which is {job.phase}? (its checkpoints and prepared data are deleted)", name)
+    cluster.merge(JOBS, name, {"metadata": {"uid": job.uid}, "spec": {"cancel": True}})
+    click.echo(f"{name} is canceled: it cannot be resumed or retried")
 
 
 def _ask(question: str, name: str) -> None:
@@ -60,9 +63,9 @@ def _ask(question: str, name: str) -> None:
         agreed = click.confirm(question, err=True)
     except click.Abort:
         click.echo(err=True)
-        fail(f"{name} is not deleted, because there was no answer: pass --yes to skip the question")
+        fail(f"{name} is not canceled, because there was no answer: pass --yes to skip the question")
     if not agreed:
-        fail(f"{name} is not deleted")
+        fail(f"{name} is not canceled")
 
 
 def _change_suspension(cluster: Cluster, names: tuple[str, ...], *, suspended: bool) -> None:

@@ -36,7 +36,7 @@ _OPERATOR = "app.kubernetes.io/name=qlora-operator"
 _SETTINGS = "qlora.dev/settings"
 _MOST_TRIALS = 8
 _PURPOSES: Mapping[str, Rights] = {
-    "submit, suspend, resume, retry and cancel jobs": {JOBS: ("create", "patch", "delete")},
+    "submit, suspend, resume, retry and cancel jobs": {JOBS: ("create", "patch")},
     "submit sweeps": {SWEEPS: ("create",)},
     "list and watch": {JOBS: ("get", "list", "watch"), EVENTS: ("list",)},
     "logs and compare": {PODS: ("list",), LOGS: ("get",)},

@@ -109,16 +109,6 @@ class Job:
         return int(self.status.get("failures", 0)) + int(self.status.get("disruptions", 0))
 
     @property
-    def retains_workspace(self) -> bool:
-        """Whether its workspace stays when the job is deleted."""
-        own = (self.spec.get("workspace") or {}).get("persistentVolumeClaimRetentionPolicy")
-        of_profile = (self.status.get("workspace") or {}).get("retentionPolicy")
-        is_outside = "destination" in (self.spec.get("output") or {})
-        policies = (own, of_profile) if is_outside else (own,)
-        found = (policy["whenDeleted"] for policy in policies if policy and "whenDeleted" in policy)
-        return next(found, "Retain") == "Retain"
-
-    @property
     def exit_code(self) -> int:
         """0, or the exit code of the step that has failed; 1 if it has none."""
         if self.phase != "Failed":

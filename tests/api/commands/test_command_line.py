@@ -92,19 +92,23 @@ def test_a_rejection_by_the_api_server_keeps_its_message(team: Reported) -> None
     assert line == 'Error: qlorajobs.qlora.dev "twice" already exists'
 
 
-def test_a_job_is_changed_and_deleted_and_another_of_its_name_stays(team: Reported) -> None:
-    """Objects that the server stores and deletes; see tests/unit/qlora_cli for the rest."""
+def test_a_job_is_changed_and_another_of_its_name_is_not(team: Reported) -> None:
+    """Objects that the server stores; see tests/unit/qlora_cli for the rest."""
     uid = team.job("unwanted")["metadata"]["uid"]
     done(team, "suspend", "unwanted")
     assert team.stored("unwanted")["spec"]["suspend"] is True
     done(team, "cancel", "unwanted", "--yes")
+    assert team.stored("unwanted")["spec"]["cancel"] is True
+    cluster = Cluster.connect(kubeconfig=str(team.plane.kubeconfig), namespace=team.namespace)
+    cluster.delete(JOBS, "unwanted", uid)
     line = denied(team, "cancel", "unwanted", "--yes")
     assert line.startswith('Error: qlorajobs.qlora.dev "unwanted" not found in the namespace people of the context ')
     team.job("unwanted")
-    cluster = Cluster.connect(kubeconfig=str(team.plane.kubeconfig), namespace=team.namespace)
     with pytest.raises(RejectedError, match=rf"the UID in the precondition \({uid}\) does not match"):
         cluster.delete(JOBS, "unwanted", uid)
-    assert team.stored("unwanted")["metadata"]["uid"] != uid
+    with pytest.raises(RejectedError, match=uid):
+        cluster.merge(JOBS, "unwanted", {"metadata": {"uid": uid}, "spec": {"cancel": True}})
+    assert "cancel" not in team.stored("unwanted")["spec"]
 
 
 def test_a_missing_right_is_named_as_a_rule(team: Reported, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_user_who_may_only_list_jobs_gets_the_missing_rules(team: Reported, tm
         f'["list"]}} helps in {OPERATOR_NAMESPACE}, if that is where the operator runs (--operator-namespace)'
     )
     assert (
-        'resources: ["qlorajobs"], verbs: ["create", "patch", "delete"]'
+        'resources: ["qlorajobs"], verbs: ["create", "patch"]'
         in (checks["Your rights: submit, suspend, resume, retry and cancel jobs"]["message"])
     )
 

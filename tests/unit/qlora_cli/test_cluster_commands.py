@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from qlora_api.contract import ExitCode
 from qlora_cli.__main__ import main
 from tests.support.manifests import MINIMAL
-from tests.support.services.api_proxy import ApiProxy, Reply, Request, serve_api
+from tests.support.services.api_proxy import ApiProxy, Reply, serve_api
 from tests.support.services.played_jobs import PlayedJobs
 
 FAILURE = {"step": "train", "reason": "Diverged", "exitCode": 14, "time": "2026-01-02T03:04:05Z"}
@@ -104,41 +104,28 @@ def test_only_a_failed_job_is_retried_and_the_time_is_the_request(team: Team) ->
     ("answer", "reason"),
     [("n\n", ""), ("\n", ""), (None, ", because there was no answer: pass --yes to skip the question")],
 )
-def test_a_job_is_deleted_only_after_a_yes(team: Team, answer: str | None, reason: str) -> None:
+def test_a_job_is_canceled_only_after_a_yes(team: Team, answer: str | None, reason: str) -> None:
     team.jobs.add("unwanted", "Training")
     result = team.run("cancel", "unwanted", answer=answer)
     assert result.exit_code == 1
-    assert "Delete unwanted, which is Training? (its workspace stays)" in result.stderr
-    assert result.stderr.splitlines()[-1] == f"Error: unwanted is not deleted{reason}"
-    assert "unwanted" in team.jobs.stored
-    assert team.run("cancel", "unwanted", answer="y\n").stdout == "unwanted is deleted; its workspace stays\n"
-    assert team.jobs.stored == {}
+    question = "Cancel unwanted, which is Training? (its checkpoints and prepared data are deleted)"
+    assert question in result.stderr
+    assert result.stderr.splitlines()[-1] == f"Error: unwanted is not canceled{reason}"
+    assert "cancel" not in team.jobs.stored["unwanted"]["spec"]
+    done = "unwanted is canceled: it cannot be resumed or retried\n"
+    assert team.run("cancel", "unwanted", answer="y\n").stdout == done
+    assert team.jobs.stored["unwanted"]["spec"]["cancel"] is True
+    assert team.done("cancel", "unwanted", "--yes") == done
 
 
-def test_the_question_names_a_workspace_that_is_deleted_too(team: Team) -> None:
-    policy = {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}}
-    spec = {"output": {"destination": "hf://org/adapter"}}
-    started = {"claimName": "c", "path": "p", "retentionPolicy": policy["persistentVolumeClaimRetentionPolicy"]}
-    team.jobs.add("unwanted", spec=spec | {"workspace": policy})
-    team.jobs.add("by-default", "Training", spec=spec, workspace=started)
-    team.jobs.add("needed", "Training", spec={}, workspace=started)
-    for name, rest in (("unwanted", "is deleted with it"), ("by-default", "is deleted with it"), ("needed", "stays")):
-        assert team.done("cancel", name, "--yes") == f"{name} is deleted; its workspace {rest}\n"
-
-
-def test_a_job_created_anew_while_the_question_was_open_stays(team: Team) -> None:
-    first = team.jobs.add("unwanted")
-
-    def replaced(request: Request) -> Reply:
-        reply = team.jobs(request)
-        if team.jobs.stored.get("unwanted") == first:
-            team.jobs.add("unwanted")
-        return reply
-
-    team.api.weather = replaced
-    line = team.run("cancel", "unwanted", answer="y\n").stderr.splitlines()[-1]
-    assert line.endswith("the UID in the precondition (uid-1) does not match the UID in record (uid-2)")
-    assert team.jobs.stored["unwanted"]["metadata"]["uid"] == "uid-2"
+def test_a_job_that_has_ended_is_not_canceled_and_a_canceled_one_not_retried(team: Team) -> None:
+    before = team.jobs.add("night", "Succeeded")
+    said = "Error: night has ended (Succeeded), so there is nothing to cancel"
+    assert team.denied("cancel", "night", "--yes") == said
+    assert team.jobs.stored["night"] == before
+    before = team.jobs.add("night", "Failed", {"cancel": True})
+    assert team.denied("retry", "night") == "Error: night is canceled: create a job with another name"
+    assert team.jobs.stored["night"] == before
 
 
 @pytest.mark.parametrize("command", ["suspend", "resume", "retry", "cancel", "watch"])
