@@ -1,5 +1,6 @@
 """Output of publish for people, PEFT and servers, its rejections, and clean."""
 
+import csv
 import html
 import json
 import os
@@ -161,7 +162,7 @@ def test_the_folder_describes_itself(finished: Files) -> None:
     }
     assert set(described) == {
         *("adapter_model.safetensors", "adapter_config.json", "README.md"),
-        *("loss.png", "report.html", "lineage.intoto.json"),
+        *("loss.png", "metrics.csv", "report.html", "lineage.intoto.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
 
@@ -208,6 +209,29 @@ def test_the_report_shows_the_run(finished: Files) -> None:
     assert summary["optimizerSteps"] == 30
     assert summary["memory"]["peakBytes"] > 0
     assert summary["dataset"]["usedRows"] == 30
+
+
+def test_the_metrics_of_each_step_are_beside_the_adapter_as_a_table(finished: Files) -> None:
+    lines = (finished.workspace / "report" / "metrics.jsonl").read_text().splitlines()
+    measured: dict[int, dict[str, float]] = {}
+    for entry in map(json.loads, lines):
+        measured.setdefault(entry["step"], {}).update(entry)
+    folder = finished.workspace / "adapter"
+    with (folder / "metrics.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    names = {"train_loss": "loss", "valid_loss": "evalLoss", "learning_rate": "learningRate", "grad_norm": "gradNorm"}
+    assert list(table[0]) == [
+        *("step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "learning_rate", "grad_norm"),
+    ]
+    assert [int(line["step"]) for line in table] == sorted(measured) == list(range(31))
+    for line in table:
+        found = {key: float(line[name]) for name, key in names.items() if line[name]}
+        assert found == {key: value for key, value in measured[int(line["step"])].items() if key in names.values()}
+        assert (line["train_accuracy"], line["valid_accuracy"]) == ("", "")
+    assert (table[0]["train_loss"], table[0]["valid_loss"] != "") == ("", True)
+    statement = json.loads((folder / "lineage.intoto.json").read_text())
+    digests = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+    assert digests["metrics.csv"] == sha256((folder / "metrics.csv").read_bytes()).hexdigest()
 
 
 def test_the_published_page_shows_rows_of_the_data_only_with_report_full(trained: Files) -> None:
@@ -261,7 +285,7 @@ def test_a_destination_on_another_claim_gets_the_same_files(trained: Files, fini
     record = published(to(trained, "pvc://data/team/adapters/tiny"))
     assert record.adapter.uri == "pvc://data/team/adapters/tiny"
     folder = trained.data / "team" / "adapters" / "tiny"
-    same = ("adapter_model.safetensors", "adapter_config.json", "loss.png")
+    same = ("adapter_model.safetensors", "adapter_config.json", "loss.png", "metrics.csv")
     expected, found = content(finished.workspace / "adapter"), content(folder)
     assert {name: found[name] for name in same} == {name: expected[name] for name in same}
     assert not (trained.workspace / "adapter").exists()

@@ -1,5 +1,7 @@
-"""The run's metrics on disk: a JSON line per optimizer step and evaluation."""
+"""The run's metrics on disk: a JSON line per optimizer step and evaluation, and a table of them for people."""
 
+import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -137,3 +139,26 @@ def read_history(metrics: Path) -> MetricsHistory:
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
     return MetricsHistory(**{name: curve(key) for name, key in _KEYS.items()})
+
+
+_COLUMNS = {
+    "train_loss": "loss",
+    "train_accuracy": "accuracy",
+    "valid_loss": "evaluation",
+    "valid_accuracy": "eval_accuracy",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+}
+"""The curve of each column of the table but the first, `step`."""
+
+
+def metrics_table(history: MetricsHistory) -> bytes:
+    """Return the metrics as CSV, a line per optimizer step; a quantity that was not measured is empty."""
+    curves: list[Curve] = [getattr(history, name) for name in _COLUMNS.values()]
+    columns = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["step", *_COLUMNS])
+    for step in sorted({step for curve in curves for step in curve.steps}):
+        lines.writerow([step, *(column.get(step) for column in columns)])
+    return text.getvalue().encode()

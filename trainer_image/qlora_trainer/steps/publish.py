@@ -29,6 +29,7 @@ from qlora_trainer.core.file_names import (
     CURVE_FILE,
     GGUF_FILE,
     HISTORY_FILE,
+    METRICS_FILE,
     MODEL_CARD_FILE,
     REPORT_FILE,
 )
@@ -36,7 +37,7 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confine
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.core.trained_job import TrainedJob
-from qlora_trainer.history.metrics_log import read_history
+from qlora_trainer.history.metrics_log import metrics_table, read_history
 from qlora_trainer.model.adapter.initial import read_initial_adapter
 from qlora_trainer.model.base.cache import require_whole_in_cache
 from qlora_trainer.publishing.gate import check_gate, gate_failure
@@ -278,9 +279,11 @@ def _verify(job: TrainedJob, workspace: WorkspaceLayout) -> Path:
 
 
 def _describe(job: TrainedJob, workspace: WorkspaceLayout, picture: bytes) -> Contents:
-    """The adapter's model card, the picture of its loss, and the tokenizer."""
-    card = adapter_model_card(job, read_history(workspace.report / HISTORY_FILE)).encode()
-    return {MODEL_CARD_FILE: card, CURVE_FILE: picture, **tokenizer_files(job.prepared, workspace)}
+    """The adapter's model card, the picture of its loss with the numbers, and the tokenizer."""
+    history = read_history(workspace.report / HISTORY_FILE)
+    card = adapter_model_card(job, history).encode()
+    run = {MODEL_CARD_FILE: card, CURVE_FILE: picture, METRICS_FILE: metrics_table(history)}
+    return {**run, **tokenizer_files(job.prepared, workspace)}
 
 
 def _adapter_status(
