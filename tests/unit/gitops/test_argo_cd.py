@@ -100,6 +100,11 @@ def test_only_the_applicable_action_is_offered_and_it_changes_one_field(case: Ca
     assert evaluate(script, case.body) == with_tables(case.body | {"spec": changed_spec(case.body, case.action)})
 
 
+def test_no_action_is_offered_for_a_canceled_job() -> None:
+    for case in cases():
+        assert evaluate(ACTIONS["discovery.lua"], case.body | {"spec": {"cancel": True}}) == {}
+
+
 def test_an_object_without_a_status_is_waited_for() -> None:
     body = {key: value for key, value in cases()[0].body.items() if key != "status"}
     assert evaluate(HEALTH, body)["status"] == "Progressing"
