@@ -1,5 +1,6 @@
-"""The losses of jobs over their optimizer steps, from the logs of their pods or from their workspaces."""
+"""The losses of jobs over their optimizer steps, from logs of pods, from statuses or from workspaces."""
 
+import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,14 @@ def of_records(records: Iterable[ProgressRecord]) -> LossHistory:
     return history.finished()
 
 
+def of_status(job: Job) -> LossHistory:
+    """The losses that the job's status keeps: a point now and then."""
+    history = _Growing()
+    for line in csv.DictReader(str(job.status.get("history") or "").splitlines()):
+        history.add(int(line["step"]), _number(line["train_loss"] or None), _number(line["valid_loss"] or None))
+    return history.finished()
+
+
 def _number(value: Any) -> float | None:
     number = None if value is None else float(value)
     return number if number is None or isfinite(number) else None
@@ -97,22 +106,10 @@ class _Growing:
         return LossHistory(dict(sorted(self._training.items())), dict(sorted(self._held_out.items())))
 
 
-def read_losses(cluster: Cluster, job: Job) -> dict[int, float]:
-    """Training loss by optimizer step, in their order, from the remaining train pods.
-
-    They report every few seconds, so steps are missing. Raises ForbiddenError if the user may not read logs, and
-    ClusterError.
-    """
-    losses: dict[int, float] = {}
-    for record in read_progress(cluster, job):
-        add_loss(losses, record.training_step, record.loss)
-    return losses
-
-
 def read_progress(cluster: Cluster, job: Job) -> Iterator[ProgressRecord]:
     """Return the records of the remaining train pods, pod by pod.
 
-    Raises as `read_losses` does.
+    Raises ForbiddenError if the user may not read logs, and ClusterError.
     """
     for pod in pods_of(cluster, job):
         if pod.step != "train" or not pod.has_log:
@@ -127,25 +124,17 @@ def read_progress(cluster: Cluster, job: Job) -> Iterator[ProgressRecord]:
             continue
 
 
-def add_loss(losses: dict[int, float], step: int, loss: float | None) -> None:
-    """Add the latest loss, and drop those of later steps: the run has gone back."""
-    if loss is None or step < 1:
-        return
-    while losses and next(reversed(losses)) >= step:
-        losses.popitem()
-    losses[step] = loss
-
-
 _MOST_BYTES = 2**28
 
 
 def read_histories(cluster: Cluster, jobs: Sequence[Job], say: Callable[[str], None]) -> dict[str, LossHistory]:
     """The histories by the jobs' names, as far as they can be read.
 
-    Logs are read directly, and are deleted a while after a job; the workspace keeps every step, and takes a pod for
-    each claim. `say` receives progress messages, and the reason for an incomplete or missing history.
+    Logs are read directly, and are deleted a while after a job; the status keeps some steps, and the workspace every
+    one, which takes a pod for each claim. `say` receives progress messages, and the reason for an incomplete or missing
+    history.
     """
-    histories = {job.name: _of_logs(cluster, job, say) for job in jobs}
+    histories = {job.name: _without_pod(cluster, job, say) for job in jobs}
     for claim, users in _by_claim(job for job in jobs if not histories[job.name].suffices(_total_steps(job))).items():
         try:
             with reading(cluster, users[0], claim, say=say) as reader:
@@ -163,6 +152,11 @@ def _of_logs(cluster: Cluster, job: Job, say: Callable[[str], None]) -> LossHist
     except ClusterError as error:
         say(f"the logs of {job.name} cannot be read: {error}")
         return LossHistory()
+
+
+def _without_pod(cluster: Cluster, job: Job, say: Callable[[str], None]) -> LossHistory:
+    """The history of the logs, or that of the status if it has more points."""
+    return max(_of_logs(cluster, job, say), of_status(job), key=lambda history: len(history.training))
 
 
 def _by_claim(jobs: Iterator[Job]) -> Mapping[str, list[Job]]:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from qlora_api.artifact_status import ReportStatus
 from qlora_api.contract import REPORT_FILE, ProgressRecord, ResultRecord, nine_digits
 from qlora_api.duration import format_duration
+from qlora_api.loss_history import with_losses
 from qlora_api.schema import replace, replace_known
 from qlora_api.spec.output import SERVED_TRACKERS, TrackedRun, TrackingStatus
 from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus
@@ -37,7 +38,8 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
         updated_at=record.time,
     )
     progress = _with_steps(progress, record.training_step, record.total_steps)
-    status = replace(status, progress=_with_time_left(progress, record.remaining_seconds))
+    history = with_losses(status.history, record.training_step, record.loss, record.eval_loss)
+    status = replace(status, progress=_with_time_left(progress, record.remaining_seconds), history=history)
     if record.checkpoint_step is None or record.checkpoint_time is None:
         return status
     return replace(status, checkpoint=CheckpointStatus(step=record.checkpoint_step, saved_at=record.checkpoint_time))
@@ -113,6 +115,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
     progress, step = _with_measures(status.progress or ProgressStatus(), record), record.training_step
     if step:
         progress = _with_steps(progress, step, record.total_steps or step, ended=record.outcome == "succeeded")
+        status = replace(status, history=with_losses(status.history, step, record.loss, record.eval_loss))
     outcome = record.message if (record.step, record.outcome) == ("train", "succeeded") else progress.outcome
     status = replace(status, progress=_with_time_left(replace(progress, outcome=outcome), None))
     if status.memory is not None and record.peak_memory_bytes is not None:

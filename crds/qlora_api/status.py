@@ -13,6 +13,7 @@ from qlora_api.artifact_status import (
     ReportStatus,
 )
 from qlora_api.choice import MAX_CHOICES, Choice
+from qlora_api.loss_history import MAX_HISTORY_LENGTH, MAX_POINTS
 from qlora_api.profile import Profile
 from qlora_api.retention import ClaimRetentionPolicy
 from qlora_api.schema import ObservedModel
@@ -326,6 +327,12 @@ class QLoRAJobStatus(ObservedModel):
     )
     step: StepStatus | None = Field(None, description="The step that runs, or ran last.")
     progress: ProgressStatus | None = Field(None, description="Progress of training.")
+    history: str | None = Field(
+        None,
+        max_length=MAX_HISTORY_LENGTH,
+        description=f"Losses of the run as CSV with a line for the columns, at most {MAX_POINTS} points: the first, "
+        "the latest, and evaluations before others. The file metrics.csv next to the adapter has every step.",
+    )
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
     dataset: DatasetStatus | None = Field(None, description="Counts of prepare for the data set.")
     settings: tuple[Choice, ...] | None = Field(

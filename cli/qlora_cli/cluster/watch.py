@@ -16,7 +16,7 @@ from qlora_api.status import StepName
 from qlora_cli.cluster.connection import job_name, note, with_cluster
 from qlora_cli.cluster.draw import Moment, end_of, line_of, picture
 from qlora_cli.local.display import describe
-from qlora_client.history import add_loss, read_losses
+from qlora_client.history import of_status
 from qlora_client.jobs.follow import Say, follow_job
 from qlora_client.jobs.job import Job
 from qlora_client.jobs.logs import read_logs
@@ -54,32 +54,23 @@ def watch_job(cluster: Cluster, name: str, console: Console) -> int:
 
 
 class _Observer:
-    """Collects losses and Events, and passes `say` a message for each failure."""
+    """Collects Events, and passes `say` a message for each failure."""
 
     def __init__(self, cluster: Cluster, say: Say) -> None:
         self._cluster = cluster
         self._say = say
         self._denied: set[str] = set()
-        self._losses: dict[int, float] = {}
-        self._has_read_losses = False
 
     def look(self, job: Job) -> Moment:
         """The job's current state, with the losses and Events so far."""
-        step = int(job.progress.get("step", 0))
-        if step and not self._has_read_losses:
-            # Losses from before the watch. Later ones are in the status.
-            with self._told():
-                self._losses = read_losses(self._cluster, job)
-                self._has_read_losses = True
-        add_loss(self._losses, step, job.progress.get("loss"))
         events: list[Event] = []
         with self._told():
             events = events_of(self._cluster, job.uid)
-        return Moment(job, self._losses, events)
+        return Moment(job, of_status(job).training, events)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Continue without losses or Events that cannot be read: only the job matters."""
+        """Continue without Events that cannot be read: only the job matters."""
         try:
             yield
         except UnreachableError:

@@ -41,6 +41,7 @@ def may_stay_unstored(stored: QLoRAJobStatus, status: QLoRAJobStatus, now: datet
     rest_of_it = replace(
         status,
         progress=_without_figures(progress, stored.progress),
+        history=stored.history,
         step=replace(step, progressed_at=before.progressed_at, reported_at=before.reported_at),
         usage=_without_running_seconds(status.usage, stored.usage),
         forecast=_without_amount(status.forecast, stored.forecast),

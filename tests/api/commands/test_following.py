@@ -38,17 +38,14 @@ def at(step: int, loss: float) -> dict[str, object]:
 
 
 def test_a_terminal_shows_bar_curve_speed_time_left_and_events(team: Reported) -> None:
-    job = team.job("seen")
-    team.pod(job, "seen-train-1", "train")
-    uid = team.pod_uid("seen-train-1")
-    team.kubelet.logs["seen-train-1"].add(*(progress(job, uid, step, 3 - step / 50) for step in range(1, 60)))
-    team.start("seen-train-1")
-    team.report("seen", "Training", progress=at(60, 1.75))
+    team.job("seen")
+    history = "\n".join(("step,train_loss,valid_loss", *(f"{step},{3 - step / 50}," for step in range(1, 60))))
+    team.report("seen", "Training", progress=at(60, 1.75), history=history)
     team.event("seen", "Training", "step 60 is done")
     with typed("watch", "seen", *options(team), terminal=True) as watch:
         watch.wait_for("850 tokens/s, 40m left")
         watch.wait_for("step 60 is done")
-        # Of step 1, which only the log has.
+        # Of step 1, long before the watch.
         watch.wait_for("2.98 |")
         assert re.search(r"[⠁-⣿]", watch.shown)
         assert "━" in watch.shown

@@ -73,7 +73,7 @@ def test_a_running_and_a_suspended_job_are_canceled_and_each_frees_its_place(ope
     other = start(operated, "another")
     operated.succeed(other)
     operated.wait_for_phase(other, "Succeeded")
-    # What has ended stays, with a new request too.
+    # Ended jobs stay, with a new request too.
     change(operated, other, cancel=True)
     change(operated, running, retry={"request": "again"})
     generations = {name: operated.job(name)["metadata"]["generation"] for name in (other, running)}

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from qlora_api.contract import ProgressRecord
-from qlora_client.history import LossHistory, of_metrics, of_records
+from qlora_client.history import LossHistory, of_metrics, of_records, of_status
+from qlora_client.jobs.job import Job
 
 
 def test_the_metrics_of_a_workspace_have_every_step() -> None:
@@ -45,6 +46,12 @@ def test_an_evaluation_counts_once_however_often_it_is_reported() -> None:
     history = of_records([record(0, None, 3.0), record(5, 2.0, 3.0), record(10, 1.9, 2.1), record(15, 1.8, 2.1)])
     assert history.held_out == {0: 3.0, 10: 2.1}
     assert history.best == (10, 2.1)
+
+
+def test_the_status_keeps_losses_when_the_pods_are_gone() -> None:
+    table = "step,train_loss,valid_loss\n0,,3.5\n1,3.25,\n9,2.5,2.75"
+    assert of_status(Job({"status": {"history": table}})) == LossHistory({1: 3.25, 9: 2.5}, {0: 3.5, 9: 2.75})
+    assert of_status(Job({"status": {}})) == LossHistory()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ import qlora_client
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import CELLS_IN_POD_ANNOTATION
 from qlora_api.spec.job import QLoRAJobSpec
-from qlora_client.history import add_loss
 from qlora_client.jobs.job import Job
 from qlora_client.jobs.logs import _Place
 from qlora_client.jobs.pods import CONTAINER, Pod
@@ -112,13 +111,6 @@ def test_each_line_comes_once_wherever_the_connection_ends(steps: list[int], end
         since = place.time.replace(microsecond=0) if place.time else BEGIN
         read += [entry.text for entry in place.new(each for each in entries[:end] if each.time >= since)]
     assert read == [str(number) for number in range(len(entries))]
-
-
-def test_a_run_that_resumes_drops_the_losses_after_its_checkpoint() -> None:
-    losses: dict[int, float] = {}
-    for step, loss in [(0, 9.0), (10, 3.0), (20, 2.0), (30, 1.9), (15, 2.5), (20, None), (25, 2.2)]:
-        add_loss(losses, step, loss)
-    assert losses == {10: 3.0, 15: 2.5, 25: 2.2}
 
 
 def test_the_container_is_that_of_the_contract() -> None:

@@ -11,7 +11,7 @@ import pytest
 from qlora_api.contract import encode_record
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.reconcile.progress import ProgressReader
-from tests.support.builders import NAME, after, child, job_body, pod, progress, running, status_in, time
+from tests.support.builders import NAME, after, child, ended, job_body, pod, progress, result, running, status_in, time
 from tests.support.cluster.memory_cluster import KEY, MemoryCluster, operator, shown
 
 FIGURES = {"training_step": 100, "total_steps": 1000, "loss": 1.5, "epoch": 0.1, "training_since": time(-60)}
@@ -91,3 +91,19 @@ def test_a_run_that_hangs_is_measured_from_its_last_report() -> None:
     assert job.cluster.status.step is not None
     assert job.cluster.status.step.progressed_at == time(100)
     assert not job.look(120)
+
+
+def test_losses_of_the_run_stay_in_the_status_when_its_pods_are_gone() -> None:
+    job = Training(jobs=150)
+    for step, loss, eval_loss in ((120, 1.4, 1.75), (140, 1.3, 1.75), (160, 1.2, 1.5)):
+        job.report(step, training_step=step, loss=loss, eval_loss=eval_loss)
+    kept = "step,train_loss,valid_loss\n100,1.5,\n120,1.4,1.75\n140,1.3,\n160,1.2,1.5"
+    assert job.cluster.status.history == kept
+
+    end = pod("train")
+    facts: dict[str, Any] = {"training_step": 200, "total_steps": 200, "loss": 1.1, "eval_loss": 1.25}
+    job.cluster.jobs, job.cluster.pods = [child("train", Complete="")], [ended(end, 0, result(end, "train", **facts))]
+    job._store = shown(job.cluster)
+    job.look(200)
+
+    assert job.cluster.status.history == f"{kept}\n200,1.1,1.25"
