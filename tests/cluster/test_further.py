@@ -77,7 +77,16 @@ def test_a_job_that_continues_a_failed_one_begins_at_its_checkpoint(tenant: Tena
     second = tenant.apply(tiny_job("second", steps=ENDLESS, continues=first))
     progress = tenant.wait(second, lambda s: s.get("progress", {}).get("step", 0) > 0, what="the second job trains")
     assert progress["progress"]["step"] >= saved
-    tenant.kubectl("delete", "qlorajob", first, second, "--wait=false")
+
+    tenant.patch(second, cancel=True)
+
+    is_clean = lambda _: tenant.condition(second, "CleanedUp").get("status") == "True"  # noqa: E731
+    status = tenant.wait(second, is_clean, what="the canceled job is cleaned up")
+    assert tenant.condition(second, "Failed")["reason"] == "Cancelled"
+    assert status["history"].startswith("step,train_loss,valid_loss\n")
+    with tenant.volume(status["workspace"]["claimName"]) as files:
+        assert set(files.run("ls", f"/volume/{status['workspace']['path']}").split()) == {"records", "report"}
+    tenant.kubectl("delete", "qlorajob", first, "--wait=false")
 
 
 def test_a_job_that_compares_answers_reports_how_often_it_prefers_the_chosen(tenant: Tenant) -> None:

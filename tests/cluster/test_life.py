@@ -189,7 +189,9 @@ def test_the_command_line_downloads_the_adapter_and_the_report_and_leaves_no_pod
     assert hashlib.sha256(content).hexdigest() == finished.status["adapter"]["sha256"]
     qlora(tenant, "report", NAME, "--output", str(report), "--no-open")
     assert NAME in report.read_text()
-    # It has not trained, so that only the first has a curve, from its workspace.
+    table, *lines = (adapter / "metrics.csv").read_text().splitlines()
+    assert (table.partition(",")[0], lines[-1].partition(",")[0]) == ("step", str(LONG))
+    # It has not trained, so that only the first has a curve.
     other = tenant.apply(tiny_job("other", suspend=True))
     compared = qlora(tenant, "compare", NAME, other, "--picture", str(picture))
     assert f"{LONG}/{LONG}" in compared
