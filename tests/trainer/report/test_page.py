@@ -1,5 +1,6 @@
 """The report: a person's view of a run in a browser, on one self-contained page."""
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -174,6 +175,8 @@ def test_the_page_of_a_run_that_compared_answers_shows_rewards_and_accuracy(trai
         "heldOutAccuracyBefore": 0.5,
         "heldOutAccuracyAfter": 0.9,
     }
+    *_, last = csv.DictReader((trained.workspace / "adapter" / "metrics.csv").read_text().splitlines())
+    assert (last["train_accuracy"], last["valid_accuracy"]) == ("1.0", "0.9")
 
 
 def test_page_card_and_summary_name_equal_rows_and_the_continued_run(trained: Files) -> None:
