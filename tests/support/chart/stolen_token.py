@@ -250,6 +250,7 @@ DENIED: dict[str, Attempt] = {
     ),
     "a cell loses its gate": _merge("qlorajobs", CELL, {"spec": {"gate": None}}, _SUSPEND),
     "a cell gets more hours": _merge("qlorajobs", CELL, {"spec": {"budget": {"gpuHours": 1000}}}, _SUSPEND),
+    "a cell is canceled": _merge("qlorajobs", CELL, {"spec": {"cancel": True}}, _SUSPEND),
     "a policy that opens every pod": _applied(foreign("NetworkPolicy", spec=_EVERY_POD), says=_POLICIES),
     "a policy of the operator's name that opens every pod": _applied(
         _with(_JOBS, "spec", **_EVERY_POD), says=_POLICIES
