@@ -1,10 +1,20 @@
 """The GPUs that a plan can name: their memory and speed; and those of nodes that training cannot use.
 
 Memory is the total that `nvidia-smi` shows, with error correction as it is delivered: the readings that modal-labs
-publishes of its machines (modal-client, pull request 2797), for the RTX 4090 RLinf (RLinf, issue 255), and NVIDIA's for
-the H200. Speed is dense bfloat16 on tensor cores with 32-bit sums, in 10^12 operations per second: NVIDIA's data sheets
-of each GPU (where they give it with sparsity, half of it) and, for the RTX 4090, its Ada white paper. The T4 has no
-bfloat16, so no job can be trained on it.
+publishes of its machines (modal-client, pull request 2797), and for others
+
+- A10G: NVIDIA/DCGM, issue 232
+- RTX 3090 and 5090: noonghunna/club-3090, issues 390 and 1229
+- RTX 4090: RLinf, issue 255
+- A40: chatdoc-com/OCRFlux, issue 64
+- RTX A6000: gist 193ee00f46c94ee7fb6f048588bc8032 of bigsnarfdude
+- RTX 6000 Ada: the README of Advantech-COE/X86-GPU_Passthrough-EdgeSync-SDK
+- H200: NVIDIA's
+- B200: NVIDIA/TensorRT-LLM, issue 10278
+
+Speed is dense bfloat16 on tensor cores with 32-bit sums, in 10^12 operations per second: NVIDIA's data sheets of each
+GPU (where they give it with sparsity, half of it; of the RTX 6000 Ada a quarter of its 8-bit one) and, for GeForce, its
+RTX Blackwell white paper. The T4 has no bfloat16, so no job can be trained on it.
 """
 
 from collections.abc import Mapping
@@ -42,12 +52,20 @@ class Gpu:
 _GPUS = (
     Gpu("t4", "T4", 15_360, 65, has_bfloat16=False),
     Gpu("a10", "A10", 23_028, 125),
+    Gpu("a10g", "A10G", 23_028, 70),
     Gpu("l4", "L4", 23_034, 121),
     Gpu("4090", "RTX 4090", 24_564, 165),
+    Gpu("3090", "RTX 3090", 24_576, 71),
+    Gpu("5090", "RTX 5090", 32_607, 209.5),
+    Gpu("a100-40", "A100 40 GB", 40_960, 312),
     Gpu("l40s", "L40S", 46_068, 362),
+    Gpu("a40", "A40", 46_068, 150),
+    Gpu("6000-ada", "RTX 6000 Ada", 49_140, 364),
+    Gpu("a6000", "RTX A6000", 49_140, 155),
     Gpu("h100", "H100 SXM", 81_559, 989),
     Gpu("a100", "A100 80 GB", 81_920, 312),
     Gpu("h200", "H200", 143_771, 989),
+    Gpu("b200", "B200", 183_359, 2250),
 )
 GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _GPUS}
 """By name, those with the least memory first."""

@@ -290,7 +290,7 @@ def _show_gpu_sizes(memory: MemoryEstimate, console: Console) -> None:
     for gpu in GPUS.values():
         if gpu.has_bfloat16:
             judged = verdict(memory, gpu.gib)
-            console.print(f"  {gpu.name:<5} {gib_of_gpu(gpu.gib):>9}  [{COLORS[judged]}]{judged}[/]", highlight=False)
+            console.print(f"  {gpu.name:<8} {gib_of_gpu(gpu.gib):>9}  [{COLORS[judged]}]{judged}[/]", highlight=False)
     console.print("A CPU computes in bfloat16, but an x86 processor without instructions for it in float32.")
     console.print("A CPU whose pod has room may keep activations, which this plan leaves out.")
 
