@@ -30,6 +30,7 @@ OLDEST_DRIVER = 580
 
 NVIDIA, CUDA Compatibility, Minor Version Compatibility.
 """
+_LARGEST_GIB = 9999
 _MIB_PER_GIB = 1024
 
 
@@ -95,6 +96,16 @@ def why_unfit(labels: Mapping[str, str]) -> str | None:
     if not driver.isdecimal():
         return None
     return f"driver {driver}, and {OLDEST_DRIVER} is needed" if int(driver) < OLDEST_DRIVER else ""
+
+
+def gpu_memory_of(labels: Mapping[str, str], resource: str | None) -> int | None:
+    """Return the GiB of each GPU of a node with these labels, rounded down, or None if they do not have it.
+
+    `resource`: the extended resource of its GPUs, or of parts of one (MIG). GPU Feature Discovery has a label for each.
+    """
+    mib = labels.get(f"{resource}.memory", "")
+    gib = int(mib) // _MIB_PER_GIB if mib.isdecimal() else 0
+    return gib if 0 < gib <= _LARGEST_GIB else None
 
 
 def has_room_for_groups(gib: float | None) -> bool:

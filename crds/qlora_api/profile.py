@@ -211,7 +211,8 @@ class Profile(PodOptions):
     gpu_memory: GpuMemory | None = Field(
         None,
         description="Memory of one GPU, for example 79Gi, for jobs that do not set resources.gpuMemory. Leave it out "
-        "if the nodes have GPUs of several sizes.",
+        "if the nodes have GPUs of several sizes, or all have the same, which GPU Feature Discovery has labeled "
+        "(status.gpuMemory).",
     )
     gpu_tflops: float | None = Field(
         None,

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from qlora_api.kubernetes_values import GpuMemory
 from qlora_api.schema import ObservedModel
 from qlora_api.status import MAX_CONDITIONS, Condition
 from qlora_api.status_types import Count, GpuTime
@@ -54,6 +55,11 @@ class QLoRAProfileStatus(ObservedModel):
     )
     running_jobs: Count = Field(0, description="Jobs with a step at work.")
     waiting_jobs: Count = Field(0, description="Jobs that wait to start, in a queue, or for the profile.")
+    gpu_memory: GpuMemory | None = Field(
+        None,
+        description="Memory of each GPU by the labels of the profile's nodes, for jobs that set none; not set if "
+        "spec.gpuMemory is, or if the labels are missing or differ.",
+    )
     namespaces: tuple[NamespaceUsage, ...] = Field(
         (),
         max_length=5000,

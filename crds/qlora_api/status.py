@@ -200,10 +200,10 @@ class MemoryStatus(ObservedModel):
     low_bytes: Bytes | None = Field(None, description="Lower end of what is plausible; not set if it is unknown.")
     high_bytes: Bytes | None = Field(None, description="Upper end of what is plausible; not set if it is unknown.")
     budget_bytes: Bytes | None = Field(
-        None, description="Usable memory of the GPU; not set if resources.gpuMemory is not."
+        None, description="Usable memory of the GPU; not set if neither job, profile nor nodes have it."
     )
     verdict: Literal["fits", "tight", "exceeds", "unknown"] = Field(
-        description="Whether the run fits the GPU; unknown if resources.gpuMemory or the estimate is not set."
+        description="Whether the run fits the GPU; unknown if its memory or the estimate is."
     )
     shared_bytes: Bytes | None = Field(
         None,

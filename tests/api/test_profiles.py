@@ -84,10 +84,11 @@ def test_a_job_waits_for_its_profile_and_then_for_its_namespaces_label(operated:
 
 def test_a_job_waits_until_a_node_has_the_driver_that_its_image_needs(operated: Nodeless) -> None:
     pool = {"pool": "driver"}
-    labels = pool | {"nvidia.com/cuda.driver-version.major": "570"}
+    labels = pool | {"nvidia.com/cuda.driver-version.major": "570", "nvidia.com/gpu.memory": "46068"}
     node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "old-gpu", "labels": labels}}
     operated.kubectl.apply(json.dumps(node))
-    apply_profile(operated.plane, "driver", {"image": CPU["image"], "nodeSelector": pool})
+    profile = {"image": CPU["image"], "nodeSelector": pool, "gpuResource": "nvidia.com/gpu"}
+    apply_profile(operated.plane, "driver", profile)
     operated.kubectl("wait", "--for=condition=Ready", "qloraprofile/driver", "--timeout=60s")
     submit(operated, "driven", "driver")
     job = wait_for_reason(operated, "driven", "GPUNotSupported")
@@ -96,6 +97,10 @@ def test_a_job_waits_until_a_node_has_the_driver_that_its_image_needs(operated: 
     assert operated.children("driven") == []
     operated.kubectl("label", "node", "old-gpu", "--overwrite", "nvidia.com/cuda.driver-version.major=580")
     operated.wait_for_phase("driven", "Preparing")
+    operated.kubectl("wait", "--for=jsonpath={.status.gpuMemory}=44Gi", "qloraprofile/driver", "--timeout=60s")
+    name = operated.job("driven")["status"]["currentRevision"]
+    revision = operated.kubectl.get("controllerrevision", name, f"--namespace={NAMESPACE}")
+    assert json.loads(revision["data"]["document"])["spec"]["resources"]["gpuMemory"] == "44Gi"
     operated.kubectl("delete", "node", "old-gpu")
 
 

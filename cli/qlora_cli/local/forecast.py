@@ -28,6 +28,7 @@ from qlora_api.forecast import parse_price as parse_price_text
 from qlora_api.gpus import find_gpu
 from qlora_api.kubernetes_values import GPU_MEMORY, gibibytes
 from qlora_api.profile import Profile
+from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.spec.resolved import ResolvedSpec, ResolvedTraining
 from qlora_api.steps import EVALUATIONS, FEW_STEPS, optimizer_steps, remarks_on_steps
 from qlora_cli.local.plan import MemoryPlan
@@ -98,10 +99,12 @@ def gpu_of_profile(_context: click.Context, _parameter: click.Parameter, file: T
         content = YAML(typ="safe").load(file)
         # A newer release's profile may have fields that this one lacks.
         profile = Profile.model_validate(content["spec"], extra="ignore")
+        status = QLoRAProfileStatus.model_validate(content.get("status") or {}, extra="ignore")
     except (YAMLError, ValidationError, LookupError, TypeError) as error:
         raise click.BadParameter(f"{file.name} is no QLoRAProfile: {error}") from None
     price = (profile.gpu_hour_price, profile.currency)
-    gib = None if profile.gpu_memory is None or profile.device == "cpu" else gibibytes(profile.gpu_memory)
+    memory = profile.gpu_memory or status.gpu_memory
+    gib = None if memory is None or profile.device == "cpu" else gibibytes(memory)
     return GpuOfPlan(
         gib,
         profile.gpu_tflops,

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import ValidationError
 
-from qlora_api.gpus import why_unfit
+from qlora_api.gpus import gpu_memory_of, why_unfit
 from qlora_api.kubernetes_values import gibibytes
 from qlora_api.profile import Profile
 from qlora_client.doctor.facts import (
@@ -19,7 +19,6 @@ from qlora_client.doctor.facts import (
     untolerated,
 )
 
-_MIB_PER_GIB = 1024
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 # Of the large clouds and of nodes' disks: their volumes are attached to one node at a time.
 _ONE_NODE = (
@@ -135,14 +134,10 @@ def _check_nodes(title: str, name: str, profile: Profile, nodes: Sequence[Object
 
 
 def _wrong_memory(name: str, profile: Profile, nodes: Sequence[Object]) -> str:
-    """Return the remedy if the profile's gpuMemory is missing, or above the nodes' labels, or an empty text."""
-    labels = [(node["metadata"].get("labels") or {}).get("nvidia.com/gpu.memory", "") for node in nodes]
-    if not all(map(str.isdecimal, labels)):
-        return ""
-    smallest, largest = (size // _MIB_PER_GIB for size in (min(map(int, labels)), max(map(int, labels))))
-    if profile.gpu_memory is None and smallest == largest:
-        return f"its GPUs have {smallest}Gi: set it as spec.gpuMemory of QLoRAProfile {name}, for jobs that do not"
-    if profile.gpu_memory is not None and gibibytes(profile.gpu_memory) > smallest:
+    """Return the remedy if the profile's gpuMemory is above the nodes' labels, or an empty text."""
+    found = (gpu_memory_of(node["metadata"].get("labels") or {}, profile.gpu_resource) for node in nodes)
+    smallest = min((size for size in found if size is not None), default=None)
+    if profile.gpu_memory is not None and smallest is not None and gibibytes(profile.gpu_memory) > smallest:
         wrong = f"spec.gpuMemory of QLoRAProfile {name} is {profile.gpu_memory}, and its smallest GPU has {smallest}Gi"
         return f"{wrong}: set it to that"
     return ""

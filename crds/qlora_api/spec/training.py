@@ -250,7 +250,7 @@ class TrainingSpec(ApiModel):
     gradient_checkpointing: Annotated[bool | None, Decides.NOT_THE_ADAPTER] = Field(
         default=None,
         description="Recompute activations in the backward pass: saves much memory, takes a third more time. "
-        "Automatic: where resources.gpuMemory is set, only blocks whose activations it has no room for. If that has no "
+        "Automatic: where the GPU's memory is known, only blocks whose activations it has no room for. If that has no "
         "room for the inputs of recomputed blocks, these are held in host memory, in up to half of resources.memory. "
         "On a CPU: all blocks, unless resources.memory has room for their activations.",
     )
@@ -330,8 +330,8 @@ class ResourcesSpec(ApiModel):
     )
     gpu_memory: GpuMemory | None = Field(
         default=None,
-        description="Memory of each GPU, for example 24Gi; the profile's if not set. With either, prepare, which has "
-        "no GPU, rejects a job that cannot fit, and keeps as many activations as do.",
+        description="Memory of each GPU, for example 24Gi; the profile's, or that of its nodes, if not set. With any, "
+        "prepare, which has no GPU, rejects a job that cannot fit, and keeps as many activations as do.",
     )
     cpu: Quantity | None = Field(default=None, description="CPU cores of each train pod; the profile's if not set.")
     memory: Quantity | None = Field(

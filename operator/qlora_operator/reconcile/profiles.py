@@ -10,7 +10,7 @@ from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.schema import replace
 from qlora_operator.decisions.observed.holds import is_spent
 from qlora_operator.decisions.observed.objects import Reason
-from qlora_operator.decisions.profiles.gpu_nodes import objection_to_nodes
+from qlora_operator.decisions.profiles.gpu_nodes import memory_of_nodes, objection_to_nodes
 from qlora_operator.decisions.profiles.ledger import is_counted, seconds_of_month, unknown, with_usage
 from qlora_operator.decisions.profiles.stored_profile import StoredProfile, judged
 from qlora_operator.keys import Key
@@ -135,19 +135,23 @@ class ProfileReconciler:
             self._obstacle = f"the operator may not list Namespaces: {error}"
 
     async def _look_at_nodes(self) -> None:
-        """Read the labels of each profile's nodes, and requeue the jobs of one whose GPUs become fit or unfit.
+        """Read the labels of each profile's nodes, and requeue the jobs of one whose GPUs become others.
 
         Without the right to do so nothing is known of the nodes, and all jobs start.
         """
         cuda = {name: profile for name, profile in self._profiles.items() if profile.device == "cuda"}
         found: dict[str, Reason] = {}
+        memory: dict[str, str | None] = {}
         try:
             for name, profile in cuda.items():
-                why = objection_to_nodes(name, await self._cluster.node_labels(profile.node_selector))
+                nodes = await self._cluster.node_labels(profile.node_selector)
+                memory[name] = memory_of_nodes(profile, nodes)
+                why = objection_to_nodes(name, nodes)
                 found |= {name: why} if why is not None else {}
         except RejectedError as error:
             logger.debug("the operator may not list Nodes: %s", error)
-            found = {}
+            found, memory = {}, {}
+        self._profiles.note_gpu_memory(memory)
         changed = {name for name, _ in found.items() ^ self._accounts.no_gpu.items()}
         self._accounts.no_gpu = found
         self._enqueue_all(self._jobs.jobs.of(changed))
@@ -162,7 +166,8 @@ class ProfileReconciler:
         status = with_usage(status, [line.usage for line in lines], gone, now)
         phases = [line.phase for line in lines if not line.usage.is_gone]
         running, waiting = (sum(phase in group for phase in phases) for group in (RUNNING, _WAITING))
-        return replace(status, running_jobs=running, waiting_jobs=waiting)
+        memory = self._profiles.memory_of_nodes(stored)
+        return replace(status, running_jobs=running, waiting_jobs=waiting, gpu_memory=memory)
 
     async def _deleted(self, entries: Mapping[str, str]) -> set[str]:
         """Return the entries whose job, or sweep, does not exist any more.

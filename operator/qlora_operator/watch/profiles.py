@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from qlora_api.profile import Profile
+from qlora_api.schema import replace_known
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.profiles.stored_profile import Labels, StoredProfile, parse_profile, with_selected
 from qlora_operator.kube.listing import version_number
@@ -14,7 +15,8 @@ logger = logging.getLogger(__name__)
 class ProfileStore(Mapping[str, Profile]):
     """The profiles that jobs can start with, each with the names of the namespaces that it selects.
 
-    `on_change` is called with the name of each profile that has another spec, or admits other namespaces.
+    `on_change` is called with the name of each profile that has another spec, admits other namespaces, or whose nodes
+    have other GPUs.
     """
 
     def __init__(self, on_change: Callable[[str], None] = lambda _name: None) -> None:
@@ -24,6 +26,7 @@ class ProfileStore(Mapping[str, Profile]):
         self._deleted: dict[str, int] = {}
         """The version of the latest deletion by name: a late answer may still show an older object."""
         self._namespaces: Mapping[str, Labels] = {}
+        self._gpu_memory: Mapping[str, str | None] = {}
 
     def __getitem__(self, name: str) -> Profile:
         return self._usable[name]
@@ -68,6 +71,17 @@ class ProfileStore(Mapping[str, Profile]):
             if stored.selects:
                 self._refresh(name, stored)
 
+    def note_gpu_memory(self, gpu_memory: Mapping[str, str | None]) -> None:
+        """Note the memory of the GPUs of each profile's nodes, by the profile's name."""
+        self._gpu_memory = gpu_memory
+        for name, stored in self._stored.items():
+            self._refresh(name, stored)
+
+    def memory_of_nodes(self, stored: StoredProfile) -> str | None:
+        """Return the memory of the GPUs of its nodes, if it counts: the profile sets none."""
+        sets_none = stored.profile is not None and stored.profile.gpu_memory is None
+        return self._gpu_memory.get(stored.name) if sets_none else None
+
     def _version(self, name: str) -> int:
         held = self._stored.get(name)
         return version_number(held.resource_version) if held is not None else 0
@@ -75,7 +89,8 @@ class ProfileStore(Mapping[str, Profile]):
     def _refresh(self, name: str, before: StoredProfile | None) -> None:
         stored, was_usable = self._stored.get(name), self._usable.pop(name, None)
         if stored is not None and stored.profile is not None:
-            self._usable[name] = with_selected(stored.profile, self._namespaces)
+            profile = with_selected(stored.profile, self._namespaces)
+            self._usable[name] = replace_known(profile, gpu_memory=self.memory_of_nodes(stored))
         if _spec_version(stored) == _spec_version(before) and self._usable.get(name) == was_usable:
             return
         if stored is not None and stored.problem:

@@ -92,7 +92,7 @@ def test_a_model_that_exceeds_the_gpu_is_rejected_before_its_weights(jobs: HubJo
     config.write_text(json.dumps({**json.loads(config.read_text()), **large, "head_dim": 128}))
     message = jobs.reject(ExitCode.DOES_NOT_FIT, spec)
     assert "GiB of GPU memory" in message
-    assert "a GPU of 8 GiB (gpuMemory of spec.resources or the profile) has 7.8 to use" in message
+    assert "a GPU of 8 GiB (gpuMemory of spec.resources, the profile or its nodes) has 7.8 to use" in message
     assert "to use: set spec.training.microBatchSize: 1" in message
     assert "no setting is enough, so use a larger GPU or a smaller model" in message
     assert "model.safetensors" not in jobs.hub.fetched

@@ -109,6 +109,8 @@ def test_speed_and_price_may_come_from_a_profile_of_any_release(tmp_path: Path) 
     assert planned(tmp_path, JOB, f"--profile={profile}", "--tokens=100000").output == given.output
     profile.write_text(yaml.safe_dump({"kind": "QLoRAProfile", "spec": spec | {"gpuMemory": "10Gi"}}))
     assert "on a GPU of 10 GiB" in " ".join(planned(tmp_path, JOB, f"--profile={profile}", config=LARGE).output.split())
+    profile.write_text(yaml.safe_dump({"kind": "QLoRAProfile", "spec": spec, "status": {"gpuMemory": "11Gi"}}))
+    assert "on a GPU of 11 GiB" in " ".join(planned(tmp_path, JOB, f"--profile={profile}", config=LARGE).output.split())
     own = with_value(JOB, "spec.resources", {"gpuMemory": "22Gi"})
     assert "on a GPU of 22 GiB" in " ".join(planned(tmp_path, own, f"--profile={profile}", config=LARGE).output.split())
     for text in ("spec: {}", "- a", "{"):

@@ -1,8 +1,9 @@
-"""Finds, before anything is downloaded, that training can use no GPU of a profile's nodes."""
+"""Decides, before anything is downloaded, what training can expect of the GPUs of a profile's nodes."""
 
 from collections.abc import Mapping
 
-from qlora_api.gpus import why_unfit
+from qlora_api.gpus import gpu_memory_of, why_unfit
+from qlora_api.profile import Profile
 from qlora_operator.decisions.observed.objects import Reason
 from qlora_operator.decisions.profiles.stored_profile import Labels
 
@@ -31,3 +32,14 @@ def objection_to_nodes(profile: str, nodes: Mapping[str, Labels]) -> Reason | No
         f"train cannot use the GPUs of profile {profile!r}: {'; '.join(unfit[:_NAMED])}{further}; the job starts when "
         "the administrator upgrades an old driver, or names other nodes in the profile's nodeSelector",
     )
+
+
+def memory_of_nodes(profile: Profile, nodes: Mapping[str, Labels]) -> str | None:
+    """Return the memory of each GPU of a profile's nodes by their labels, or None if it is unknown.
+
+    Nodes without the label, and those that training cannot use, are left out. With GPUs of several sizes it is unknown:
+    the smallest may be those of a taint or a job's own nodeSelector, and would reject jobs that fit the others.
+    """
+    sizes = {gpu_memory_of(labels, profile.gpu_resource) for labels in nodes.values() if not why_unfit(labels)}
+    known = sizes - {None}
+    return f"{known.pop()}Gi" if len(known) == 1 else None

@@ -1,6 +1,7 @@
 """Accounts of profiles: no second counts twice or is lost, whatever happens to writes, jobs and operators."""
 
 import asyncio
+import json
 import random
 from collections import defaultdict
 from collections.abc import Coroutine
@@ -11,6 +12,7 @@ import pytest
 
 from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.status_types import hours_of, seconds_of
+from qlora_operator.decisions.manifests.objects import document
 from qlora_operator.decisions.observed.holds import hold_of
 from qlora_operator.decisions.observed.objects import Object
 from qlora_operator.decisions.observed.stored_job import parse_job
@@ -334,6 +336,35 @@ def test_jobs_wait_while_the_drivers_of_all_nodes_of_their_profile_are_too_old()
     assert after({"gpu-1": old, "gpu-2": new}) == (False, [key])
     assert after({"gpu-1": old}) == (True, [key])
     assert after(None) == (False, [key]), "without the right to list nodes nothing is known of them"
+
+
+def test_jobs_are_planned_for_the_gpus_of_the_profiles_nodes() -> None:
+    size = "nvidia.com/gpu.memory"
+    world = World(device="cuda", gpuResource="nvidia.com/gpu")
+    job = parse_job(world.jobs[world.create()])
+    key = (job.namespace, job.uid)
+
+    def after(nodes: dict[str, dict[str, str]] | None) -> tuple[object, str | None, list[Key]]:
+        world.nodes = nodes
+        world.asked.clear()
+        world.look()
+        planned = json.loads(document(job, world.reconciler._profiles["default"]))["spec"]["resources"]
+        return planned.get("gpuMemory"), world.status.gpu_memory, world.asked
+
+    assert after({"gpu-1": {size: "46068"}}) == ("44Gi", "44Gi", [key])
+    assert after({"gpu-1": {size: "46068"}}) == ("44Gi", "44Gi", [])
+    world.restart()
+    assert world.reconciler._profiles["default"].gpu_memory == "44Gi", "before any job is worked on"
+    assert after({"gpu-1": {size: "46068"}, "gpu-2": {size: "81559"}}) == (None, None, [key])
+    assert after({"gpu-1": {size: "81559"}}) == ("79Gi", "79Gi", [key])
+    assert after(None) == (None, None, [key])
+
+
+def test_the_gpu_memory_of_a_profile_itself_counts() -> None:
+    world = World(device="cuda", gpuResource="nvidia.com/gpu", gpuMemory="40Gi")
+    world.nodes = {"gpu-1": {"nvidia.com/gpu.memory": "46068"}}
+    world.look()
+    assert (world.reconciler._profiles["default"].gpu_memory, world.status.gpu_memory) == ("40Gi", None)
 
 
 def test_a_changed_profile_requeues_its_jobs_that_are_not_settled() -> None:

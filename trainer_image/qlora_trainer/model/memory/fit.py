@@ -207,7 +207,7 @@ def _estimate(job: MeasuredJob, gpu_gib: float | None, *, rows_apart: bool, alon
         job = measure_further(job, job.with_smaller)
         objection = (
             f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
-            f"but a GPU of {round(gpu_gib, 1):g} GiB (gpuMemory of spec.resources or the profile) has "
+            f"but a GPU of {round(gpu_gib, 1):g} GiB (gpuMemory of spec.resources, the profile or its nodes) has "
             f"{budget(gpu_gib) / GIB:.1f} to use: {_remedy(job, gpu_gib, alone=alone)}"
         )
     elif gpu_gib is not None and judged == "fits" and rows_apart and not job.training.recomputed_blocks:

@@ -1,8 +1,10 @@
-"""The nodes of a profile whose GPUs training cannot use, by their labels."""
+"""What the labels of a profile's nodes show of their GPUs: whether training can use them, and their memory."""
 
 import pytest
 
-from qlora_operator.decisions.profiles.gpu_nodes import objection_to_nodes
+from qlora_api.profile import Profile
+from qlora_operator.decisions.profiles.gpu_nodes import memory_of_nodes, objection_to_nodes
+from tests.support.builders import profile_body
 
 DRIVER, DEPRECATED = "nvidia.com/cuda.driver-version.major", "nvidia.com/cuda.driver.major"
 OLD, NEW = {DRIVER: "570", DEPRECATED: "570"}, {DRIVER: "580"}
@@ -37,3 +39,35 @@ def test_of_many_nodes_three_are_named() -> None:
 @pytest.mark.parametrize("labels", [(), ({},), (NEW,), (OLD, NEW), ({DRIVER: ""},)])
 def test_an_empty_pool_a_fit_node_and_unknown_drivers_object_to_nothing(labels: tuple[dict[str, str], ...]) -> None:
     assert says(*labels) is None
+
+
+def sized(mib: str, resource: str = "nvidia.com/gpu") -> dict[str, str]:
+    return {f"{resource}.memory": mib}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "memory"),
+    [
+        ([sized("46068"), sized("46068"), {}], "44Gi"),
+        ([sized("23034"), sized("23028")], "22Gi"),
+        ([sized("15360") | T4, sized("81559")], "79Gi"),
+        ([sized("23034"), sized("81920")], None),
+        ([sized("20096", "nvidia.com/mig-3g.20gb")], None),
+        ([], None),
+        ([{}], None),
+        ([sized("0")], None),
+        ([sized("unknown")], None),
+        ([sized("99999999")], None),
+    ],
+)
+def test_the_memory_of_the_gpus_is_that_of_all_labeled_nodes_that_training_can_use(
+    nodes: list[dict[str, str]], memory: str | None
+) -> None:
+    named = {f"gpu-{number}": labels for number, labels in enumerate(nodes)}
+    assert memory_of_nodes(Profile.model_validate(profile_body(gpuResource="nvidia.com/gpu")["spec"]), named) == memory
+
+
+def test_a_part_of_a_gpu_has_its_own_label() -> None:
+    part = "nvidia.com/mig-3g.20gb"
+    nodes = {"gpu-1": sized("20096", part) | sized("40960")}
+    assert memory_of_nodes(Profile.model_validate(profile_body(gpuResource=part)["spec"]), nodes) == "19Gi"
