@@ -28,7 +28,7 @@ _CONSTANT_BITS_DOUBLE, _OUTER_BITS = 8 / 64, 32 / (64 * 256)
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
 _LEAST_WORK = 0.80
-"""The least share of gradients and activations that a run needs: rows may be shorter, and experts have fewer tokens."""
+"""The least share of the activations that a run needs: rows may be shorter, and experts have fewer tokens."""
 _HIGH_FACTOR = 1.25
 
 
@@ -84,11 +84,13 @@ class MemoryEstimate:
 
     @property
     def low(self) -> int:
-        """The lower bound: pages on the host, 0.35 GB of context, 0.80 × gradients and activations."""
+        """The lower bound: pages on the host, 0.35 GB of context, 0.80 × activations, and all weights and gradients."""
         work = sum(each.size for each in self.components() if each.at_peak and each.name in _WORK)
         unsure = self.context - _LEAST_CONTEXT_BYTES
         fixed = self.expected - self.pageable_optimizer - work - unsure
-        return math.floor(fixed + _LEAST_WORK * work)
+        # If they are not in the sum, the activations at the peak may be less than they are.
+        gradients = self.gradients if "gradients" in self.absent_at_peak else 0
+        return math.floor(fixed + max(_LEAST_WORK * work, gradients))
 
     @property
     def high(self) -> int:
@@ -109,7 +111,7 @@ _LABELS: Mapping[str, str] = {
     "logits": "Logits and their gradient",
     "answers": "Answers that are scored",
 }
-_WORK = frozenset({"gradients", "checkpoints", "layer_working_set", "logits", "answers"})
+_WORK = frozenset({"checkpoints", "layer_working_set", "logits", "answers"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,9 @@ LLAMA_65B = {
     "vocab_size": 32000,
 }
 
+LLAMA_70B = LLAMA_65B | {"intermediate_size": 28672, "num_key_value_heads": 8, "vocab_size": 128_256}
+SHARDED = "rank: 16\n    dtype: bfloat16"
+
 
 @pytest.mark.parametrize(
     ("found", "instead", "error"),
@@ -139,6 +142,26 @@ def test_the_plan_of_a_65b_job_on_48_gb_names_the_8_bit_optimizer_first(tmp_path
     assert first
     assert float(first[1]) == pytest.approx(4.5, abs=0.05)
     assert " 2. spec." not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpu", "config", "settings", "left"),
+    [
+        ("l40s", LLAMA_65B, "rank: 64", "44.09 usable, 1.63 GiB are missing"),
+        ("4090", LLAMA_70B, SHARDED, "23.51 usable, 0.80 GiB are left"),
+        ("l4", LLAMA_70B, SHARDED, "22.04 usable, 0.66 GiB are missing"),
+    ],
+)
+def test_the_page_of_measurements_has_what_large_models_lack(
+    tmp_path: Path, gpu: str, config: dict[str, Any], settings: str, left: str
+) -> None:
+    job = MANIFEST.replace("rank: 8", settings) + "    maxSequenceLength: 512\n"
+    if config is LLAMA_70B:
+        job += "    optimizer: paged_adamw_8bit\n    sharding: full\n  resources: {gpus: 2}\n"
+    done = planned(tmp_path, "--gpu", gpu, manifest=job, config=config)
+    assert done.returncode == 3, done.stderr
+    assert left in " ".join(done.stdout.split())
 
 
 def test_a_plan_without_a_gpus_size_compares_sizes(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_api.memory.advice import verdict
+from qlora_api.gpus import GPUS
+from qlora_api.memory.advice import budget, verdict
 from qlora_api.memory.estimate import without_activations
 from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_api.memory.training_shape import ALL_LINEAR, TrainingShape
@@ -218,6 +219,18 @@ def test_pages_are_credited_to_the_low_bound_only() -> None:
     resident = estimate(LLAMA_2_7B_SHAPE, TrainingShape(optimizer="adamw"))
     assert (paged.expected, paged.high) == (resident.expected, resident.high)
     assert paged.low < resident.low
+
+
+def test_weights_and_gradients_are_in_the_low_bound_whole() -> None:
+    short, long = (estimate(LLAMA_2_7B_SHAPE, TrainingShape(optimizer="adamw", adapter_bytes=size)) for size in (2, 4))
+    assert long.gradients == 2 * short.gradients
+    assert long.low - short.low == pytest.approx(long.expected - short.expected, abs=1)
+
+
+def test_a_65b_model_pages_on_an_l40s_and_is_not_rejected() -> None:
+    memory, gib = estimate(LLAMA_65B, TrainingShape()), GPUS["l40s"].gib
+    assert 0 < memory.expected - budget(gib) < memory.pageable_optimizer
+    assert verdict(memory, gib) == "tight"
 
 
 def test_adapters_on_fewer_layers_take_their_share() -> None:
