@@ -217,7 +217,8 @@ class MemoryStatus(ObservedModel):
     )
     message: Message = Field(
         "",
-        description="Why the dry run failed, if it did, and a larger micro batch that fits the GPU too.",
+        description="Why the dry run failed, if it did; of a tight run what to change first, and of one that fits a "
+        "larger micro batch that fits too.",
     )
     peak_bytes: Bytes | None = Field(None, description="Measured peak of the run, for comparison.")
 

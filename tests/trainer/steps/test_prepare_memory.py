@@ -92,7 +92,7 @@ def test_the_chosen_micro_batch_is_halved_until_it_fits_with_the_same_sequences_
     [micro_batch] = [each for each in record.settings if each.name == "microBatchSize"]
     assert (micro_batch.reason, record.memory.verdict) == ("fits the GPU", "fits")
     larger = {"microBatchSize": found[1].micro_batch_size * 4}
-    with failing(ExitCode.DOES_NOT_FIT, match="but a GPU of 1 GiB"):
+    with failing(ExitCode.DOES_NOT_FIT, match="and a GPU of 1 GiB"):
         prepare(make_context(merged(small, {"training": larger}), model=model), records)
 
 

@@ -107,6 +107,14 @@ def test_a_job_that_fits_is_advised_a_larger_micro_batch(tmp_path: Path) -> None
     )
 
 
+def test_a_tight_job_is_advised_what_to_change_first(tmp_path: Path) -> None:
+    found = fit(tmp_path, LLAMA_3_8B, gpu_gib=8, settings={"lora": {"rank": 64}})
+    assert (found.status.verdict, found.objection) == ("tight", None)
+    assert re.search(
+        r"a GPU of 8 GiB \(.*\) has 7\.8 to use: set spec\.training\.optimizer: paged_adamw_8bit", found.status.message
+    )
+
+
 @pytest.mark.parametrize(("config", "parameters"), [(LLAMA_3_8B, 8_029_995_008), ({"model_type": "starcoder2"}, None)])
 def test_when_the_dry_run_fails_the_memory_is_unknown_with_a_reason(
     config: dict[str, Any], parameters: int | None, tmp_path: Path

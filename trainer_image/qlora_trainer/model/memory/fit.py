@@ -203,13 +203,14 @@ def _estimate(job: MeasuredJob, gpu_gib: float | None, *, rows_apart: bool, alon
     memory = job.estimate(job.training)
     judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
     objection, remark = None, ""
-    if gpu_gib is not None and judged == "exceeds":
+    if gpu_gib is not None and judged in ("exceeds", "tight"):
         job = measure_further(job, job.with_smaller)
-        objection = (
+        found = (
             f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
-            f"but a GPU of {round(gpu_gib, 1):g} GiB (gpuMemory of spec.resources, the profile or its nodes) has "
+            f"and a GPU of {round(gpu_gib, 1):g} GiB (gpuMemory of spec.resources, the profile or its nodes) has "
             f"{budget(gpu_gib) / GIB:.1f} to use: {_remedy(job, gpu_gib, alone=alone)}"
         )
+        objection, remark = (found, "") if judged == "exceeds" else (None, found)
     elif gpu_gib is not None and judged == "fits" and rows_apart and not job.training.recomputed_blocks:
         job = measure_further(job, job.with_larger)
         step = larger_micro_batch(job.estimate, job.training, gpu_gib)
