@@ -48,6 +48,7 @@ DELTA_RULE = frozenset({"olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen
 """Families with linear attention that the trainer computes."""
 NO_ATTENTION = frozenset({"granitemoehybrid", "mamba2"})
 """As transformers configures them by default."""
+ALIKE = (256, 256, 256)
 SEQUENCES = [random_sequence((40, 30, 58), 1), random_sequence((72,), 2)]
 
 
@@ -157,37 +158,45 @@ def test_a_head_size_that_no_kernel_takes_is_padded_to_one_that_it_takes(
 
 
 @pytest.mark.parametrize(
-    ("capability", "changes", "rows"),
+    ("capability", "changes", "lengths", "rows"),
     [
-        (AMPERE, {}, 5),
-        (HOPPER, {}, 8),
+        (AMPERE, {}, ALIKE, 3),
+        (HOPPER, {}, ALIKE, 4),
         # Attention that cuDNN does not compute.
-        (HOPPER, {"head_dim": 256}, 5),
-        (HOPPER, {"sliding_window": 16}, 5),
+        (HOPPER, {"head_dim": 256}, ALIKE, 3),
+        (HOPPER, {"sliding_window": 16}, ALIKE, 3),
+        # It would take the memory of four rows of 512 tokens.
+        (HOPPER, {}, (512, 128, 128), 3),
     ],
-    ids=["ampere", "hopper", "large heads", "window"],
+    ids=["ampere", "hopper", "large heads", "window", "one long row"],
 )
 def test_only_cudnn_is_given_rows_without_tokens(
-    capability: tuple[int, int], changes: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capability: tuple[int, int],
+    changes: dict[str, Any],
+    lengths: tuple[int, ...],
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Only cuDNN needs few numbers of rows. FlashAttention takes memory for each row.
 
-    Here are four rows and the padding.
+    cuDNN takes the memory of rows that are all as long as the longest, so it computes rows of like lengths only.
     """
     offsets: list[tuple[int, bool]] = []
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_keys: Tensor, *others: Any) -> Any:
-        # Not two tensors: cuDNN would reject them.
+        # Of two tensors cuDNN is not chosen.
         offsets.append((len(of_queries) - 1, of_queries is of_keys))
         return select_backend(query, key, value, of_queries, of_keys, *others)
 
     select_backend = varlen._select_backend
     with monkeypatch.context() as patched:
         patched.setattr(varlen, "_select_backend", kernel)
-        step = Step(MistralConfig(**SHAPE | {"sliding_window": None} | changes), tmp_path / "model", capability)
+        config = MistralConfig(**SHAPE | {"sliding_window": None} | changes)
+        step = Step(config, tmp_path / "model", capability, [random_sequence(lengths, 1)])
 
     # The trainer asks which kernel it will be, and PyTorch then takes it.
-    assert set(offsets[1::2]) == {(rows, True)}
+    assert set(offsets[1::2]) == {(rows, rows == 4)}
     assert step.backward.of(KERNEL_BACKWARD) == {(KERNEL_BACKWARD, torch.bfloat16): BLOCKS}
 
 

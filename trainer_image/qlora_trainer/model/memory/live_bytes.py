@@ -26,8 +26,7 @@ _BACKEND = "backend"
 def _workspace_bytes(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> int:
     """Bytes that an operation has allocated at its end, besides its arguments and results.
 
-    The backward passes of rows by FlashAttention and the memory-efficient kernel are all that is known. cuDNN decides
-    itself what it takes.
+    The backward passes of rows are all that is known; of cuDNN's, which has a part of its own, what its frontend takes.
     """
     if func not in (_BACKWARD, _LARGE_HEADS_BACKWARD):
         return 0
@@ -38,10 +37,14 @@ def _workspace_bytes(func: OpOverload, args: Sequence[object], kwargs: Mapping[s
         # The query's gradient in 32 bit (PyTorch's mem_eff_attention/kernel_backward.h, `workspace_size`).
         return 4 * (len(boundaries) - 1) * cast("int", given["max_seqlen_q"]) * query.shape[2] * query.shape[3]
     # An argument that has its default is not passed.
-    if given.get(_BACKEND, varlen._FLASH_ATTENTION_BACKEND) != varlen._FLASH_ATTENTION_BACKEND:
-        return 0
+    backend = given.get(_BACKEND, varlen._FLASH_ATTENTION_BACKEND)
     query, key, boundaries = (cast("Tensor", given[name]) for name in ("query", "key", "cu_seq_q"))
-    return _flash_backward(query, key, len(boundaries) - 1)
+    rows = len(boundaries) - 1
+    if backend == varlen._CUDNN_ATTENTION_BACKEND:
+        # `dQ_accum` and `softmax_sum` in 32 bit, for rows that are all as long as the longest (NVIDIA's cudnn-frontend,
+        # scaled_dot_product_flash_attention.h): PyTorch (cudnn/MHA.cpp) does not name the number of tokens.
+        return 4 * rows * cast("int", given["max_q"]) * query.shape[1] * (query.shape[2] + 1)
+    return _flash_backward(query, key, rows)
 
 
 def _flash_backward(query: Tensor, key: Tensor, rows: int) -> int:
@@ -61,7 +64,7 @@ def _flash_backward(query: Tensor, key: Tensor, rows: int) -> int:
 class LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all storages that operations make on a device, until they are freed, and their largest sum.
 
-    It counts the workspace of FlashAttention, and neither the CUDA context nor the allocator's fragmentation.
+    It counts the workspace of attention, and neither the CUDA context nor the allocator's fragmentation.
     """
 
     def __init__(self, device: str) -> None:
