@@ -101,7 +101,7 @@ def _read_example(row: Row) -> None:
             format_, columns = detect_format(row, None, pairs=pairs)
             RowReader(format_, columns).read(row)
             if format_ in CONVERSATIONS:
-                RowReader(format_, columns, marked=True).read(row)
+                RowReader(format_, columns, train_on="marked").read(row)
         except StepFailure as failure:
             if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
                 raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure

@@ -10,7 +10,7 @@ from qlora_api.spec.model import InitialAdapterSpec
 
 MAX_RANK, MAX_ALPHA = 1024, 8192
 BlockNumber = Annotated[int, Field(ge=0, le=1023)]
-TrainOn = Literal["completion", "last", "marked", "all"]
+TrainOn = Literal["completion", "last", "weighted", "marked", "all"]
 ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
@@ -245,7 +245,8 @@ class TrainingSpec(ApiModel):
     train_on: Annotated[TrainOn, Decides.PREPARED_DATA] = Field(
         default="completion",
         description="Tokens that are trained on: those of every answer (completion), of the last answer of each row "
-        "(last), of the assistant messages with train: true or weight: 1 (marked), or all.",
+        "(last), of the assistant messages without weight: 0 (weighted), of those with train: true or weight: 1 "
+        "(marked), or all.",
     )
     gradient_checkpointing: Annotated[bool | None, Decides.NOT_THE_ADAPTER] = Field(
         default=None,

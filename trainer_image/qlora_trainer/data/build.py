@@ -303,5 +303,6 @@ def _require_usable(source: TokenizedSource, longest_allowed: int) -> None:
             "columns have the two answers (columns.chosen and rejected)"
         )
     raise bad_dataset(
-        f"{name}: none of the {rows.rows_read} rows has a token to train on: check the column with the answers"
+        f"{name}: none of the {rows.rows_read} rows has a token to train on: check the column with the answers, and "
+        "the marks that exclude them, such as weight: 0"
     )

@@ -31,6 +31,7 @@ _THIS_FOLDER = "PATH/OF/THIS/FOLDER"
 TRAINED_ON = {
     "completion": "completions only",
     "last": "the last answer of each row only",
+    "weighted": "completions, without those of weight 0",
     "marked": "the answers that the rows mark only",
     "all": "all tokens",
 }

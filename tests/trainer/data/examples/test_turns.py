@@ -13,6 +13,8 @@ from qlora_trainer.data.examples.example import Conversation, Message
 from qlora_trainer.data.render.chat_template import Tokenizer
 from qlora_trainer.data.render.template_source import JobTemplate
 from tests.support.models.learned import learned
+from tests.support.models.tiny import save_tokenizer
+from tests.support.row_formats import ANSWER, ASK, CALL, CALLING, RESULT, TOOLS
 
 SYSTEM = {"role": "system", "content": "Be short."}
 DIALOGUE: list[dict[str, Any]] = [
@@ -84,6 +86,30 @@ def test_the_marked_answers_alone_are_trained_on(
     assert targets == [answer + END for answer in expected]
 
 
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ([], ["First.", "Second.", "Third."]),
+        ([{"weight": 0}, {"weight": 1}], ["Second.", "Third."]),
+        ([{}, {"train": False}, {"train": True}], ["First.", "Third."]),
+    ],
+)
+def test_every_answer_but_those_of_weight_0_is_trained_on(
+    tiny_llama: Path, marks: list[dict[str, Any]], expected: list[str]
+) -> None:
+    [(_, targets)] = learned(tiny_llama, [{"messages": marked(*marks)}], train_on="weighted")
+    assert targets == [answer + END for answer in expected]
+
+
+def test_a_call_of_weight_0_is_not_trained_on(tmp_path: Path) -> None:
+    """The result of a tool never is."""
+    save_tokenizer(tmp_path, CALLING)
+    row = {"messages": [ASK, CALL | {"weight": 0}, RESULT, ANSWER], "tools": TOOLS}
+    [(text, targets)] = learned(tmp_path, [row], train_on="weighted")
+    assert "<call>" in text
+    assert targets == [f"All.{END}"]
+
+
 def test_marks_are_ignored_by_default(tiny_llama: Path) -> None:
     [(_, targets)] = learned(tiny_llama, [{"messages": marked({"weight": 0}, {"train": "?"})}])
     assert len(targets) == 3
@@ -97,9 +123,10 @@ def test_sharegpt_marks_its_turns_too(tiny_llama: Path) -> None:
     assert targets == [f"Second.{END}"]
 
 
-def test_a_row_whose_marks_are_all_off_is_left_out(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("train_on", ["marked", "weighted"])
+def test_a_row_whose_marks_are_all_off_is_left_out(tiny_llama: Path, train_on: str) -> None:
     off = marked({"weight": 0}, {"weight": 0}, {"weight": 0})
-    assert learned(tiny_llama, [{"messages": off}], train_on="marked") == []
+    assert learned(tiny_llama, [{"messages": off}], train_on=train_on) == []
 
 
 @pytest.mark.parametrize(
@@ -110,6 +137,7 @@ def test_a_row_whose_marks_are_all_off_is_left_out(tiny_llama: Path) -> None:
         (marked({"weight": 0.5}), "'messages[2].weight' is 0.5: must be 0 or 1"),
         (marked({"weight": 0, "train": True}), "'messages[2].train' and 'weight' contradict each other"),
         ([SYSTEM | {"train": True}, *DIALOGUE[1:]], "'messages[0].train' marks a system message: only an assistant's"),
+        ([SYSTEM | {"weight": 1}, *DIALOGUE[1:]], "'messages[0].weight' marks a system message: only an assistant's"),
     ],
 )
 def test_a_mark_that_is_missing_or_wrong_is_rejected(
@@ -119,13 +147,14 @@ def test_a_mark_that_is_missing_or_wrong_is_rejected(
     assert failure.exit_code is ExitCode.BAD_DATASET
 
 
-def test_marks_in_rows_without_turns_are_a_bad_configuration(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("train_on", ["marked", "weighted"])
+def test_marks_in_rows_without_turns_are_a_bad_configuration(tiny_llama: Path, train_on: str) -> None:
     failure = rejected(
         tiny_llama,
         {"prompt": "a", "completion": "b"},
-        "spec.training.trainOn is marked, and rows of format prompt-completion mark nothing",
+        f"spec.training.trainOn is {train_on}, and rows of format prompt-completion mark nothing",
         format_="prompt-completion",
-        train_on="marked",
+        train_on=train_on,
     )
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
 

@@ -54,7 +54,7 @@ def renderings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("train_on", ["completion", "last", "marked", "all"])
+@pytest.mark.parametrize("train_on", ["completion", "last", "weighted", "marked", "all"])
 def test_a_long_conversation_that_is_left_out_is_rendered_once(
     tiny_llama: Path, renderings: list[int], train_on: TrainOn
 ) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
+from qlora_api.spec.training import TrainOn
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.example import Function, Message, Role, ToolCall
 from qlora_trainer.data.read.rows import describe, list_names, parse_json
@@ -28,6 +29,8 @@ _CALL_ROLE = "function_call"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # OpenAI's format for fine-tuning marks answers by weight, and trains on those without.
 _MARK, _WEIGHT = "train", "weight"
+MARKING: frozenset[TrainOn] = frozenset({"weighted", "marked"})
+"""Values of `spec.training.trainOn` by which the rows' marks count."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,17 @@ def require_unicode(value: str, name: str) -> None:
 
 
 def read_turns(
-    value: object, notation: Notation, location: str, column: str, *, is_columnar: bool, marked: bool = False
+    value: object,
+    notation: Notation,
+    location: str,
+    column: str,
+    *,
+    is_columnar: bool,
+    train_on: TrainOn = "completion",
 ) -> tuple[Message, ...]:
     """The messages in a list of turns. Raises StepFailure BAD_DATASET naming location and field.
 
-    `is_columnar`: null may stand for a missing key (see Row). `marked`: marks decide what is trained on.
+    `is_columnar`: null may stand for a missing key (see Row).
     """
     keys = f"{{{notation.role}, {notation.content}}}"
     if not isinstance(value, list):
@@ -78,8 +87,8 @@ def read_turns(
     messages = []
     for index, entry in enumerate(value):
         reader = _TurnReader(notation, location, f"{column}[{index}]", is_columnar)
-        messages.append(reader.read(entry, marked=marked))
-    return _with_all_marks(messages, value, location, column) if marked else tuple(messages)
+        messages.append(reader.read(entry, has_marks=train_on in MARKING))
+    return _with_all_marks(messages, value, location, column) if train_on == "marked" else tuple(messages)
 
 
 def _with_all_marks(
@@ -107,7 +116,7 @@ class _TurnReader:
     name: str
     is_columnar: bool
 
-    def read(self, value: object, *, marked: bool) -> Message:
+    def read(self, value: object, *, has_marks: bool) -> Message:
         notation = self.notation
         if not isinstance(value, dict):
             raise bad_dataset(
@@ -138,7 +147,7 @@ class _TurnReader:
             self._optional(value, "name") if role == "tool" else None,
             self._optional(value, "tool_call_id") if role == "tool" else None,
             self._reasoning(value, role, content),
-            self._mark(value, role) if marked else None,
+            self._mark(value, role) if has_marks else None,
         )
 
     def _reasoning(self, value: Mapping[str, object], role: Role, content: str) -> str | None:
@@ -170,7 +179,8 @@ class _TurnReader:
             raise bad_dataset(f"{self._field(_MARK)} and {_WEIGHT!r} contradict each other: keep one")
         mark = train if train is not None else None if weight is None else bool(weight)
         if mark and role != "assistant":
-            raise bad_dataset(f"{self._field(_MARK)} marks a {role} message: only an assistant's is trained on")
+            key = _MARK if train else _WEIGHT
+            raise bad_dataset(f"{self._field(key)} marks a {role} message: only an assistant's is trained on")
         return mark if role == "assistant" else None
 
     def _role(self, found: object) -> Role:

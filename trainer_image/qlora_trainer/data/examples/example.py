@@ -34,7 +34,7 @@ class Message:
     reasoning: str | None = None
     """Role assistant: the reasoning before the answer, if the row has it apart."""
     trained: bool | None = None
-    """Role assistant: whether the row marks the answer for training, or None."""
+    """Role assistant: whether the row marks the answer for training, or None where no mark counts."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_api.spec.dataset import Columns, RowFormat
+from qlora_api.spec.training import TrainOn
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples.column_names import did_you_mean
 from qlora_trainer.data.examples.conversations import Notation, checked_text, read_tools, read_turns
@@ -27,7 +28,7 @@ class Fields:
     columns: Columns
     setting: str
     """The job's field that has format and columns."""
-    marked: bool
+    train_on: TrainOn
 
     def column(self, field: str) -> str:
         """The data set's name for the field."""
@@ -61,7 +62,7 @@ class Fields:
     def turns(self, field: str, notation: Notation) -> tuple[Message, ...]:
         """The messages of a required field that is a list of turns."""
         value, column, row = self.value(field), self.column(field), self.row
-        return read_turns(value, notation, row.location, column, is_columnar=row.is_columnar, marked=self.marked)
+        return read_turns(value, notation, row.location, column, is_columnar=row.is_columnar, train_on=self.train_on)
 
     def tools(self) -> tuple[Function, ...]:
         """The tools of the row, which are optional in each format that has them."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
+from qlora_api.spec.training import TrainOn
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.examples.column_names import did_you_mean, matching_columns
-from qlora_trainer.data.examples.conversations import CHAT, SHAREGPT, check_turns
+from qlora_trainer.data.examples.conversations import CHAT, MARKING, SHAREGPT, check_turns
 from qlora_trainer.data.examples.example import Conversation, Example, Message, PlainText, Preference, PromptCompletion
 from qlora_trainer.data.examples.fields import Fields, column_name
 from qlora_trainer.data.examples.preferences import read_preference
@@ -116,22 +117,22 @@ class RowReader:
     """Reads the rows of one data set, whose format and column names are known."""
 
     def __init__(
-        self, format_: RowFormat, columns: Columns | None, field: str = DATASET, *, marked: bool = False
+        self, format_: RowFormat, columns: Columns | None, field: str = DATASET, train_on: TrainOn = "completion"
     ) -> None:
-        """`field`: the job's field that has format and columns, for messages. `marked`: rows mark what to train on.
+        """`field`: the job's field that has format and columns, for messages.
 
-        Raises StepFailure BAD_CONFIGURATION if rows of the format can mark nothing.
+        Raises StepFailure BAD_CONFIGURATION if marks count, and rows of the format can mark nothing.
         """
-        if marked and format_ not in CONVERSATIONS:
+        if train_on in MARKING and format_ not in CONVERSATIONS:
             raise bad_configuration(
-                f"spec.training.trainOn is marked, and rows of format {format_} mark nothing: choose another trainOn, "
-                f"or use rows of format {' or '.join(name for name in _FORMATS if name in CONVERSATIONS)}"
+                f"spec.training.trainOn is {train_on}, and rows of format {format_} mark nothing: choose another "
+                f"trainOn, or use rows of format {' or '.join(name for name in _FORMATS if name in CONVERSATIONS)}"
             )
-        self._format, self._columns, self._field, self._marked = format_, columns or Columns(), field, marked
+        self._format, self._columns, self._field, self._train_on = format_, columns or Columns(), field, train_on
 
     def read(self, row: Row) -> Example | Preference:
         """The row's example. Raises StepFailure BAD_DATASET naming location and field."""
-        fields = Fields(row, row.values(), self._format, self._columns, self._field, self._marked)
+        fields = Fields(row, row.values(), self._format, self._columns, self._field, self._train_on)
         return _FORMATS[self._format].read(fields)
 
     def check(self, row: Row) -> RowCheck | None:

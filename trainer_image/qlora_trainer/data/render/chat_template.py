@@ -59,21 +59,17 @@ class Rendered:
 
     text: str
     targets: tuple[tuple[int, int], ...]
-    """The spans of every answer, or of all of a plain text.
+    """The spans of every answer but those that the row excludes, or of all of a plain text.
 
     Empty if they were not searched for in a row that is too long.
     """
     has_marks: bool
     """Whether the text has begin and end marks, as that of a chat template does."""
-    marked: tuple[tuple[int, int], ...] = ()
-    """Those of the answers that the row marks for training."""
 
     def trained_spans(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
         """The spans of characters that are trained on."""
         if train_on == "all":
             return ((0, len(self.text)),)
-        if train_on == "marked":
-            return self.marked
         return self.targets[-1:] if train_on == "last" else self.targets
 
 
@@ -205,9 +201,9 @@ class Tokenizer:
                         "conversation cannot be separated from the rest: use a model whose template keeps every "
                         "answer as it is, or rows with one answer"
                     )
-                spans.append((message, span))
-        marked = tuple(span for message, span in spans if message.trained)
-        return Rendered(text, tuple(span for _, span in spans), has_marks=True, marked=marked)
+                if message.trained is not False:
+                    spans.append(span)
+        return Rendered(text, tuple(spans), has_marks=True)
 
     @cached_property
     def _reasoning_key(self) -> str | None:

@@ -111,7 +111,7 @@ class Recipe:
 
     def row_reader(self) -> RowReader:
         """Reads the rows. Raises StepFailure BAD_CONFIGURATION for settings that conflict."""
-        return RowReader(self.format, self.columns, self.field, marked=self.train_on == "marked")
+        return RowReader(self.format, self.columns, self.field, self.train_on)
 
 
 class ChunkMaker:
