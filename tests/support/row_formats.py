@@ -99,6 +99,18 @@ GOOD_ROWS = (
         f"{ASKED}All.{END}\n{ASKED}None.{END}\n",
         (f"All.{END}", f"None.{END}"),
     ),
+    # As OpenAI's fine-tuning has preferences.
+    GoodRow(
+        "preference",
+        {
+            "input": {"messages": [ASK, CALL, RESULT], "tools": TOOLS, "parallel_tool_calls": True},
+            "preferred_output": [ANSWER],
+            "non_preferred_output": [OTHER],
+        },
+        f"<|im_start|>assistant\nNone.{END}\n",
+        (f"All.{END}", f"None.{END}"),
+        CALLING,
+    ),
 )
 
 WRONG_ROWS: Mapping[RowFormat, list[tuple[Mapping[str, Any], str]]] = read_table("rows.yaml")

@@ -31,8 +31,9 @@ class Columns(ApiModel):
     output: ColumnName | None = Field(default=None, description="Format instruction: the answer.")
     prompt: ColumnName | None = Field(
         default=None,
-        description="Format prompt-completion: the prompt. Format preference: the prompt, as text or as a list of "
-        "{role, content}; optional where chosen and rejected are whole conversations.",
+        description="Format prompt-completion: the prompt. Format preference: the prompt, as text, as a list of "
+        "{role, content}, or as an object with messages and tools; optional where chosen and rejected are whole "
+        "conversations.",
     )
     completion: ColumnName | None = Field(default=None, description="Format prompt-completion: the completion.")
     conversations: ColumnName | None = Field(default=None, description="Format sharegpt: the list of {from, value}.")
@@ -44,7 +45,9 @@ class Columns(ApiModel):
     )
     text: ColumnName | None = Field(default=None, description="Format text: the text.")
     chosen: ColumnName | None = Field(
-        default=None, description="Format preference: the better answer, as text or as a list of {role, content}."
+        default=None,
+        description="Format preference: the better answer, as text or as a list of {role, content}. The columns of "
+        "OpenAI's rows (input, preferred_output, non_preferred_output) need no names.",
     )
     rejected: ColumnName | None = Field(default=None, description="Format preference: the worse answer, like chosen.")
     check: ColumnName | None = Field(

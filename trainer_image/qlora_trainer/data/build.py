@@ -297,10 +297,10 @@ def _require_usable(source: TokenizedSource, longest_allowed: int) -> None:
             "shorten the rows"
         )
     if source.reading.format in PAIRS:
+        chosen, rejected, *_ = source.reading.columns
         raise bad_dataset(
-            f"{name}: in all {rows.rows_read} rows {source.columns.chosen or 'chosen'!r} and "
-            f"{source.columns.rejected or 'rejected'!r} are the same, so that there is nothing to prefer: check which "
-            "columns have the two answers (columns.chosen and rejected)"
+            f"{name}: in all {rows.rows_read} rows {chosen!r} and {rejected!r} are the same, so that there is nothing "
+            "to prefer: check which columns have the two answers (columns.chosen and rejected)"
         )
     raise bad_dataset(
         f"{name}: none of the {rows.rows_read} rows has a token to train on: check the column with the answers, and "

@@ -1,5 +1,6 @@
 """The pairs of a row of format preference, and their compared answers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.data.tokenize.chunk_maker import ChunkMaker, Recipe
 from qlora_trainer.steps.prepare import prepare
 from tests.support.models.tiny import Recorded, chat_row, write_rows
+from tests.support.training import adapter_bytes, history, run
 from tests.trainer.conftest import MakeContext
 
 ASKED = {"role": "user", "content": "List the pods"}
@@ -75,6 +77,17 @@ def chatml(*messages: dict[str, str]) -> str:
             },
             {},
         ),
+        ({"input": {"messages": [ASKED]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]}, {}),
+        # Columns of ours, and those that the job names, come first.
+        ({"prompt": "List the pods", "chosen": [GOOD], "rejected": [BAD], "preferred_output": [BAD]}, {}),
+        (
+            {"q": [ASKED], "good": [GOOD], "bad": [BAD], "preferred_output": [BAD], "non_preferred_output": [GOOD]},
+            {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        ),
+        (
+            {"q": {"messages": [ASKED], "tools": []}, "good": [GOOD], "bad": [BAD]},
+            {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        ),
     ],
 )
 def test_a_pair_is_the_prompt_with_each_answer_however_it_is_written(
@@ -93,6 +106,33 @@ def test_answers_that_both_conversations_have_are_part_of_the_prompt(tiny_llama:
         (chatml(*talk, answer("kubectl get nodes")), "kubectl get nodes<|im_end|>"),
         (chatml(*talk, BAD), "no idea<|im_end|>"),
     ]
+
+
+def test_openais_rows_train_the_adapter_of_the_same_pairs(make_context: MakeContext, tmp_path: Path) -> None:
+    asked = [[SYSTEM, ASKED, GOOD, AGAIN | {"content": f"And {number}?"}] for number in range(4)]
+    pairs = [{"prompt": turns, "chosen": [answer("Yes.")], "rejected": [BAD]} for turns in asked]
+    openais: list[dict[str, Any]] = [
+        {
+            "input": {"messages": turns, "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [answer("Yes.")],
+            "non_preferred_output": [BAD],
+        }
+        for turns in asked
+    ]
+    training = {"objective": "dpo", "maxSteps": 2, "maxSequenceLength": 256, "learningRate": 0.01}
+
+    def trained(rows: list[dict[str, Any]], format_: str) -> tuple[object, object]:
+        write_rows(tmp_path / "data" / "train.jsonl", rows)
+        context = make_context({"dataset": {"format": format_}, "training": training})
+        assert prepare(context, Recorded()).dataset.format == "preference"
+        run(context)
+        result = adapter_bytes(context), history(context)
+        shutil.rmtree(context.workspace.root)
+        return result
+
+    expected = trained(pairs, "auto")
+    assert trained(openais, "auto") == expected
+    assert trained(openais, "preference") == expected
 
 
 def test_pairs_stay_whole_and_unusable_rows_are_counted(make_context: MakeContext, tmp_path: Path) -> None:
@@ -162,6 +202,16 @@ def test_rows_with_one_rated_answer_are_not_silently_taken_for_good_ones(
             chat_row("q", "a"),
             "dpo",
             "has no 'chosen' and 'rejected', which spec.training.objective compares; it has the columns 'messages'",
+        ),
+        (
+            {"input": {"messages": [ASKED]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+            "supervised",
+            " line 1 is of format preference ('preferred_output' and 'non_preferred_output'), whose answers only an",
+        ),
+        (
+            {"input": {"messages": [ASKED]}, "preferred_output": [GOOD], "non_preferred_output": [GOOD]},
+            "dpo",
+            ": in all 1 rows 'preferred_output' and 'non_preferred_output' are the same, so that",
         ),
         (
             {"prompt": "p", "chosen": "a", "rejected": "a"},

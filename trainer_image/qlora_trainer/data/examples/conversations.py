@@ -278,15 +278,21 @@ def _has_null(value: object) -> bool:
     return any(map(_has_null, value)) if isinstance(value, list) else value is None
 
 
-def check_turns(messages: tuple[Message, ...], location: str, column: str) -> None:
-    """Raise StepFailure BAD_DATASET unless the roles alternate as in a Conversation."""
+def check_turns(
+    messages: tuple[Message, ...], location: str, column: str, before: int = 0, first_column: str = ""
+) -> None:
+    """Raise StepFailure BAD_DATASET unless the roles alternate as in a Conversation.
+
+    `before`: how many messages are of the column `first_column`; those after them are of `column`.
+    """
     expected: tuple[Role, ...] = ("system", "user")
     for index, message in enumerate(messages):
         if message.role not in expected:
             after = f"after {messages[index - 1].role!r} " if index and messages[index - 1].role != "system" else ""
+            name = f"{first_column}[{index}]" if index < before else f"{column}[{index - before}]"
             needed = expected[-1] if "system" in expected else " or ".join(expected)
             raise bad_dataset(
-                f"{location}: '{column}[{index}].role' is {message.role!r} {after}where {needed!r} is expected: "
+                f"{location}: '{name}.role' is {message.role!r} {after}where {needed!r} is expected: "
                 "after an optional system message, user and assistant take turns; results of tools follow their call"
             )
         expected = _FOLLOWERS[message.role](message)

@@ -11,7 +11,7 @@ from qlora_trainer.data.examples.column_names import did_you_mean, matching_colu
 from qlora_trainer.data.examples.conversations import CHAT, MARKING, SHAREGPT, check_turns
 from qlora_trainer.data.examples.example import Conversation, Example, Message, PlainText, Preference, PromptCompletion
 from qlora_trainer.data.examples.fields import Fields, column_name
-from qlora_trainer.data.examples.preferences import read_preference
+from qlora_trainer.data.examples.preferences import pair_columns, read_preference
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.read.rows import Row, list_names
 
@@ -32,11 +32,12 @@ def _sharegpt(fields: Fields) -> Conversation:
             f"{fields.row.location}: both {fields.column('system')!r} and '{fields.column('conversations')}[0]' are a "
             "system message: keep one"
         )
-    return _conversation(fields, "conversations", (Message("system", system), *messages) if system else messages)
+    first = (Message("system", system),) if system else ()
+    return _conversation(fields, "conversations", (*first, *messages), len(first))
 
 
-def _conversation(fields: Fields, turns: str, messages: tuple[Message, ...]) -> Conversation:
-    check_turns(messages, fields.row.location, fields.column(turns))
+def _conversation(fields: Fields, turns: str, messages: tuple[Message, ...], before: int = 0) -> Conversation:
+    check_turns(messages, fields.row.location, fields.column(turns), before)
     tools = fields.tools()
     if not tools and any(message.tool_calls for message in messages):
         raise bad_dataset(
@@ -132,7 +133,9 @@ class RowReader:
 
     def read(self, row: Row) -> Example | Preference:
         """The row's example. Raises StepFailure BAD_DATASET naming location and field."""
-        fields = Fields(row, row.values(), self._format, self._columns, self._field, self._train_on)
+        values = row.values()
+        columns = pair_columns(values, self._columns)
+        fields = Fields(row, values, self._format, columns, self._field, self._train_on)
         return _FORMATS[self._format].read(fields)
 
     def check(self, row: Row) -> RowCheck | None:
@@ -144,7 +147,8 @@ class RowReader:
         """Which of the row's columns are used."""
         definition, values = _FORMATS[self._format], row.values()
         named = (*definition.required, *definition.optional, *(["check"] if self._columns.check else []))
-        columns = tuple(column_name(field, self._columns) for field in named)
+        names = pair_columns(values, self._columns)
+        columns = tuple(column_name(field, names) for field in named)
         return Reading(
             self._format,
             tuple(column for column in columns if column in values),
@@ -171,7 +175,8 @@ def detect_format(
     chat and sharegpt. `pairs`: whether the objective compares two answers, which only one format has. Raises
     StepFailure BAD_DATASET if it is not exactly one format, or one that the objective cannot use.
     """
-    names, values = columns or Columns(), row.values()
+    values = row.values()
+    names = pair_columns(values, columns or Columns())
     needed = {
         format_: [column_name(field, names) for field in definition.required]
         for format_, definition in _FORMATS.items()
@@ -205,7 +210,9 @@ def _advice(needed: Mapping[RowFormat, list[str]], names: Columns, values: Mappi
 
 def has_pairs(row: Row) -> bool:
     """Whether the row has the columns of a pair of answers."""
-    return row.values().keys() >= set(_FORMATS["preference"].required)
+    values = row.values()
+    names = pair_columns(values, Columns())
+    return all(column_name(field, names) in values for field in _FORMATS["preference"].required)
 
 
 def _require_no_pairs(row: Row, names: Columns, field: str, *, pairs: bool) -> None:
