@@ -169,7 +169,7 @@ def test_two_processes_match_one(sharded: bool, tmp_path: Path, tiny_llama: Path
         trained(tmp_path / name, tiny_llama, merged(training, changes)) for name, changes in (("one", {}), ("two", two))
     )
 
-    same_numbers(together, alone, 1e-3)
+    same_numbers(together, alone, 1e-3, of_norms=3e-3 if sharded else None)
     ours, theirs = known(together, 6), known(alone, 6)
     for split, rows in theirs.items():
         torch.testing.assert_close(ours[split], rows, rtol=1e-2 if sharded else 1e-5, atol=1e-4)
