@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from qlora_api.channel import Channel, ChannelStatement, channel_key
 from qlora_api.lineage import Subject
-from qlora_trainer.publishing.signing import PrivateKey, payload_of, sign, verify_bundle
+from qlora_trainer.publishing.signing import PrivateKey, PublicKey, payload_of, sign, verify_bundle
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Record:
     bundle: bytes | None
     """What it was in, not verified; None for a statement by itself."""
 
-    def is_signed_by(self, key: PrivateKey) -> bool:
+    def is_signed_by(self, key: PublicKey) -> bool:
         """Whether the key has signed it."""
         try:
-            return self.bundle is not None and bool(verify_bundle(self.bundle, key.public_key()))
+            return self.bundle is not None and bool(verify_bundle(self.bundle, key))
         except ValueError:
             return False
 
@@ -31,7 +31,7 @@ def decode(text: str, namespace: str, key: str) -> Record:
     statement = ChannelStatement.model_validate_json(content if bundle is None else payload_of(bundle))
     channel = statement.predicate
     if (channel.namespace, channel_key(channel.name)) != (namespace, key):
-        raise ValueError(f"it is of {channel.namespace}/{channel.name}")
+        raise ValueError(f"it is of {channel.full_name}")
     return Record(channel, bundle)
 
 

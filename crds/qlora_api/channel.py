@@ -84,6 +84,11 @@ class Channel(ObservedModel):
         channel_key(name)
         return name
 
+    @property
+    def full_name(self) -> str:
+        """The name in requests: NAMESPACE/NAME@CHANNEL."""
+        return f"{self.namespace}/{self.name}"
+
     def name_of(self, adapter: ChannelAdapter) -> AdapterName:
         """Return the immutable name of one of its adapters."""
         return AdapterName(namespace=self.namespace, job=adapter.job, sha256=adapter.sha256)

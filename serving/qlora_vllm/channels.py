@@ -13,12 +13,12 @@ from typing import Any
 from prometheus_client import Gauge
 from pydantic import TypeAdapter, ValidationError
 
-from qlora_api.channel import Channel, channel_key
+from qlora_api.channel import Channel
+from qlora_cli.channel_record import decode
 from qlora_cli.verification import NotVerified
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.publishing.signing import read_public_key, verify_bundle
+from qlora_trainer.publishing.signing import read_public_key
 from qlora_vllm.cache import Layout
-from qlora_vllm.records import parse_channel
 
 _LOG = logging.getLogger("vllm.qlora")
 _SEQUENCE = Gauge("qlora_channel_sequence", "Sequence of the promotion in effect.", ["channel"])
@@ -43,29 +43,18 @@ class Problem:
     """When the record is tried again, in seconds of the monotonic clock."""
 
 
-def full_name(channel: Channel) -> str:
-    """Return the name in requests: NAMESPACE/NAME@CHANNEL."""
-    return f"{channel.namespace}/{channel.name}"
-
-
 def read_channel(file: Path, namespace: str, key_file: Path) -> Channel:
     """Read a record; if the namespace has a key for channels, a signed one.
 
     Raises NotVerified or ValueError, also if the record is of another channel than the file's name.
     """
-    content = file.read_bytes()
-    if key_file.is_file():
-        try:
-            content = verify_bundle(content, read_public_key(key_file.read_bytes()))
-        except ValueError as error:
-            raise NotVerified(f"the promotion does not verify: {error}") from error
     try:
-        channel = parse_channel(content)
+        record = decode(file.read_text(), namespace, file.name)
     except ValidationError:
-        raise ValueError(f"{file.name} is no record of a channel, or of a later release") from None
-    if (channel.namespace, channel_key(channel.name)) != (namespace, file.name):
-        raise NotVerified(f"the promotion is of {full_name(channel)}, and not of {namespace}/{file.name}")
-    return channel
+        raise ValueError("the record is not of a channel, or of a later release") from None
+    if key_file.is_file() and not record.is_signed_by(read_public_key(key_file.read_bytes())):
+        raise NotVerified(f"the key {key_file.name} has not signed the record")
+    return record.channel
 
 
 def choose(channel: Channel, request: Mapping[str, Any]) -> str:
@@ -78,7 +67,7 @@ def choose(channel: Channel, request: Mapping[str, Any]) -> str:
         return str(channel.name_of(channel.adapter))
     messages = request.get("messages")
     first = messages[0] if isinstance(messages, list) and messages else request.get("prompt", request.get("input"))
-    chooser = json.dumps([full_name(channel), request.get("user") or first], sort_keys=True)
+    chooser = json.dumps([channel.full_name, request.get("user") or first], sort_keys=True)
     is_chosen = int.from_bytes(sha256(chooser.encode()).digest()[:8]) % 100 < channel.percent
     return str(channel.name_of(channel.adapter if is_chosen else channel.previous[0]))
 
@@ -119,7 +108,7 @@ class Channels:
 
     async def _accept(self, channel: Channel) -> None:
         """Switch to the record once each of its adapters has answered. Requests that run are not touched."""
-        name, problem = full_name(channel), self.problems.get(full_name(channel))
+        name, problem = channel.full_name, self.problems.get(channel.full_name)
         if channel == self.active.get(name):
             self._set_problem(name, None)
             return

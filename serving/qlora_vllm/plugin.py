@@ -4,14 +4,17 @@ import asyncio
 import os
 from argparse import Namespace
 from functools import partial
-from math import isfinite
+from http import HTTPStatus
+from math import isfinite, nan
 from pathlib import Path
 from uuid import uuid4
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm import envs
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.sampling_params import SamplingParams
@@ -56,24 +59,28 @@ class Plugin:
         LoRAResolverRegistry.register_resolver(self.name, VerifiedAdapters(self._resolver))
         app.add_middleware(ChannelNames, channels=self._channels)
         _attach_status(app, base, self._resolver, self._channels)
-        for route in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
-            app.add_api_route(route, _refuse, methods=["POST"])
 
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
-        """Follow the channels, as long as the server runs."""
+        """Reject loading by hand, and follow the channels, as long as the server runs."""
         self._engine, self._models = engine_client, state.openai_serving_models
+        # In place of the routes: SageMaker's, which are attached later, load adapters too.
+        self._models.load_lora_adapter = self._models.unload_lora_adapter = _reject
         self._following = asyncio.create_task(self._channels.follow())
 
     async def _try_adapter(self, name: str) -> str | None:
         """Load the adapter and answer one token with it. Returns why it cannot."""
-        loaded = await self._models.resolve_lora(name)
-        if not isinstance(loaded, LoRARequest):
-            outcome = self._resolver.outcomes.get(name)
-            return str(loaded.error.message if outcome is None or outcome.reason is None else outcome.reason)
-        settings = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
-        async for answer in self._engine.generate("Hello", settings, f"qlora-{uuid4()}", lora_request=loaded):
-            logprobs = [each.logprob for position in answer.outputs[0].logprobs or () for each in position.values()]
-        return None if logprobs and all(map(isfinite, logprobs)) else "its answer to a first request has no probability"
+        settings, logprobs = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1), [nan]
+        try:
+            loaded = await self._models.resolve_lora(name)
+            if not isinstance(loaded, LoRARequest):
+                outcome = self._resolver.outcomes.get(name)
+                return str(loaded.error.message if outcome is None or outcome.reason is None else outcome.reason)
+            async for answer in self._engine.generate("Hello", settings, f"qlora-{uuid4()}", lora_request=loaded):
+                logprobs = [each.logprob for position in answer.outputs[0].logprobs or () for each in position.values()]
+        # The engine raises errors of many kinds, and with any of them the old adapter continues to answer.
+        except Exception as error:  # noqa: BLE001
+            return f"its first request failed: {error!r:.500}"
+        return None if all(map(isfinite, logprobs)) else "its answer to a first request has no probability"
 
 
 def _require_settings() -> None:
@@ -95,5 +102,6 @@ def _attach_status(app: FastAPI, base: ServedBase, resolver: Resolver, channels:
         return {"base": served | {"measured": base.is_measured}, "channels": list(channels.status()), "adapters": named}
 
 
-async def _refuse() -> None:
-    raise HTTPException(403, "This server loads verified adapters only, when a request names one.")
+async def _reject(_: object) -> ErrorResponse:
+    message = "this server loads verified adapters only, when a request names one"
+    return create_error_response(message, "ForbiddenError", HTTPStatus.FORBIDDEN)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qlora_api.channel import AdapterName, Channel, ChannelStatement
+from qlora_api.channel import AdapterName
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.output import entry_key
-from qlora_trainer.publishing.signing import payload_of
+from qlora_cli.channel_record import decode
 
 
 class _Record(ObservedModel):
@@ -16,12 +16,6 @@ class _Record(ObservedModel):
 
     uri: str
     digest: str
-
-
-def parse_channel(content: bytes) -> Channel:
-    """Parse a channel's record, signed or not, without a check. Raises ValueError."""
-    statement = payload_of(content) if b"dsseEnvelope" in content else content
-    return ChannelStatement.model_validate_json(statement).predicate
 
 
 def find_address(records: Path, name: AdapterName) -> str:
@@ -40,7 +34,7 @@ def find_address(records: Path, name: AdapterName) -> str:
             return record.uri
     for file in sorted(folder.glob("*.channel")):
         with suppress(ValueError):
-            channel = parse_channel(file.read_bytes())
+            channel = decode(file.read_text(), name.namespace, file.name).channel
             for adapter in (channel.adapter, *channel.previous):
                 if channel.name_of(adapter) == name:
                     return adapter.uri

@@ -209,9 +209,13 @@ def test_only_verified_adapters_are_served_by_name_and_by_channel(published: Pub
         assert answer.json()["choices"] == ask(address, "by-argument", question).json()["choices"]
         assert answer.json()["model"] == name
         assert ask(address, changed, question).status_code == requests.codes.not_found
-        for route in ("load", "unload"):
-            done = requests.post(f"{address}/v1/{route}_lora_adapter", json=by_hand, timeout=60)
-            assert (done.status_code, "verified adapters only" in done.text) == (requests.codes.forbidden, True)
+        for route, body in (
+            ("v1/load_lora_adapter", by_hand),
+            ("v1/unload_lora_adapter", by_hand),
+            ("adapters", {"name": "by-hand", "src": by_hand["lora_path"]}),
+        ):
+            done = requests.post(f"{address}/{route}", json=body, timeout=60)
+            assert (done.status_code, "verified adapters only" in done.text) == (requests.codes.forbidden, True), route
         assert ask(address, PROD, question).json() | VARYING == answer.json() | VARYING
         promote(pod, changed, 2)
         eventually(lambda: channel(address)["problem"] is not None, seconds=60, what="the failed promotion")

@@ -22,7 +22,6 @@ from qlora_client.channels.servers import (
     ServedChannel,
     ServedProblem,
     find_served,
-    full_name,
     read_served,
     wait_for_server,
 )
@@ -169,7 +168,7 @@ def _place(namespace: str, channel: str, found: ChannelMap, private: PrivateKey 
         fail(f"{key} of the ConfigMap {found.name} is no record of {channel}: {one_line(str(error))}: remove it")
     if private is None and record.bundle is not None:
         fail(f"the record of {channel} is signed: pass the private key with --key, because servers may reject another")
-    is_trusted = private is None or record.is_signed_by(private)
+    is_trusted = private is None or record.is_signed_by(private.public_key())
     if not is_trusted:
         note(f"The record of {channel} is not signed with this key: its earlier adapters are dropped.")
     return Place(namespace, channel, record.channel.sequence, record.channel if is_trusted else None)
@@ -230,7 +229,7 @@ def _served(url: str, channels: Sequence[Channel]) -> Sequence[ServedChannel]:
         served = read_served(url, _api_key())
     except ClusterError as error:
         served, reason = (), str(error)
-    missing = [ServedChannel(name=full_name(each), problem=ServedProblem(reason=reason)) for each in channels]
+    missing = [ServedChannel(name=each.full_name, problem=ServedProblem(reason=reason)) for each in channels]
     return [find_served(served, each) or other for each, other in zip(channels, missing, strict=True)]
 
 

@@ -64,14 +64,9 @@ def read_served(url: str, api_key: str | None) -> Sequence[ServedChannel]:
         ) from None
 
 
-def full_name(channel: Channel) -> str:
-    """Return the name that servers answer to: NAMESPACE/NAME@CHANNEL."""
-    return f"{channel.namespace}/{channel.name}"
-
-
 def find_served(served: Sequence[ServedChannel], channel: Channel) -> ServedChannel | None:
     """Return the channel among those of a server."""
-    return next((each for each in served if each.name == full_name(channel)), None)
+    return next((each for each in served if each.name == channel.full_name), None)
 
 
 def is_in_effect(found: ServedChannel | None, channel: Channel) -> bool:

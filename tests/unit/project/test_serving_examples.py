@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qlora_api.channel import DEFAULT_CONFIG_MAP
 from qlora_api.lineage import LINEAGE_TYPE, Lineage, LineageResult
 from qlora_api.sources import parse_source
 from qlora_vllm.cache import DEFAULT_FOLDER, Layout
@@ -34,7 +35,7 @@ def test_vllm_finds_base_adapter_record_and_key_where_the_plugin_looks() -> None
         assert mounts[str(layout.claims / claim)]["persistentVolumeClaim"]["claimName"] == claim
     model = output["base"]["destination"].removeprefix("pvc://")
     assert container["args"][0] == str(layout.claims / model)
-    assert mounts[str(layout.records / namespace)]["configMap"]["name"] == output["announce"]["configMap"]
+    assert mounts[str(layout.records / namespace)]["configMap"]["name"] == DEFAULT_CONFIG_MAP
     assert {str(layout.key(namespace).parent), str(layout.cache)} <= mounts.keys()
     assert f"--max-lora-rank={job['spec']['lora']['rank']}" in container["args"]
     [plugin] = (each["value"] for each in container["env"] if each["name"] == "VLLM_PLUGINS")
