@@ -189,7 +189,8 @@ def download(address: str, folder: Path, most: int | None = None) -> Adapter:
     remote = open_remote_model(source, lambda: Hub(get_token(), field=secret.field), secret, registries)
     names = [name for name in remote.sizes if "/" not in name and not name.startswith(".")]
     needed = sum(remote.sizes[name] for name in names)
-    if needed > (room := disk_usage(folder).free if most is None else most):
+    free = disk_usage(folder).free
+    if needed > (room := free if most is None else min(free, most)):
         raise OSError(f"{remote.location} has {needed:,} bytes, and there is room for {room:,}")
     for name in names:
         remote.fetch(name, folder, lambda _done: None)

@@ -64,7 +64,7 @@ class Channel(ObservedModel):
 
     namespace: str
     name: str = Field(description="NAME@CHANNEL.")
-    sequence: int = Field(ge=1, description="One more with each promotion. Servers ignore a lower one.")
+    sequence: int = Field(ge=1, le=2**53, description="One more with each promotion. Servers ignore a lower one.")
     adapter: ChannelAdapter
     percent: int | None = Field(
         None,

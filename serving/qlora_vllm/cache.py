@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -14,41 +13,15 @@ from qlora_api.lineage import SIGNED_FILE
 from qlora_api.sources import VolumeSource, parse_source
 from qlora_cli.verification import Adapter, NotVerified, Verified, check, download, with_lineage
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.core.filesystem import sync_tree
 from qlora_trainer.core.paths import confine
 from qlora_trainer.publishing.signing import PublicKey, read_public_key
+from qlora_vllm.layout import Layout
 from qlora_vllm.records import find_address
 from qlora_vllm.served_base import ServedBase
 
-DEFAULT_FOLDER = "/qlora"
-"""Unless QLORA_FOLDER names another."""
 MAX_ADAPTER_BYTES = 8 * 2**30
 _PARTIAL = ".partial-"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The plugin's folders in the server's pod."""
-
-    root: Path
-
-    @property
-    def records(self) -> Path:
-        """A folder for each namespace, with its ConfigMap of output.announce."""
-        return self.root / "records"
-
-    @property
-    def claims(self) -> Path:
-        """A folder for each claim that adapters are on."""
-        return self.root / "claims"
-
-    @property
-    def cache(self) -> Path:
-        """The verified adapters. Nothing but the server may write there."""
-        return self.root / "cache"
-
-    def key(self, namespace: str) -> Path:
-        """Return the file with the public key that signs adapters of the namespace."""
-        return self.root / "keys" / f"{namespace}.pub"
 
 
 class _Config(BaseModel):
@@ -73,14 +46,22 @@ def provide(layout: Layout, base: ServedBase, max_rank: int, name: AdapterName) 
     Raises NotVerified for an adapter that must not be served, and ValueError, OSError or StepFailure for one that
     cannot be read.
     """
-    address, key_file = find_address(layout.records, name), layout.key(name.namespace)
+    address = find_address(layout.records, name, layout.key(f"{name.namespace}.channels"))
+    key_file = layout.key(name.namespace)
     if not key_file.is_file():
         raise NotVerified(f"this server has no key of the namespace {name.namespace} ({key_file})")
     key = read_public_key(key_file.read_bytes())
     target = layout.cache / name.namespace / name.job / name.sha256
     if target.is_dir():
-        _require_fit(_verify(with_lineage(target), address, key, name), target, base, max_rank)
-        return target
+        try:
+            verified = _verify(with_lineage(target), address, key, name)
+        except NotVerified:
+            # Damaged, or signed with a key that was replaced. vLLM has not loaded it: it would not ask again.
+            target.chmod(0o755)
+            shutil.rmtree(target)
+        else:
+            _require_fit(verified, target, base, max_rank)
+            return target
     with _partial(layout.cache) as folder:
         verified = _verify(_fetch(address, folder, layout.claims), address, key, name)
         _require_fit(verified, folder, base, max_rank)
@@ -88,6 +69,7 @@ def provide(layout: Layout, base: ServedBase, max_rank: int, name: AdapterName) 
         (folder / SIGNED_FILE).write_bytes(verified.document)
         for path in folder.iterdir():
             path.chmod(0o444)
+        sync_tree(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
     target.chmod(0o555)

@@ -20,7 +20,7 @@ class ChannelNames:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
             await self._app(scope, receive, send)
             return
         body, rest = await _read(receive)
@@ -28,7 +28,7 @@ class ChannelNames:
             body = replaced
             headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
             scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-        pending = [{"type": "http.request", "body": body, "more_body": False}, *rest]
+        pending = [{"type": "http.request", "body": body, "more_body": bool(rest)}, *rest]
 
         async def replay() -> Message:
             return pending.pop(0) if pending else await receive()
@@ -46,6 +46,10 @@ class ChannelNames:
             # vLLM reports what is wrong with it.
             return None
         return None if channel is None else json.dumps(request | {"model": choose(channel, request)}).encode()
+
+
+def _is_json(scope: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(b"application/json") for name, value in scope["headers"])
 
 
 async def _read(receive: Receive) -> tuple[bytes, list[Message]]:

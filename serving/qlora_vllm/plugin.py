@@ -1,6 +1,7 @@
 """Attaches resolver and channels to vLLM's API server, and closes the routes that load adapters without a check."""
 
 import asyncio
+import logging
 import os
 from argparse import Namespace
 from functools import partial
@@ -9,7 +10,7 @@ from math import isfinite, nan
 from pathlib import Path
 from uuid import uuid4
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from starlette.datastructures import State
 from vllm import envs
 from vllm.engine.protocol import EngineClient
@@ -19,11 +20,14 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.sampling_params import SamplingParams
 
-from qlora_vllm.cache import DEFAULT_FOLDER, Layout, provide, remove_partials
+from qlora_vllm.cache import provide, remove_partials
 from qlora_vllm.channels import Channels
+from qlora_vllm.layout import DEFAULT_FOLDER, Layout
 from qlora_vllm.middleware import ChannelNames
-from qlora_vllm.resolver import Resolver
+from qlora_vllm.resolver import SECONDS_AGAIN, STILL_DOWNLOADING, Resolver
 from qlora_vllm.served_base import BASE_REVISION, ServedBase, served_base
+
+_LOG = logging.getLogger("vllm.qlora")
 
 
 class VerifiedAdapters(LoRAResolver):
@@ -45,7 +49,8 @@ class Plugin:
     """An endpoint plugin, which vLLM loads only if VLLM_PLUGINS names it, in the process of the API server."""
 
     name = "qlora"
-    required_tasks = ("generate",)
+    # For any: a server without the plugin would load adapters without a check.
+    required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Register resolver, channels and routes. Raises ValueError, which ends the server, for unsafe settings."""
@@ -63,18 +68,30 @@ class Plugin:
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
         """Reject loading by hand, and follow the channels, as long as the server runs."""
         self._engine, self._models = engine_client, state.openai_serving_models
+        self._resolve_lora = self._models.resolve_lora
         # In place of the routes: SageMaker's, which are attached later, load adapters too.
         self._models.load_lora_adapter = self._models.unload_lora_adapter = _reject
+        self._models.resolve_lora = self._resolve
         self._following = asyncio.create_task(self._channels.follow())
+        self._following.add_done_callback(_log_end)
+
+    async def _resolve(self, name: str) -> LoRARequest | ErrorResponse:
+        """Resolve the name as vLLM does, and note if the engine cannot load the verified adapter."""
+        found = await self._resolve_lora(name)
+        if isinstance(found, ErrorResponse) and found.error.code == HTTPStatus.BAD_REQUEST:
+            self._resolver.record(name, "failed", "vLLM cannot load it: its log has the reason")
+        return found
 
     async def _try_adapter(self, name: str) -> str | None:
         """Load the adapter and answer one token with it. Returns why it cannot."""
         settings, logprobs = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1), [nan]
         try:
-            loaded = await self._models.resolve_lora(name)
-            if not isinstance(loaded, LoRARequest):
+            while not isinstance(loaded := await self._resolve(name), LoRARequest):
                 outcome = self._resolver.outcomes.get(name)
-                return str(loaded.error.message if outcome is None or outcome.reason is None else outcome.reason)
+                reason = str(loaded.error.message if outcome is None or outcome.reason is None else outcome.reason)
+                if reason != STILL_DOWNLOADING:
+                    return reason
+                await asyncio.sleep(SECONDS_AGAIN)
             async for answer in self._engine.generate("Hello", settings, f"qlora-{uuid4()}", lora_request=loaded):
                 logprobs = [each.logprob for position in answer.outputs[0].logprobs or () for each in position.values()]
         # The engine raises errors of many kinds, and with any of them the old adapter continues to answer.
@@ -84,7 +101,11 @@ class Plugin:
 
 
 def _require_settings() -> None:
-    """Raise ValueError if vLLM would answer without the adapter that a request names."""
+    """Raise ValueError if vLLM would answer without the adapter that a request names, or with an unverified one."""
+    if others := LoRAResolverRegistry.get_supported_resolvers() - {Plugin.name}:
+        raise ValueError(f"set VLLM_PLUGINS to qlora only: {', '.join(others)} would load adapters without a check")
+    if envs.VLLM_SERVER_DEV_MODE:
+        raise ValueError("unset VLLM_SERVER_DEV_MODE: its routes change weights")
     if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         raise ValueError("set VLLM_ALLOW_RUNTIME_LORA_UPDATING to true: without it, vLLM resolves no adapter")
     if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
@@ -92,14 +113,23 @@ def _require_settings() -> None:
 
 
 def _attach_status(app: FastAPI, base: ServedBase, resolver: Resolver, channels: Channels) -> None:
-    """Add GET /v1/qlora/adapters, below /v1 so that it needs the server's API key, if there is one."""
+    """Add GET /qlora/ready for probes, and GET /v1/qlora/adapters, which needs the API key, if there is one."""
+
+    @app.get("/qlora/ready")
+    async def ready() -> Response:
+        return Response(status_code=HTTPStatus.OK if channels.ready.is_set() else HTTPStatus.SERVICE_UNAVAILABLE)
 
     @app.get("/v1/qlora/adapters")
-    def adapters() -> dict[str, object]:
+    async def adapters() -> dict[str, object]:
         served = {"sha256": base.sha256} if base.is_measured else {"revision": base.revision}
         outcomes = resolver.outcomes.items()
         named = [{"name": name, "served": each.reason is None, "reason": each.reason} for name, each in outcomes]
         return {"base": served | {"measured": base.is_measured}, "channels": list(channels.status()), "adapters": named}
+
+
+def _log_end(following: "asyncio.Task[None]") -> None:
+    if not following.cancelled():
+        _LOG.critical("channels are no longer followed: restart the server", exc_info=following.exception())
 
 
 async def _reject(_: object) -> ErrorResponse:

@@ -1,14 +1,16 @@
-"""Finds the address of an adapter by its immutable name, NAMESPACE/JOB@sha256:DIGEST."""
+"""Reads the mounted records: channels, and the addresses of adapters by their immutable names."""
 
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from qlora_api.channel import AdapterName
+from qlora_api.channel import AdapterName, Channel
 from qlora_api.schema import ObservedModel
 from qlora_api.spec.output import entry_key
 from qlora_cli.channel_record import decode
+from qlora_cli.verification import NotVerified
+from qlora_trainer.publishing.signing import read_public_key
 
 
 class _Record(ObservedModel):
@@ -18,10 +20,24 @@ class _Record(ObservedModel):
     digest: str
 
 
-def find_address(records: Path, name: AdapterName) -> str:
+def read_channel(file: Path, namespace: str, key_file: Path) -> Channel:
+    """Read a record; if the namespace has a key for channels, a signed one.
+
+    Raises NotVerified or ValueError, also if the record is of another channel than the file's name.
+    """
+    try:
+        record = decode(file.read_text(), namespace, file.name)
+    except ValidationError:
+        raise ValueError("the record is not of a channel, or of a later release") from None
+    if key_file.is_file() and not record.is_signed_by(read_public_key(key_file.read_bytes())):
+        raise NotVerified(f"the key {key_file.name} has not signed the record")
+    return record.channel
+
+
+def find_address(records: Path, name: AdapterName, channels_key: Path) -> str:
     """Return the address in the job's entry, or in a channel of the namespace that leads or led to the adapter.
 
-    Raises ValueError if none of them has it.
+    `channels_key`: the file of the key that signs channels, if there is one. Raises ValueError if none has it.
     """
     folder = records / name.namespace
     entry = folder / entry_key(name.job)
@@ -33,8 +49,8 @@ def find_address(records: Path, name: AdapterName) -> str:
         if record.digest == f"sha256:{name.sha256}":
             return record.uri
     for file in sorted(folder.glob("*.channel")):
-        with suppress(ValueError):
-            channel = decode(file.read_text(), name.namespace, file.name).channel
+        with suppress(ValueError, NotVerified):
+            channel = read_channel(file, name.namespace, channels_key)
             for adapter in (channel.adapter, *channel.previous):
                 if channel.name_of(adapter) == name:
                     return adapter.uri

@@ -18,6 +18,9 @@ _LOG = logging.getLogger("vllm.qlora")
 _RESOLVED = Counter("qlora_adapters_resolved", "Names of adapters that requests asked for, once each.", ["outcome"])
 SECONDS_AGAIN = 10.0
 """Until an adapter that was not served is looked for again."""
+REJECTED_SECONDS = 300.0
+"""The same for one that differs from what was signed, or from what the server allows."""
+STILL_DOWNLOADING = "it is still being downloaded: ask again later"
 MAX_SECONDS = 120.0
 """That a request waits for a download, which then goes on."""
 MAX_REASONS = 1000
@@ -31,8 +34,8 @@ class Outcome:
 
     reason: str | None
     """Why it is not served; None if it is."""
-    at: float
-    """Seconds of the monotonic clock."""
+    until: float
+    """When it is tried again, in seconds of the monotonic clock."""
 
 
 @dataclass
@@ -43,26 +46,32 @@ class Resolver:
     """Returns the verified folder. Raises NotVerified, ValueError, OSError or StepFailure."""
     clock: Callable[[], float] = time.monotonic
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    """By name, the oldest first; unknown ones too, so their number is limited."""
+    """By well-formed name, the oldest first. Clients may invent them, so their number is limited."""
     _running: dict[str, "asyncio.Future[Path]"] = field(default_factory=dict)
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DOWNLOADS, "qlora-adapters"))
 
     async def resolve(self, text: str) -> Path | None:
         """Return the folder of the adapter, or None if it is not served, with the reason in `outcomes`."""
-        last = self.outcomes.get(text)
-        if last is not None and last.reason is not None and self.clock() < last.at + SECONDS_AGAIN:
-            return None
         try:
             name = parse_adapter_name(text)
-            folder = await asyncio.wait_for(asyncio.shield(self._begin(text, name)), MAX_SECONDS)
-        except TimeoutError:
-            self._record(text, "waiting", "it is still being downloaded: ask again later")
+        except ValueError:
+            # Of any length, and any client may invent it: it is counted only.
+            _RESOLVED.labels("unknown").inc()
+            return None
+        last = self.outcomes.get(text)
+        if last is not None and self.clock() < last.until:
+            return None
+        running = self._begin(text, name)
+        try:
+            folder = await asyncio.wait_for(asyncio.shield(running), MAX_SECONDS)
         except NotVerified as difference:
-            self._record(text, "rejected", str(difference))
+            self.record(text, "rejected", str(difference))
         except (ValueError, OSError, StepFailure) as error:
-            self._record(text, "unavailable", str(error))
+            # A TimeoutError is an OSError, also that of a server.
+            is_over = running.done()
+            self.record(text, "unavailable" if is_over else "waiting", str(error) if is_over else STILL_DOWNLOADING)
         else:
-            self._record(text, "served", None)
+            self.record(text, "served", None)
             return folder
         return None
 
@@ -74,11 +83,13 @@ class Resolver:
             future.add_done_callback(lambda _: self._running.pop(text))
         return self._running[text]
 
-    def _record(self, text: str, outcome: str, reason: str | None) -> None:
+    def record(self, text: str, outcome: str, reason: str | None) -> None:
+        """Note the outcome of a well-formed name."""
         if reason is not None:
             _LOG.warning("adapter %.200r is not served: %s", text, reason)
         _RESOLVED.labels(outcome).inc()
         self.outcomes.pop(text, None)
         while len(self.outcomes) >= MAX_REASONS:
             del self.outcomes[next(iter(self.outcomes))]
-        self.outcomes[text] = Outcome(reason, self.clock())
+        again = 0.0 if reason is None else REJECTED_SECONDS if outcome == "rejected" else SECONDS_AGAIN
+        self.outcomes[text] = Outcome(reason, self.clock() + again)

@@ -30,7 +30,7 @@ from qlora_api.channel import Channel, ChannelAdapter, ChannelStatement, channel
 from qlora_api.lineage import SIGNED_FILE, UNSIGNED_FILE, Statement
 from qlora_api.schema import replace
 from qlora_trainer.publishing.signing import sign
-from qlora_vllm.cache import Layout
+from qlora_vllm.layout import Layout
 from tests.support.signed_adapter import KEY, public_pem
 from tests.support.waiting import eventually
 

@@ -12,7 +12,7 @@ import yaml
 from qlora_api.channel import DEFAULT_CONFIG_MAP
 from qlora_api.lineage import LINEAGE_TYPE, Lineage, LineageResult
 from qlora_api.sources import parse_source
-from qlora_vllm.cache import DEFAULT_FOLDER, Layout
+from qlora_vllm.layout import DEFAULT_FOLDER, Layout
 
 ROOT = Path(__file__).parents[3]
 SERVING = ROOT / "examples" / "serving"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from qlora_api.channel import Channel, ChannelAdapter, ChannelStatement, channel_key
 from qlora_trainer.publishing.signing import sign
-from qlora_vllm.cache import Layout
 from qlora_vllm.channels import SECONDS_AGAIN, Channels, choose
+from qlora_vllm.layout import Layout
 from qlora_vllm.middleware import ChannelNames
 from qlora_vllm.records import find_address
 from tests.support.signed_adapter import KEY, public_pem
@@ -37,6 +38,7 @@ class Server:
         self.layout, self.now = Layout(root), 0.0
         self.broken: dict[str, str] = {}
         self.tried: list[str] = []
+        self.failing: Callable[[str], None] | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -44,17 +46,26 @@ class Server:
 
     async def try_adapter(self, adapter: str) -> str | None:
         self.tried.append(adapter)
+        if self.failing is not None:
+            self.failing(adapter)
         return self.broken.get(adapter)
 
     def promote(self, channel: Channel, key: Ed25519PrivateKey | None = None, file: str | None = None) -> None:
+        self.write(channel, key, file)
+        self.update()
+
+    def write(self, channel: Channel, key: Ed25519PrivateKey | None = None, file: str | None = None) -> None:
         folder = self.layout.records / "team"
         folder.mkdir(parents=True, exist_ok=True)
         content = ChannelStatement(subject=(), predicate=channel).model_dump_json(by_alias=True).encode()
         (folder / (file or channel_key(channel.name))).write_bytes(content if key is None else sign(content, key))
-        self.update()
 
     def update(self) -> None:
-        asyncio.run(self.channels.update())
+        asyncio.run(self._update())
+
+    async def _update(self) -> None:
+        self.channels.update()
+        await self.channels.settled(60)
 
     @property
     def adapter(self) -> str | None:
@@ -115,7 +126,7 @@ def test_a_restarted_server_answers_as_before_while_the_newest_promotion_fails(s
 
     async def start() -> None:
         following = asyncio.create_task(server.channels.follow())
-        await asyncio.sleep(0.1)
+        await server.channels.ready.wait()
         following.cancel()
 
     asyncio.run(start())
@@ -158,16 +169,60 @@ def test_a_share_answers_its_conversations_and_each_stays_with_one_adapter(serve
     channel = server.channels.active[PROD]
     users = [choose(channel, {"user": f"user-{number}"}) for number in range(500)]
     assert users.count(name(NEW)) == pytest.approx(100, abs=30)
-    first: dict[str, Any] = {"role": "user", "content": "Hello"}
-    longer = [first, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Why?"}]
-    assert choose(channel, {"messages": [first]}) == choose(channel, {"messages": longer})
+    chosen = []
+    for number in range(500):
+        begun = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Question {number}"}]
+        longer = [*begun, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Why?"}]
+        for field in ("messages", "input"):
+            assert choose(channel, {field: begun}) == choose(channel, {field: longer})
+        chosen.append(choose(channel, {"messages": begun}))
+    assert chosen.count(name(NEW)) == pytest.approx(100, abs=30)
+
+
+def test_an_unforeseen_error_ends_no_other_channel(server: Server) -> None:
+    def fail(_: str) -> None:
+        raise RuntimeError("the engine is dead")
+
+    server.promote(record(1))
+    server.failing = fail
+    other = record(1, NEW).model_copy(update={"name": "bot@canary"})
+    server.promote(other)
+    assert "the engine is dead" in server.channels.problems["team/bot@canary"].reason
+    assert server.adapter == name(OLD)
+    server.now += SECONDS_AGAIN
+    server.failing = None
+    server.update()
+    assert server.channels.active["team/bot@canary"] == other
+
+
+def test_a_slow_adapter_delays_no_other_channel(server: Server) -> None:
+    async def both() -> None:
+        slow = asyncio.Event()
+
+        async def try_adapter(adapter: str) -> str | None:
+            if adapter == name(NEW):
+                await slow.wait()
+            return None
+
+        server.channels.try_adapter = try_adapter
+        server.write(record(1))
+        server.write(record(1, NEW).model_copy(update={"name": "bot@canary"}))
+        server.channels.update()
+        await server.channels.settled(0.01)
+        assert server.channels.active.keys() == {PROD}
+        slow.set()
+        await server.channels.settled(60)
+        assert server.channels.active.keys() == {PROD, "team/bot@canary"}
+
+    asyncio.run(both())
 
 
 def test_an_adapter_of_a_channel_needs_no_announcement(server: Server) -> None:
     server.promote(record(1, NEW, previous=(OLD,)), KEY)
     channel = server.channels.active[PROD]
     for adapter in (NEW, OLD):
-        assert find_address(server.layout.records, channel.name_of(adapter)) == adapter.uri
+        no_key = server.layout.key("team.channels")
+        assert find_address(server.layout.records, channel.name_of(adapter), no_key) == adapter.uri
 
 
 def answered(server: Server, body: bytes, parts: int = 1) -> dict[str, Any]:
@@ -188,7 +243,8 @@ def answered(server: Server, body: bytes, parts: int = 1) -> dict[str, Any]:
     async def send(_: Any) -> None:
         raise AssertionError("the server behind it answers")
 
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-length", str(len(body)).encode())]}
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": "POST", "headers": headers}
     asyncio.run(ChannelNames(app, server.channels)(scope, receive, send))
     return received
 

@@ -13,7 +13,8 @@ from qlora_api.channel import AdapterName, parse_adapter_name
 from qlora_cli import verification
 from qlora_cli.verification import Adapter, NotVerified
 from qlora_trainer.core.failures import StepFailure
-from qlora_vllm.cache import Layout, provide, remove_partials
+from qlora_vllm.cache import provide, remove_partials
+from qlora_vllm.layout import Layout
 from qlora_vllm.served_base import ServedBase, served_base
 from tests.support.signed_adapter import (
     BASE_REVISION,
@@ -143,6 +144,13 @@ def test_an_adapter_of_another_base_or_of_too_high_a_rank_is_not_served(pod: Pod
     with pytest.raises(NotVerified, match=r"its rank is 16, and this server allows 8 \(--max-lora-rank\)"):
         pod.provide(max_rank=8)
     assert pod.provide(base=ServedBase(revision=BASE_REVISION)).is_dir()
+
+
+def test_a_kept_adapter_that_was_damaged_is_fetched_again(pod: Pod) -> None:
+    file = pod.provide() / WEIGHTS_FILE
+    file.chmod(0o644)
+    file.write_bytes(b"damaged")
+    assert (pod.provide() / WEIGHTS_FILE).read_bytes() == WEIGHTS
 
 
 def test_another_servers_base_or_key_counts_for_a_kept_adapter_too(pod: Pod) -> None:

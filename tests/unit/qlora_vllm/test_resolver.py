@@ -10,7 +10,7 @@ from qlora_api.channel import AdapterName
 from qlora_cli.verification import NotVerified
 from qlora_trainer.core.failures import unreachable
 from qlora_vllm import resolver as resolver_module
-from qlora_vllm.resolver import MAX_REASONS, SECONDS_AGAIN, Resolver
+from qlora_vllm.resolver import MAX_REASONS, REJECTED_SECONDS, SECONDS_AGAIN, Resolver
 
 NAME = f"team/bot@sha256:{'a' * 64}"
 
@@ -42,6 +42,7 @@ def test_requests_for_one_adapter_share_a_download(tmp_path: Path) -> None:
         (NotVerified("no signature is of this key"), "no signature is of this key"),
         (unreachable("the hub has no answer"), "the hub has no answer"),
         (OSError("disk full"), "disk full"),
+        (TimeoutError("the volume has no answer"), "the volume has no answer"),
     ],
 )
 def test_a_denied_adapter_is_read_again_after_a_while(
@@ -61,7 +62,7 @@ def test_a_denied_adapter_is_read_again_after_a_while(
         assert asyncio.run(resolver.resolve(NAME)) is None
     assert (attempts, resolver.outcomes[NAME].reason) == (1, reason)
     assert reason in caplog.text
-    now[0] = SECONDS_AGAIN
+    now[0] = REJECTED_SECONDS if isinstance(error, NotVerified) else SECONDS_AGAIN
     assert asyncio.run(resolver.resolve(NAME)) == tmp_path
     assert resolver.outcomes[NAME].reason is None
 
@@ -72,11 +73,14 @@ def test_names_that_clients_invent_reach_no_store_and_fill_no_memory() -> None:
 
     async def ask() -> Resolver:
         resolver = Resolver(provide)
+        assert await resolver.resolve("../" * 1000) is None
         for number in range(MAX_REASONS + 10):
-            assert await resolver.resolve(f"../{number}") is None
+            resolver.record(f"team/bot@sha256:{number:064x}", "unavailable", "no record")
         return resolver
 
-    assert len(asyncio.run(ask()).outcomes) == MAX_REASONS
+    outcomes = asyncio.run(ask()).outcomes
+    assert len(outcomes) == MAX_REASONS
+    assert "../" * 1000 not in outcomes
 
 
 def test_a_slow_download_continues_after_its_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
