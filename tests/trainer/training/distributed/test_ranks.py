@@ -1,11 +1,8 @@
 """Several processes that train one adapter: their joint result is that of one process."""
 
 import os
-import signal
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +14,6 @@ from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.cpu import ENV_COMPUTE_TYPE
 from qlora_trainer.core.failures import StepFailure, unreachable
-from qlora_trainer.training import loop
 from qlora_trainer.training.distributed.launch import RankInfo
 from qlora_trainer.training.distributed.ranks import Ranks
 from tests.support.commands.command import Files
@@ -57,29 +53,6 @@ def test_processes_on_different_processors_compute_as_the_first_does(
     monkeypatch.setenv(ENV_COMPUTE_TYPE, "float32")
     assert run(one).compute_type == "float32"
     same_numbers(two, one, 1e-6)
-
-
-def _stop_the_second_in_its_second_step() -> None:
-    add, counted = loop._add_gradients, count(1)
-
-    def added(*arguments: Any) -> bool:
-        # Of five micro batches, this process has two.
-        if next(counted) == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return add(*arguments)
-
-    loop._add_gradients = added  # type: ignore[assignment]
-
-
-def test_a_stop_of_one_process_within_a_step_drops_it_in_all(
-    tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
-) -> None:
-    context = prepared(tmp_path, tiny_llama, TOGETHER, packed=False)
-    train_ranks(context, _stop_the_second_in_its_second_step, ends=ExitCode.INTERRUPTED)
-    assert [path.name for path in context.workspace.checkpoints.iterdir()] == ["step-1"]
-    train_ranks(context)
-    assert adapter_bytes(context) == adapter_bytes(together[1])
-    assert history(context) == history(together[1])
 
 
 @pytest.mark.parametrize("sharding", ["none", pytest.param("full", marks=pytest.mark.slow)])
