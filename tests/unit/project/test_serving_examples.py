@@ -29,7 +29,7 @@ def test_vllm_finds_base_adapter_record_and_key_where_the_plugin_looks() -> None
     output, pod = job["spec"]["output"], server["spec"]["template"]["spec"]
     (container,), volumes = pod["containers"], {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
-    layout, namespace = Layout(Path(DEFAULT_FOLDER)), server["metadata"]["namespace"]
+    layout, namespace = Layout(Path(DEFAULT_FOLDER)), "team-a"
     for address in (output["destination"], output["base"]["destination"]):
         claim = str(parse_source(address)).removeprefix("pvc://").partition("/")[0]
         assert mounts[str(layout.claims / claim)]["persistentVolumeClaim"]["claimName"] == claim
