@@ -1,10 +1,12 @@
 """The parts of a status about what a job reads and writes: base, adapter, gate, merged model, report."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
 
 from qlora_api.schema import ObservedModel
+from qlora_api.spec.gate import MAX_GUARDS
 from qlora_api.spec.output import GgufStatus
 from qlora_api.status_types import Bytes, Count, Finite, Share, ShortText, Uri
 
@@ -45,7 +47,29 @@ class GateCriterion(ObservedModel):
     passed: bool = Field(description="Whether that is enough.")
 
 
-class GateStatus(ObservedModel):
+class MeasuredSet(ObservedModel):
+    """The limits for one set of held-out rows, and the score of the answers to it."""
+
+    criteria: tuple[GateCriterion, ...] = Field((), max_length=8, description="The limits that the spec sets.")
+    score: Share | None = Field(None, description="Share of the adapter's answers that passed the check.")
+    base_score: Share | None = Field(None, description="The same of the base's answers, to the same rows.")
+    score_rows: Count | None = Field(None, description="Number of held-out rows that were answered.")
+    score_too_long_rows: Count | None = Field(
+        None, description="Number of held-out rows that could not be: their prompt has more than 1024 tokens."
+    )
+
+
+class GuardStatus(MeasuredSet):
+    """What was measured on the rows of a guard."""
+
+    name: str = Field(max_length=32, description="The guard's name.")
+    sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of its data.")
+    loss: Finite = Field(description="Loss of the adapter.")
+    base_loss: Finite = Field(description="Loss of the base, without the adapter.")
+    tokens: Count = Field(description="Number of target tokens that both losses are means of.")
+
+
+class GateStatus(MeasuredSet):
     """Whether the adapter is good enough to be published, and what was measured."""
 
     passed: bool = Field(description="Whether every limit of spec.gate is met.")
@@ -58,7 +82,6 @@ class GateStatus(ObservedModel):
         pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 of the base that it was checked on, as base.sha256.",
     )
-    criteria: tuple[GateCriterion, ...] = Field((), max_length=8, description="The limits that spec.gate sets.")
     eval_loss: Finite | None = Field(None, description="Held-out loss of the adapter.")
     initial_eval_loss: Finite | None = Field(None, description="Held-out loss before training.")
     eval_tokens: Count | None = Field(
@@ -66,12 +89,17 @@ class GateStatus(ObservedModel):
         description="Number of target tokens that both losses are means of. Not set if the objective compares answers: "
         "they are means over pairs.",
     )
-    score: Share | None = Field(None, description="Share of the adapter's answers that passed the check.")
-    base_score: Share | None = Field(None, description="The same of the base's answers, to the same rows.")
-    score_rows: Count | None = Field(None, description="Number of held-out rows that were answered.")
-    score_too_long_rows: Count | None = Field(
-        None, description="Number of held-out rows that could not be: their prompt has more than 1024 tokens."
+    guards: tuple[GuardStatus, ...] | None = Field(
+        None,
+        max_length=MAX_GUARDS,
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        description="The results of spec.gate.guards; not set without any.",
     )
+
+    @property
+    def sets(self) -> Mapping[str, "GateStatus | GuardStatus"]:
+        """All sets of held-out rows by the prefix of their limits in spec.gate, its own first."""
+        return {"": self, **{f"guards[{guard.name}].": guard for guard in self.guards or ()}}
 
 
 class InitialAdapterStatus(ObservedModel):

@@ -15,8 +15,10 @@ from qlora_api.profile import PROFILE_KIND, PROFILE_PLURAL, Profile
 from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.schema import VALIDATIONS, rule, rules
 from qlora_api.spec.execution import WorkspaceSpec
+from qlora_api.spec.gate import GuardSpec
 from qlora_api.spec.job import (
     GROUP,
+    HAS_GUARDS,
     HAS_SCORE,
     KIND,
     MAX_NAME_LENGTH,
@@ -267,6 +269,13 @@ def _fix_spec(spec: Schema) -> None:
     message = f"spec.gate.score cannot be changed once the job exists, as training measures it: {REMEDY}"
     _fix(parts["gate"]["properties"]["score"], message)
     _add(spec, rule(f"({HAS_SCORE}) == ({HAS_SCORE.replace('self', 'oldSelf')})", message))
+    guards, limits = parts["gate"]["properties"]["guards"], {"max_loss_increase", "min_score"}
+    _fix_fields(guards["items"], GuardSpec, except_for=limits, remedy=REMEDY, path="spec.gate.guards[]")
+    message = f"spec.gate.guards: only limits can be changed once the job exists, as training measures them: {REMEDY}"
+    _add(guards["items"], rule("has(self.minScore) == has(oldSelf.minScore)", message))
+    same_names = "self.size() == oldSelf.size() && self.all(guard, oldSelf.exists(old, old.name == guard.name))"
+    _add(guards, rule(same_names, message))
+    _add(spec, rule(f"({HAS_GUARDS}) == ({HAS_GUARDS.replace('self', 'oldSelf')})", message))
 
 
 def _fix(schema: Schema, message: str) -> None:

@@ -31,6 +31,12 @@ SMOOTHED = with_value(
 SCORE = {"check": "jsonSchema", "schema": '{"type": "object"}', "rows": 10, "maxNewTokens": 64}
 SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 
+# No other rows are held out, and only the guard is in a bucket.
+GUARD = {"name": "chat", "source": "s3://team-data/chat.jsonl", "maxLossIncrease": 0.1}
+GUARDED = with_value(
+    with_value(MINIMAL, "spec.gate", {"guards": [GUARD]}), "spec.dataset.secretRef", {"name": "bucket-keys"}
+)
+
 CONVERTED = with_value(MINIMAL, "spec.output.gguf", {})
 
 
@@ -54,9 +60,9 @@ FRACTION, HELD_OUT = {"fraction": 0.1}, {"source": "pvc://data/held-out.jsonl"}
 @pytest.mark.parametrize(
     "manifest",
     [MINIMAL, FULL, EVALUATED, SCORED, BY_ROWS, mixed_by_rows(FRACTION, True, True),
-     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED],
+     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED, GUARDED],
     ids=["minimal", "full", "evaluated", "scored", "by rows", "mixed by rows", "held out by rows", "dpo", "smoothed",
-         "mixed"],
+         "mixed", "guarded"],
 )  # fmt: skip
 def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
@@ -76,6 +82,7 @@ STARTS = {
     "mixed": MIXED,
     "evaluated": EVALUATED,
     "scored": SCORED,
+    "guarded": GUARDED,
     "by rows": BY_ROWS,
     "dpo": COMPARED,
     "converted": CONVERTED,
@@ -233,6 +240,24 @@ def test_the_limit_of_a_score_may_change_and_its_definition_may_not(plane: Contr
     assert apply(plane, with_value(scored, "spec.gate.minScore", 0.5))["spec"]["gate"]["minScore"] == 0.5
     for manifest in (with_value(scored, "spec.gate.score.rows", 20), without(scored, "spec.gate")):
         with pytest.raises(ClusterError, match=r"spec\.gate\.score cannot be changed once the job exists, as training"):
+            apply(plane, manifest)
+
+
+def test_the_limits_of_a_guard_may_change_and_its_rows_may_not(plane: ControlPlane) -> None:
+    guarded = with_value(with_value(GUARDED, "metadata.name", "guarded"), "spec.model.source", "hf://org/other")
+    apply(plane, guarded, dry_run=False)
+    mild = with_value(guarded, "spec.gate.guards", [GUARD | {"maxLossIncrease": 0.5}])
+    assert apply(plane, mild)["spec"]["gate"]["guards"][0]["maxLossIncrease"] == 0.5
+    for manifest, message in (
+        (
+            with_value(guarded, "spec.gate.guards", [GUARD | {"source": "s3://team-data/b.jsonl"}]),
+            r"\.source cannot be",
+        ),
+        (with_value(guarded, "spec.gate.guards", [GUARD, GUARD | {"name": "code"}]), "only limits can be changed"),
+        (with_value(guarded, "spec.gate", {"guards": [GUARD | {"name": "code"}]}), "only limits can be changed"),
+        (without(without(guarded, "spec.dataset.secretRef"), "spec.gate"), "only limits can be changed"),
+    ):
+        with pytest.raises(ClusterError, match=message):
             apply(plane, manifest)
 
 

@@ -1,6 +1,7 @@
 """A prepared workspace, and the train step over it, for the trainer's tests."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.examples.example import TokenizedRow
 from qlora_trainer.data.examples.row_check import RowCheck
 from qlora_trainer.data.packing import one_row_each, pack
-from qlora_trainer.data.prepared import split_file, write_split
+from qlora_trainer.data.prepared import guard_split, split_file, write_split
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
 from qlora_trainer.data.tokenize.chunks import Chunk, TokenizedRows
 from qlora_trainer.model.families.inspection import inspect_family
@@ -122,6 +123,14 @@ def write_held_out(folder: Path, model: Path, rows: Sequence[tuple[str, str]]) -
         written.append(TokenizedRow(numpy.array(asked + answered, dtype=numpy.int32), targets))
     used = numpy.arange(len(written))
     write_split(split_file(folder, "eval"), TokenizedRows([Chunk.from_rows(written)]), one_row_each(used), checks=None)
+
+
+def guard_by_held_out(context: StepContext) -> StepContext:
+    """Give the guards of the job, as prepare would, the rows that are held out."""
+    folder, guards = context.workspace.data / "rows", context.spec.guards
+    for guard in guards:
+        shutil.copyfile(split_file(folder, "eval"), split_file(folder, guard_split(guard.name)))
+    return with_record(context, guards={guard.name: "0" * 64 for guard in guards})
 
 
 def _with_rejected(row: TokenizedRow) -> TokenizedRow:

@@ -66,6 +66,10 @@ def show_end(ended: Ended, local: LocalRun, console: Console) -> None:
     if gate is not None and gate.score is not None:
         others = f"{gate.base_score or 0:.1%} without the adapter, {gate.score_rows} held-out rows"
         rows["Answers that passed"] = f"{gate.score:.1%} ({others})"
+    for guard in gate.guards or () if gate is not None else ():
+        rows[f"Loss on guard {guard.name}"] = (
+            f"{_number(guard.base_loss)} without the adapter, {_number(guard.loss)} with"
+        )
     if base is not None and base.uri is not None:
         rows["Base in 4-bit"] = base.uri
     if merged is not None:

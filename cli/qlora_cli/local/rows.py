@@ -75,9 +75,8 @@ class RowAccess:
 
         with TemporaryDirectory() as folder:
             tokenizer = self.tokenizer() if self.has_model or self.tokenizer_folder else None
-            dataset, training = self.spec.dataset, self.spec.training
             access, known = self._data(), self.is_manifest
-            yield previews(dataset, training, tokenizer, access, Path(folder), count, wrong, objective_is_known=known)
+            yield previews(self.spec, tokenizer, access, Path(folder), count, wrong, objective_is_known=known)
 
     def examine(self, spec: QLoRAJobSpec, folder: Path, context: int | None) -> "ExaminedData":
         """Tokenize all rows of a job with their files in `folder`. Raises StepFailure.

@@ -174,7 +174,7 @@ def missing_data(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Ma
 
 def _data_addresses(spec: QLoRAJobSpec) -> dict[str, str]:
     template = spec.dataset.template_address
-    return {**spec.dataset.addresses, **({} if template is None else {"spec.dataset.chatTemplate": template})}
+    return {**spec.data_addresses, **({} if template is None else {"spec.dataset.chatTemplate": template})}
 
 
 def _missing(addresses: Mapping[str, str], claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:

@@ -13,7 +13,6 @@ from qlora_api.sources import (
     TemplateAddress,
     examples,
     prefixes,
-    scheme_of,
 )
 from qlora_api.spec.model import Revision, SecretRef
 
@@ -62,32 +61,16 @@ Sha256 = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]
 _NO_REPOSITORY = (
     "revision, config and split are for an hf:// data set: for another source, name the file or folder, and set sha256"
 )
+_SETS_NO_PART = "(!has(self.revision) && !has(self.config) && !has(self.split))"
+PARTS_OF_A_REPOSITORY = rule(f"{_SETS_NO_PART} || self.source.startsWith('hf://')", _NO_REPOSITORY)
+"""For a type that requires a source."""
 _NO_OWN_SOURCE = "sha256, revision, config and split are for the evaluation's own source: set source, or remove them"
 
 
-class EvalSpec(ApiModel):
-    """Rows held out for evaluation: of another source, or a fraction of the data set."""
+class HeldOutSource(ApiModel):
+    """The part of an address whose rows are held out, and its digest."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule("has(self.source) != has(self.fraction)", "set exactly one of source and fraction"),
-            rule(
-                "has(self.source) || "
-                "(!has(self.sha256) && !has(self.revision) && !has(self.config) && !has(self.split))",
-                _NO_OWN_SOURCE,
-            ),
-            rule(
-                "(!has(self.revision) && !has(self.config) && !has(self.split)) || !has(self.source) || "
-                "self.source.startsWith('hf://')",
-                _NO_REPOSITORY,
-            ),
-        )
-    )
-
-    source: DatasetAddress | None = Field(
-        default=None,
-        description="Address of the evaluation rows, in the format of the training rows; of a mix's first source.",
-    )
+    source: DatasetAddress | None = Field(default=None, description="Address of the rows.")
     revision: Revision | None = Field(
         default=None,
         description="Branch, tag or commit of an hf:// source; if not set, that of the training rows for the same "
@@ -103,7 +86,34 @@ class EvalSpec(ApiModel):
     )
     sha256: Sha256 | None = Field(
         default=None,
-        description="Expected SHA-256 of the evaluation's own data, as for dataset.sha256; not checked if not set.",
+        description="Expected SHA-256 of the data at source, as for dataset.sha256; not checked if not set.",
+    )
+
+    @model_validator(mode="after")
+    def _parts_of_a_repository(self) -> Self:
+        if self.source and (self.revision or self.config or self.split) and not self.source.startswith("hf://"):
+            raise ValueError(_NO_REPOSITORY)
+        return self
+
+
+class EvalSpec(HeldOutSource):
+    """Rows held out for evaluation: of another source, or a fraction of the data set."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("has(self.source) != has(self.fraction)", "set exactly one of source and fraction"),
+            rule(
+                "has(self.source) || "
+                "(!has(self.sha256) && !has(self.revision) && !has(self.config) && !has(self.split))",
+                _NO_OWN_SOURCE,
+            ),
+            rule(f"{_SETS_NO_PART} || !has(self.source) || self.source.startsWith('hf://')", _NO_REPOSITORY),
+        )
+    )
+
+    source: DatasetAddress | None = Field(
+        default=None,
+        description="Address of the evaluation rows, in the format of the training rows; of a mix's first source.",
     )
     fraction: float | None = Field(
         default=None,
@@ -125,11 +135,8 @@ class EvalSpec(ApiModel):
 
     @model_validator(mode="after")
     def _parts_of_a_source(self) -> Self:
-        of_a_repository = self.revision or self.config or self.split
-        if self.source is None and (self.sha256 or of_a_repository):
+        if self.source is None and (self.sha256 or self.revision or self.config or self.split):
             raise ValueError(_NO_OWN_SOURCE)
-        if of_a_repository and not (self.source or "").startswith("hf://"):
-            raise ValueError(_NO_REPOSITORY)
         return self
 
 
@@ -165,14 +172,7 @@ _SHA256 = (
 class MixSource(ApiModel):
     """One of the sources whose rows are mixed."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(
-                "(!has(self.revision) && !has(self.config) && !has(self.split)) || self.source.startsWith('hf://')",
-                _NO_REPOSITORY,
-            ),
-        )
-    )
+    model_config = ConfigDict(json_schema_extra=rules(PARTS_OF_A_REPOSITORY))
 
     source: DatasetAddress = Field(description=_ROWS_ADDRESS)
     weight: float | None = Field(
@@ -196,10 +196,6 @@ class MixSource(ApiModel):
         return self
 
 
-_NO_OBJECTS = (
-    f"secretRef is for {prefixes(OBJECT_STORES, 'and')} data; an hf:// data set is read with spec.model.tokenSecretRef"
-)
-_IN_BUCKET = f"source.matches('^({'|'.join(OBJECT_STORES)})://')"
 _TEXT_HAS_NO_TURNS = (
     "chatTemplate and systemPrompt are for rows with turns, and format: text has none: choose another format, or "
     "remove them"
@@ -218,17 +214,7 @@ class DatasetSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("has(self.source) != has(self.mix)", _ONE_OR_A_MIX),
-            rule(
-                f"!has(self.secretRef) || (has(self.source) && self.{_IN_BUCKET}) || "
-                f"(has(self.mix) && self.mix.exists(part, part.{_IN_BUCKET})) || "
-                f"(has(self.eval) && has(self.eval.source) && self.eval.{_IN_BUCKET})",
-                _NO_OBJECTS,
-            ),
-            rule(
-                "!has(self.source) || (!has(self.revision) && !has(self.config) && !has(self.split)) || "
-                "self.source.startsWith('hf://')",
-                _NO_REPOSITORY,
-            ),
+            rule(f"!has(self.source) || {_SETS_NO_PART} || self.source.startsWith('hf://')", _NO_REPOSITORY),
             rule(
                 "!has(self.mix) || (!has(self.revision) && !has(self.config) && !has(self.split) && "
                 "self.format == 'auto' && !has(self.columns) && !has(self.sha256))",
@@ -302,15 +288,14 @@ class DatasetSpec(ApiModel):
         names = ("source", "revision", "config", "split", "format", "columns", "sha256")
         return {"spec.dataset": MixSource(**{name: getattr(self, name) for name in names})}
 
-    def check_column(self, field: str, *, own_evaluation: bool = False) -> str | None:
+    def check_column(self, field: str) -> str | None:
         """The column with the checks of the rows of the training source that `field` names.
 
-        None for rows that are not held out: those that are trained on if the evaluation has another source, whose
-        rows are read with the columns of `field` (`own_evaluation`).
+        None if the evaluation has another source: rows that are not held out need no check.
         """
         columns = self.training_sources[field].columns
         apart = self.eval is not None and self.eval.source is not None
-        return columns.check if columns is not None and apart == own_evaluation else None
+        return None if columns is None or apart else columns.check
 
     @property
     def holds_out(self) -> bool:
@@ -340,14 +325,6 @@ class DatasetSpec(ApiModel):
             raise ValueError(_NO_MAX_ROWS_OF_A_MIX)
         if len({part.weight is None for part in self.mix}) > 1:
             raise ValueError(_ALL_WEIGHTS_OR_NONE)
-        return self
-
-    @model_validator(mode="after")
-    def _secret_has_a_use(self) -> Self:
-        held_out = self.eval.source if self.eval else None
-        sources = (self.source, *(part.source for part in self.mix or ()), held_out)
-        if self.secret_ref and not any(uri and scheme_of(uri) in OBJECT_STORES for uri in sources):
-            raise ValueError(_NO_OBJECTS)
         return self
 
     @model_validator(mode="after")

@@ -4,10 +4,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from qlora_api.kubernetes_values import DNS_LABEL
 from qlora_api.schema import ApiModel, rule, rules
+from qlora_api.sources import DatasetAddress
+from qlora_api.spec.dataset import PARTS_OF_A_REPOSITORY, HeldOutSource
 
 MAX_PROMPT_TOKENS = 1024
 """A longer prompt is not answered, for a score or a sample."""
+MAX_GUARDS = 4
 MAX_SCHEMA_CHARACTERS, MAX_PATTERN_CHARACTERS = 8192, 1024
 
 _SCHEMA_IS_FOR_JSON = "only check jsonSchema needs schema: set check to jsonSchema, or remove schema"
@@ -65,8 +69,56 @@ class ScoreSpec(ApiModel):
         return self.check != "exactMatch" and self.json_schema is None and self.pattern is None
 
 
-_EMPTY = "set at least one of minImprovement, maxEvalLoss, minScore and score"
+_NO_LIMIT = "set at least one of maxLossIncrease and minScore"
+
+
+class GuardSpec(HeldOutSource):
+    """Further held-out rows, on which an adapter must not lose what its base can do."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("has(self.maxLossIncrease) || has(self.minScore)", _NO_LIMIT), PARTS_OF_A_REPOSITORY
+        )
+    )
+
+    name: str = Field(
+        max_length=32,
+        pattern=DNS_LABEL,
+        description="Name of the guard, in the status and in messages.",
+    )
+    source: DatasetAddress = Field(
+        description="Address of the rows, in the format of the training rows; of a mix's first source. Read with the "
+        "credentials of the data set."
+    )
+    max_loss_increase: float | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description="By how much the loss of the adapter may be above that of its base, in nats per target token.",
+    )
+    min_score: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="The lowest score of the adapter's answers to these rows, which gate.score checks like those to "
+        "the held-out rows.",
+    )
+
+    @property
+    def rows(self) -> HeldOutSource:
+        """The rows, without the limits."""
+        return HeldOutSource(**{name: getattr(self, name) for name in HeldOutSource.model_fields})
+
+    @model_validator(mode="after")
+    def _requires_something(self) -> Self:
+        if self.max_loss_increase is None and self.min_score is None:
+            raise ValueError(_NO_LIMIT)
+        return self
+
+
+_EMPTY = "set at least one of minImprovement, maxEvalLoss, minScore, score and guards"
 _NEEDS_SCORE = "minScore needs score, which says how answers are checked: set it, or remove minScore"
+_SAME_NAME = "guards have different names: rename one"
 
 
 class GateSpec(ApiModel):
@@ -78,10 +130,15 @@ class GateSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "has(self.minImprovement) || has(self.maxEvalLoss) || has(self.minScore) || has(self.score)",
+                "has(self.minImprovement) || has(self.maxEvalLoss) || has(self.minScore) || has(self.score) || "
+                "has(self.guards)",
                 _EMPTY,
             ),
-            rule("!has(self.minScore) || has(self.score)", _NEEDS_SCORE),
+            rule(
+                "has(self.score) || (!has(self.minScore) && (!has(self.guards) || "
+                "!self.guards.exists(guard, has(guard.minScore))))",
+                _NEEDS_SCORE,
+            ),
         )
     )
 
@@ -104,11 +161,32 @@ class GateSpec(ApiModel):
         description="How answers are scored, at the end of the train step; not scored if not set. Fixed once the job "
         "exists. Without minScore the score is reported and requires nothing.",
     )
+    guards: tuple[GuardSpec, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_GUARDS,
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        description="Further held-out rows, on which the adapter must not be worse than allowed. Fixed once the job "
+        "exists, except the limits.",
+    )
 
     @model_validator(mode="after")
     def _requires_something(self) -> Self:
         if self.model_dump(exclude_none=True) == {}:
             raise ValueError(_EMPTY)
-        if self.min_score is not None and self.score is None:
+        if self.score is None and {self.min_score, *(guard.min_score for guard in self.guards or ())} != {None}:
             raise ValueError(_NEEDS_SCORE)
+        if len({guard.name for guard in self.guards or ()}) < len(self.guards or ()):
+            raise ValueError(_SAME_NAME)
         return self
+
+    @property
+    def judges_evaluation(self) -> bool:
+        """Whether the rows of dataset.eval decide, or are answered, and not guards alone."""
+        return any(part is not None for part in (self.min_improvement, self.max_eval_loss, self.score))
+
+    @property
+    def measured(self) -> tuple[ScoreSpec | None, tuple[tuple[str, HeldOutSource, bool], ...]]:
+        """What training measures, which is fixed: the score, and each guard's name, rows and whether it is scored."""
+        guards = ((guard.name, guard.rows, guard.min_score is not None) for guard in self.guards or ())
+        return self.score, tuple(sorted(guards, key=lambda guard: guard[0]))

@@ -1,5 +1,6 @@
 """The QLoRAJob resource, version v1beta1: what a user writes (spec)."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -7,9 +8,10 @@ from pydantic import ConfigDict, Field, model_validator
 from qlora_api.kubernetes_values import DNS_LABEL, ManagedBy
 from qlora_api.retention import TtlSeconds
 from qlora_api.schema import ApiModel, rule, rules
+from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.execution import RetrySpec, SchedulingSpec, WorkspaceSpec
-from qlora_api.spec.gate import GateSpec
+from qlora_api.spec.gate import GateSpec, GuardSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.output import OutputSpec, gguf_rules, reject_unconvertible, reject_untracked, tracking_rules
 from qlora_api.spec.training import LoraSpec, QuantizationSpec, ResourcesSpec, TrainingSpec
@@ -38,8 +40,8 @@ MUTABLE_FIELDS = frozenset(
 )
 """What may change once a job exists: nothing that decides the adapter.
 
-Of `resources`, `memory` may, and of `workspace` the retention policy. Of `gate`, `score` may not: training has measured
-it. `cancel` may only become true.
+Of `resources`, `memory` may, and of `workspace` the retention policy. Of `gate`, `score` and the rows of `guards` may
+not: training has measured them. `cancel` may only become true.
 """
 STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources", "gate", "continues")
 """The parts of the spec that the pods read, if they are set; the others are for the operator only."""
@@ -86,7 +88,19 @@ _CHECKS_UNUSED = (
     "dataset.columns.check is for a gate.score whose check is regex or jsonSchema and that has no pattern or schema: "
     "remove one of them"
 )
+_GUARDS_AND_SHARDED = (
+    "gate.guards need the whole base in one process, and training.sharding: full shards it: remove one of them"
+)
+_GUARDS_AND_PAIRS = (
+    "gate.guards compare losses per token, and training.objective dpo and orpo train on pairs: remove guards"
+)
+_NO_OBJECTS = (
+    f"dataset.secretRef is for {prefixes(OBJECT_STORES, 'and')} data; an hf:// data set is read with "
+    "model.tokenSecretRef"
+)
+_IN_BUCKET = f"source.matches('^({'|'.join(OBJECT_STORES)})://')"
 HAS_SCORE = "has(self.gate) && has(self.gate.score)"
+HAS_GUARDS = "has(self.gate) && has(self.gate.guards)"
 _SCORE_OF_ROWS = (
     f"({HAS_SCORE} && self.gate.score.check != 'exactMatch' && !has(self.gate.score.schema) && "
     "!has(self.gate.score.pattern))"
@@ -146,7 +160,23 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             ),
             rule(f"!has(self.training.keep) || self.training.keep != 'best' || !({_HOLDS_OUT_NONE})", _BEST_OF_NOTHING),
             rule(f"!has(self.training.earlyStopping) || !({_HOLDS_OUT_NONE})", _STOPPED_BY_NOTHING),
-            rule(f"!has(self.gate) || (has(self.dataset.eval) && !({_HOLDS_OUT_NONE}))", _GATE_AND_NO_ROWS),
+            rule(
+                f"!has(self.gate) || (has(self.dataset.eval) && !({_HOLDS_OUT_NONE})) || "
+                "(!has(self.gate.minImprovement) && !has(self.gate.maxEvalLoss) && !has(self.gate.score))",
+                _GATE_AND_NO_ROWS,
+            ),
+            rule(f"!({HAS_GUARDS}) || self.training.sharding != 'full'", _GUARDS_AND_SHARDED),
+            rule(
+                f"!({HAS_GUARDS}) || !has(self.training.objective) || self.training.objective == 'supervised'",
+                _GUARDS_AND_PAIRS,
+            ),
+            rule(
+                f"!has(self.dataset.secretRef) || (has(self.dataset.source) && self.dataset.{_IN_BUCKET}) || "
+                f"(has(self.dataset.mix) && self.dataset.mix.exists(part, part.{_IN_BUCKET})) || "
+                f"(has(self.dataset.eval) && has(self.dataset.eval.source) && self.dataset.eval.{_IN_BUCKET}) || "
+                f"({HAS_GUARDS} && self.gate.guards.exists(guard, guard.{_IN_BUCKET}))",
+                _NO_OBJECTS,
+            ),
             rule(f"!({HAS_SCORE}) || self.training.sharding != 'full'", _SCORE_AND_SHARDED),
             rule(f"!({HAS_SCORE}) || self.training.trainOn != 'all'", _SCORE_AND_NO_PROMPTS),
             rule(f"!{_SCORE_OF_ROWS} || {_HAVE_CHECKS}", _CHECKS_NEEDED),
@@ -161,7 +191,7 @@ class QLoRAJobSpec(ApiModel):
     """One fine-tuning run. Immutable, except what does not decide the adapter.
 
     Mutable: suspend, cancel, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds,
-    ttlSecondsAfterFinished, budget, retry, gate except its score, resources.memory, and
+    ttlSecondsAfterFinished, budget, retry, gate except its score and the rows of its guards, resources.memory, and
     workspace.persistentVolumeClaimRetentionPolicy.
     """
 
@@ -229,6 +259,24 @@ class QLoRAJobSpec(ApiModel):
         "operator, which leaves a job with another value alone.",
     )
 
+    @property
+    def guards(self) -> tuple[GuardSpec, ...]:
+        """The guards of the gate, or none."""
+        return () if self.gate is None else self.gate.guards or ()
+
+    @property
+    def data_addresses(self) -> Mapping[str, str]:
+        """The addresses of rows, by the path of their fields."""
+        guards = {f"spec.gate.guards[{number}].source": guard.source for number, guard in enumerate(self.guards)}
+        return {**self.dataset.addresses, **guards}
+
+    @model_validator(mode="after")
+    def _secret_has_a_use(self) -> Self:
+        schemes = {scheme_of(uri) for uri in self.data_addresses.values()}
+        if self.dataset.secret_ref and not schemes.intersection(OBJECT_STORES):
+            raise ValueError(_NO_OBJECTS)
+        return self
+
     @model_validator(mode="after")
     def _adapter_outlives_the_claim(self) -> Self:
         if not self.workspace.deletes_claim or self.output.is_outside_workspace:
@@ -291,8 +339,12 @@ class QLoRAJobSpec(ApiModel):
     def _gate_can_be_decided(self) -> Self:
         if self.gate is None:
             return self
-        if not self.dataset.holds_out:
+        if self.gate.judges_evaluation and not self.dataset.holds_out:
             raise ValueError(_GATE_AND_NO_ROWS)
+        if self.guards and self.training.sharding == "full":
+            raise ValueError(_GUARDS_AND_SHARDED)
+        if self.guards and self.training.compares_answers:
+            raise ValueError(_GUARDS_AND_PAIRS)
         if self.gate.score is not None and self.training.sharding == "full":
             raise ValueError(_SCORE_AND_SHARDED)
         if self.gate.score is not None and self.training.train_on == "all":

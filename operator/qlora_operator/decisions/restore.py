@@ -110,8 +110,8 @@ def _has_spec_of(job: QLoRAJob, revision: RestoredRevision) -> bool:
 
 
 def _immutable_part(spec: QLoRAJobSpec) -> tuple[dict[str, Any], Any]:
-    score = spec.gate.score if spec.gate is not None else None
-    return replace(spec, gate=None, resources=replace(spec.resources, memory=None)).dump(), score
+    measured = (None, ()) if spec.gate is None else spec.gate.measured
+    return replace(spec, gate=None, resources=replace(spec.resources, memory=None)).dump(), measured
 
 
 def _is_going(claim: Object) -> bool:

@@ -8,6 +8,8 @@ single tensor's by twice as much.
 """
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -19,12 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter.attach import adapter_parameters, adapter_tensors, restore_adapter
 from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.steps.publish import publish
 from tests.support.exact import compute_in_float32, random_words
 from tests.support.models.adapted import adapted
 from tests.support.models.tiny import Recorded, chat_row, write_rows
@@ -113,6 +118,13 @@ def reference_backward(model: Any, examples: list[Example]) -> float:
         loss.backward()
         summed += float(loss.detach())
     return summed
+
+
+@torch.no_grad()
+def reference_loss(model: Any, examples: list[Example]) -> float:
+    """Return the mean loss of all targets, one example at a time."""
+    losses = [float(model(input_ids=each.input_ids, labels=each.labels).loss) * each.targets for each in examples]
+    return sum(losses) / sum(each.targets for each in examples)
 
 
 def our_model(folder: Path, seed: int) -> Any:
@@ -251,3 +263,64 @@ def test_a_whole_run_is_that_of_a_plain_loop(
     errors = {name: relative_error(trained[name], parameter.detach()) for name, parameter in parameters.items()}
     # Adam divides a gradient by its size, the smallest and least exact ones too.
     assert max(errors.values()) < 10 * TENSOR_TOLERANCE, errors
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("in_float32", ["fused"], indirect=True)
+def test_guards_are_judged_by_the_losses_of_the_reference(
+    make_context: MakeContext, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """One guard has rows that are trained on, the other has answers that the tiny model never gives."""
+    rows = {
+        "train": random_rows(0),
+        "near": random_rows(1),
+        "far": [chat_row("Count.", "7 8 9 " * n) for n in (12, 13, 14)],
+    }
+    for name, written in rows.items():
+        write_rows(tmp_path / "data" / f"{name}.jsonl", written)
+
+    def guarded(least: float) -> StepContext:
+        limits: dict[str, dict[str, float]] = {
+            "near": {"maxLossIncrease": 0},
+            "far": {"maxLossIncrease": 1, "minScore": least},
+        }
+        guards = [{"name": name, "source": f"pvc://data/{name}.jsonl", **limits[name]} for name in limits]
+        gate = {"score": {"check": "exactMatch", "maxNewTokens": 96}, "guards": guards}
+        training = {"maxSequenceLength": 128, "maxSteps": 8, "learningRate": 0.01}
+        return make_context({"dataset": {"eval": {"fraction": 0.2}}, "training": training, "gate": gate})
+
+    context = guarded(0.5)
+    prepare(context, Recorded())
+    run(context)
+    reference = reference_model(
+        tiny_llama, torch.float32, "eager", load_file(context.workspace.trained / "adapter_model.safetensors")
+    )
+    with pytest.raises(StepFailure) as failure:
+        publish(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    published = publish(guarded(0), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+
+    assert failure.value.exit_code is ExitCode.GATE_FAILED
+    assert published.gate is not None
+    assert published.gate.passed
+    near, far = published.gate.guards or ()
+    for guard in (near, far):
+        examples = examples_of(rows[guard.name], tiny_llama, "completion")
+        with reference.disable_adapter():
+            base_loss = reference_loss(reference, examples)
+        assert guard.base_loss == pytest.approx(base_loss, rel=LOSS_TOLERANCE)
+        assert guard.loss == pytest.approx(reference_loss(reference, examples), rel=LOSS_TOLERANCE)
+        assert guard.tokens == sum(example.targets for example in examples)
+        assert guard.sha256 == sha256((tmp_path / "data" / f"{guard.name}.jsonl").read_bytes()).hexdigest()
+    assert (near.criteria[0].found, near.score) == (near.loss - near.base_loss, None)
+    assert near.loss < near.base_loss
+    assert (far.score_rows, far.base_score, far.criteria[1].name) == (3, 0, "minScore")
+    card = (context.workspace.adapter / "README.md").read_text()
+    assert f"| guards[near].maxLossIncrease | 0 | {near.loss - near.base_loss:.4g} | yes |" in card
+    assert (
+        f"On the {far.tokens} target tokens of guard far the mean loss is {far.base_loss:.4f} without the adapter and "
+        f"{far.loss:.4f} with it; of 3 answers 0.0% pass without it and 0.0% with it." in card
+    )
+    assert "near" not in failure.value.message
+    assert failure.value.message.startswith(
+        "spec.gate.guards[far].minScore is 0.5, and 0 of the adapter's answers to 3 held-out rows passed"
+    )

@@ -37,10 +37,12 @@ from tests.support.failures import failing
 from tests.support.models.tiny import POD_UID, VOCABULARY, Recorded, chat_row, save_model, write_rows
 from tests.support.runs.published import context, published
 from tests.support.runs.report_page import Page
+from tests.support.training import run
 from tests.trainer.conftest import MakeContext
 
 OUTPUT = {"destination": "pvc://data/adapter", "merged": {"destination": "pvc://data/merged"}}
 EXACT = {"check": "exactMatch"}
+GUARD = {"name": "chat", "source": "pvc://data/chat.jsonl"}
 
 
 def gated(files: Files, gate: dict[str, Any] | None) -> Files:
@@ -197,6 +199,36 @@ def test_prepare_rejects_a_score_that_no_adapter_could_have(
         prepare(job, Recorded())
 
     assert not job.workspace.base.exists()
+
+
+def test_prepare_rejects_a_score_of_a_guard_that_no_adapter_could_have(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ANSWERS)
+    write_rows(tmp_path / "data" / "chat.jsonl", [chat_row("Hello.", "Hi.")])
+    gate = {"score": {"check": "regex", "pattern": "pods"}, "guards": [GUARD | {"minScore": 0.5}]}
+    words = "spec.gate.score of guards[chat]: not one of the data set's own answers to the 1 held-out rows passes"
+    with failing(ExitCode.BAD_CONFIGURATION, words):
+        prepare(make_context({"dataset": {"eval": {"fraction": 0.25}}, "gate": gate}), Recorded())
+
+
+def test_other_rows_of_a_guard_are_measured_without_another_step(make_context: MakeContext, tmp_path: Path) -> None:
+    """As after `qlora run` with a manifest that was changed, or for a job that continues another."""
+    write_rows(tmp_path / "data" / "train.jsonl", ANSWERS)
+    context = make_context({"training": {"maxSteps": 2}, "gate": {"guards": [GUARD | {"maxLossIncrease": 9}]}})
+    measured: list[TrainRecord] = []
+    steps: set[int] = set()
+    for answer in ("Hi.", "Bye."):
+        write_rows(tmp_path / "data" / "chat.jsonl", [chat_row("Hello.", answer)])
+        prepare(context, Recorded())
+        records = Recorded()
+        measured.append(run(context, records=records))
+        steps = {entry["trainingStep"] for entry in records.written}
+    first, second = measured
+    assert first.adapter_sha256 == second.adapter_sha256
+    assert first.guards[0].base_loss != second.guards[0].base_loss
+    assert second.guards[0].sha256 == sha256((tmp_path / "data" / "chat.jsonl").read_bytes()).hexdigest()
+    assert steps == {2}
 
 
 def test_prepare_admits_a_score_that_the_data_has_and_data_and_run_stay_the_same(

@@ -17,13 +17,15 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.evaluation.answers import Answering
+from qlora_trainer.evaluation.held_out import mean_loss
 from qlora_trainer.evaluation.prompts import Prompt
+from qlora_trainer.training import guard_losses
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from tests.support.manifests import merged
 from tests.support.models.tiny import Recorded
 from tests.support.runs.together import JOBS, PLAIN, apart, contexts, together
-from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, run
+from tests.support.training import StopAtStep, adapter_bytes, guard_by_held_out, history, interrupted_at, run
 
 
 def test_one_that_diverges_leaves_the_others_as_they_are(fluent: Path, tmp_path: Path) -> None:
@@ -181,6 +183,32 @@ def test_the_base_answers_rows_once_for_all_jobs_with_the_same(
     # The adapters' samples are answered one by one, and not scored.
     assert [tokens for adapter, tokens in asked if not adapter and tokens in (4, 5)] == [4, 5]
     assert [tokens for adapter, tokens in asked if adapter and tokens in (4, 5)] == [4, 4, 5]
+
+
+def test_guards_are_measured_before_answers_and_with_one_loss_of_the_base_for_all(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guards have the packed rows of the evaluation: after an answer, these would see each other."""
+    guard = {"name": "near", "source": "pvc://data/near.jsonl", "maxLossIncrease": 1, "minScore": 0}
+    guarded = merged(PLAIN, {"gate": {"score": {"check": "exactMatch", "maxNewTokens": 4}, "guards": [guard]}})
+    jobs = contexts(tmp_path, tiny_llama, {"one": guarded, "two": merged(guarded, {"lora": {"rank": 8}})})
+    computed = count()
+
+    def counted(*arguments: Any) -> float:
+        next(computed)
+        return mean_loss(*arguments)
+
+    monkeypatch.setattr(guard_losses, "mean_loss", counted)
+    records = together([guard_by_held_out(job) for job in jobs])
+
+    assert next(computed) == 3
+    for record in records:
+        assert isinstance(record, TrainRecord)
+        (measured,) = record.guards
+        assert measured.loss == pytest.approx(record.eval_loss, rel=1e-3)
+        assert measured.base_loss == pytest.approx(record.initial_eval_loss, rel=1e-3)
+        assert measured.tokens == record.eval_tokens
+        assert measured.score == record.score
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from tests.support.training import (
     Lost,
     adapter_bytes,
     failure,
+    guard_by_held_out,
     history,
     job,
     prepared,
@@ -48,9 +49,9 @@ SCORED = {"gate": {"minScore": 0.5, "score": PATTERN}}
 class Watched(Recorded):
     """Records that act as soon as they report that the answer of this number is scored alone."""
 
-    def __init__(self, number: int, act: Callable[[], None]) -> None:
+    def __init__(self, number: int, act: Callable[[], None], activity: str = "") -> None:
         super().__init__()
-        self._activity, self._act = f"scoring answers {number} to {number} of 3", act
+        self._activity, self._act = activity or f"scoring answers {number} to {number} of 3", act
 
     def progress(self, record: Any, *, force: bool = False) -> None:
         super().progress(record, force=force)
@@ -111,6 +112,27 @@ def test_a_stopped_or_killed_score_is_continued_and_training_is_not_repeated(
     assert history(scored) == history(undisturbed)
     assert {entry["trainingStep"] for entry in records.written} == {6}
     assert read_completion(scored.workspace.completion("train"), TrainRecord) == record
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_stopped_or_killed_guard_is_measured_again_and_training_is_not_repeated(
+    stopped: bool, tmp_path: Path, tiny_llama: Path
+) -> None:
+    guards = [{"name": name, "source": "pvc://data/near.jsonl", "maxLossIncrease": 1} for name in ("near", "far")]
+    context, undisturbed = (
+        guard_by_held_out(prepared(tmp_path / name, tiny_llama, {"gate": {"guards": guards}})) for name in ("a", "b")
+    )
+    expected, stop = run(undisturbed), StopRequest()
+
+    with pytest.raises(Interrupted if stopped else Lost):
+        run(context, stop=stop, records=Watched(0, stop.set if stopped else lose, "evaluating guard near"))
+    records = Recorded()
+    record = run(context, records=records)
+
+    assert record.guards == expected.guards
+    assert adapter_bytes(context) == adapter_bytes(undisturbed)
+    assert {entry["trainingStep"] for entry in records.written} == {6}
+    assert run(context) == record
 
 
 def test_a_score_killed_within_a_batch_counts_the_answers_that_are_written(

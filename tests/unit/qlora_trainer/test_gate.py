@@ -6,8 +6,9 @@ import pytest
 
 from qlora_api.artifact_status import GateStatus
 from qlora_api.contract import ExitCode
+from qlora_api.schema import replace
 from qlora_api.spec.gate import GateSpec
-from qlora_trainer.core.completion import Score, TrainRecord, score_settings
+from qlora_trainer.core.completion import GuardRecord, Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.publishing.gate import check_gate, gate_failure
 
@@ -130,6 +131,43 @@ def test_a_missing_measurement_is_rejected(limits: dict[str, Any], record: Train
     failure = rejection(gate_of(**limits), record)
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
     assert words in failure.message
+
+
+GUARD: dict[str, Any] = {"name": "chat", "source": "pvc://data/chat.jsonl"}
+
+
+def guarded(loss: float, score: Score | None = None, *, of: str = ADAPTER, prepared: str = "") -> TrainRecord:
+    """The record of an adapter with this loss on the rows of a guard, where its base has 1.5."""
+    found = GuardRecord(
+        name="chat", prepared=prepared, sha256=BASE, adapter_sha256=of, tokens=40, base_loss=1.5, loss=loss, score=score
+    )
+    return replace(trained(score=score), guards=(found,))
+
+
+def test_a_guard_fails_the_gate_alone_and_the_failure_has_its_numbers() -> None:
+    gate = gate_of(maxEvalLoss=2, score=EXACT, guards=[GUARD | {"maxLossIncrease": 0.25, "minScore": 0.95}])
+    for loss, score, reasons in (
+        (1.75, 0.95, []),
+        (1.0, 0.95, []),
+        (2.0, 0.95, ["guards[chat].maxLossIncrease is 0.25, and the loss on its rows changed by +0.5000, from 1.5000"]),
+        (1.5, 0.5, ["guards[chat].minScore is 0.95, and 0.5 of the adapter's answers to 50 held-out rows passed"]),
+    ):
+        judged = check_gate(gate, guarded(loss, scored(score)))
+        assert judged is not None
+        assert judged.passed == (not reasons)
+        assert all(f"spec.gate.{reason}" in gate_failure(judged, "trained").message for reason in reasons)
+        (guard,) = judged.guards or ()
+        assert (guard.loss, guard.base_loss, guard.tokens, guard.score, guard.sha256) == (loss, 1.5, 40, score, BASE)
+        assert judged.base_sha256 == BASE
+
+
+def test_a_guard_that_was_not_measured_on_these_rows_or_this_adapter_is_rejected() -> None:
+    gate = gate_of(guards=[GUARD | {"maxLossIncrease": 1}])
+    for record in (trained(), guarded(1.5, prepared="other rows")):
+        failure = rejection(gate, record)
+        assert failure.exit_code is ExitCode.BAD_CONFIGURATION
+        assert "spec.gate.guards[chat]: training has measured no loss on its rows" in failure.message
+    assert rejection(gate, guarded(1.5, of=OTHER)).exit_code is ExitCode.UNSAFE_ARTIFACT
 
 
 def test_the_failure_has_the_numbers_and_a_remedy() -> None:

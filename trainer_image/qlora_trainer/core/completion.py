@@ -13,7 +13,7 @@ from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, Ini
 from qlora_api.choice import Choice
 from qlora_api.memory.training_shape import Recomputation
 from qlora_api.schema import Decides, ObservedModel
-from qlora_api.spec.gate import ScoreSpec
+from qlora_api.spec.gate import GateSpec, ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.spec.resolved import ResolvedSpec, open_settings, resolve
@@ -93,6 +93,7 @@ class PreparedData(ObservedModel):
         "whatever its address: runs are compared by it. Not set by an earlier release.",
     )
     dataset: DatasetStatus
+    guards: Mapping[str, str] = Field({}, description="SHA-256 of the data of each guard of spec.gate, by its name.")
     work: WorkStatus | None = Field(
         None, description="The amount of computation; not set if that is unknown, or by an earlier release."
     )
@@ -165,6 +166,19 @@ class Score(ObservedModel):
     base: Share = Field(description="The same without the adapter.")
 
 
+class GuardRecord(ObservedModel):
+    """What was measured on the rows of a guard of spec.gate."""
+
+    name: str = Field(description="The guard's name.")
+    prepared: str = Field(description="Fingerprint of the prepared data, which has these rows.")
+    sha256: str = Field(description="SHA-256 of the guard's data.")
+    adapter_sha256: str = Field(description="SHA-256 of the adapter that was measured.")
+    tokens: int = Field(description="Target tokens that both losses are means of.")
+    base_loss: float = Field(description="Loss without the adapter.")
+    loss: float = Field(description="Loss of the adapter.")
+    score: Score | None = Field(None, description="Not set if the guard asks for none, or before it is measured.")
+
+
 def score_settings(spec: ScoreSpec, prepared: str = "") -> str:
     """SHA-256 of what decides scores. `prepared`: fingerprint of the rows' checks."""
     settings = spec.dump() | ({"checks": prepared} if spec.of_rows else {})
@@ -228,6 +242,7 @@ class TrainRecord(ObservedModel):
     )
     eval_tokens: int | None = Field(None, description="Target tokens of the held-out rows; not set without any.")
     score: Score | None = Field(None, description="Not set if the job asks for none, or before it is measured.")
+    guards: tuple[GuardRecord, ...] = Field((), description="Of each guard of spec.gate, once it is measured.")
     peak_memory_bytes: int | None = None
     ranks: int = Field(1, description="Processes that trained together.")
     micro_batch_size: int | None = Field(
@@ -242,6 +257,28 @@ class TrainRecord(ObservedModel):
     attempts: int = Field(1, description="Number of starts of the step.")
     goodput: Share | None = Field(None, description="Share of the time of all attempts that is in the adapter.")
     usage: RunUsage | None = Field(None, description="Usage of the attempts; not set by an earlier release.")
+
+    def missing_measurement(self, gate: GateSpec | None, prepared: str) -> str:
+        """Return the first measurement for the gate that is missing or by other settings, or an empty string.
+
+        `prepared`: fingerprint of the prepared data.
+        """
+        if gate is None:
+            return ""
+        guards = {guard.name: guard for guard in self.guards if guard.prepared == prepared}
+        scores = {"spec.gate.score": self.score} if gate.score is not None else {}
+        for guard in gate.guards or ():
+            field = f"spec.gate.guards[{guard.name}]"
+            if guard.name not in guards:
+                return f"{field}: training has measured no loss on its rows"
+            if guard.min_score is not None:
+                scores[field] = guards[guard.name].score
+        for field, score in scores.items():
+            if score is None:
+                return f"{field}: training has measured no score"
+            if gate.score is not None and score.settings != score_settings(gate.score, prepared):
+                return f"{field}: training has measured a score by other settings"
+        return ""
 
     @property
     def kept_step(self) -> int:

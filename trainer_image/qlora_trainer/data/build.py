@@ -15,7 +15,7 @@ import numpy
 from qlora_api.automatic import LONGEST, choose_held_out
 from qlora_api.choice import Choice
 from qlora_api.schema import replace
-from qlora_api.spec.dataset import DatasetSpec, EvalSpec
+from qlora_api.spec.dataset import Columns, DatasetSpec, EvalSpec, RowFormat
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
@@ -24,6 +24,7 @@ from qlora_trainer.data.dataset import Dataset, TokenizedSource
 from qlora_trainer.data.epochs import Mix
 from qlora_trainer.data.examples.formats import PAIRS, RowReader, source_format
 from qlora_trainer.data.fingerprint import library_versions
+from qlora_trainer.data.held_out import held_out_sets
 from qlora_trainer.data.read.files import DataFiles
 from qlora_trainer.data.read.hub_splits import Wanted, evaluation_part, training_part
 from qlora_trainer.data.read.locate import find_data
@@ -38,6 +39,9 @@ from qlora_trainer.data.tokenize.row_cache import RowsFolder
 from qlora_trainer.stores.access import StoreAccess
 
 logger = logging.getLogger(__name__)
+
+_HeldOut = dict[str, TokenizedSource]
+"""The sources of rows that are only held out, by split."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +102,20 @@ class DatasetBuilder:
 
     def examine(self) -> ExaminedData:
         """All rows of all sources, tokenized. Raises StepFailure if they are unreadable."""
-        training, own = self._sources(usable=False)
-        sources, dataset, rejection = (*training, *([own] if own else [])), None, ""
+        training, held_out = self._sources(usable=False)
+        sources, dataset, rejection = (*training, *held_out.values()), None, ""
         try:
             for source in sources:
                 _require_usable(source, self._longest)
-            dataset = self._choose(training, own)
+            dataset = self._choose(training, held_out)
             self._require_trainable(dataset)
         except StepFailure as failure:
             rejection = failure.message
         return ExaminedData(sources, dataset, rejection)
 
-    def _choose(self, training: tuple[TokenizedSource, ...], own: TokenizedSource | None) -> Dataset:
+    def _choose(self, training: tuple[TokenizedSource, ...], held_out_sources: _HeldOut) -> Dataset:
         """The rows of each split and, with a mix, how many of each source an epoch has."""
+        own = held_out_sources.get("eval")
         rows = TokenizedRows.from_parts([source.rows for source in (*training, *([own] if own else []))])
         self.say("looking for rows that are equal")
         first = first_equal(rows.digests())
@@ -122,7 +127,7 @@ class DatasetBuilder:
             0 if own is None else len(own.rows),
             first,
         )
-        dataset = Dataset(training, own, rows, selection, chosen_share=held_out)
+        dataset = Dataset(training, held_out_sources, rows, selection, chosen_share=held_out)
         if self.spec.mix is None:
             return dataset
         weights = tuple(source.weight for source in self.spec.mix)
@@ -165,17 +170,20 @@ class DatasetBuilder:
                     f"{name} gives none of the {sum(shares)} rows of an epoch: raise its weight, or leave it out"
                 )
 
-    def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], TokenizedSource | None]:
-        """The sources of training and evaluation. `usable`: reject those without rows."""
-        training, spec = self._training_sources(usable=usable), self.spec.eval
-        if spec is None or not spec.source:
-            return training, None
+    def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], _HeldOut]:
+        """The sources of training, and of rows that are only held out. `usable`: reject those without rows."""
+        training, held_out = self._training_sources(usable=usable), dict[str, TokenizedSource]()
         # Read in the format of the first training source.
-        data = self._find("eval", spec.source, evaluation_part(self.spec, spec))
-        digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
-        field, rows = next(iter(self.spec.training_sources)), read_rows(data.files)
-        own = self._tokenize("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
-        return training, own
+        field = next(iter(self.spec.training_sources))
+        for each in held_out_sets(self.job):
+            data = self._find(each.split, each.uri, evaluation_part(self.spec, each.rows, each.field))
+            digest, rows = _checked_sha256(data, each.rows.sha256, f"{each.field}.sha256"), read_rows(data.files)
+            like = training[0].reading.format, replace(training[0].columns, check=each.check)
+            earlier = (*training, *held_out.values())
+            held_out[each.split] = self._tokenize(
+                each.split, data, digest, rows, field, earlier=earlier, usable=usable, like=like
+            )
+        return training, held_out
 
     def _names(self) -> list[str]:
         """The training sources' names in messages."""
@@ -213,16 +221,15 @@ class DatasetBuilder:
         *,
         earlier: Sequence[TokenizedSource],
         usable: bool,
-        like: TokenizedSource | None = None,
+        like: tuple[RowFormat, Columns] | None = None,
     ) -> TokenizedSource:
-        """Tokenize a source's rows. `usable`: raise StepFailure if none can be used."""
+        """Tokenize a source's rows. `usable`: raise StepFailure if none can be used.
+
+        `like`: their format and columns; found by the first row if not given.
+        """
         before = data.versions()
         first = next(rows)
-        if like is None:
-            format_, columns = source_format(first, self.spec, field, pairs=self.training.compares_answers)
-        else:
-            format_ = like.reading.format
-            columns = replace(like.columns, check=self.spec.check_column(field, own_evaluation=True))
+        format_, columns = like or source_format(first, self.spec, field, pairs=self.training.compares_answers)
         recipe = Recipe.from_spec(
             self.spec,
             self.training,

@@ -11,13 +11,14 @@ import numpy
 from qlora_api.automatic import RowFacts
 from qlora_api.choice import Choice
 from qlora_api.printable import printable, shortened_in_the_middle
+from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns
 from qlora_api.spec.resolved import ResolvedTraining
 from qlora_api.status import MAX_MIXED_SOURCE_LENGTH, DatasetStatus, MixedSourceStatus
 from qlora_trainer.data.epochs import EpochArrangements, Mix
 from qlora_trainer.data.examples.formats import PAIRS, Reading
 from qlora_trainer.data.packing import Arrangement, one_row_each, pack
-from qlora_trainer.data.prepared import Split, split_file, write_split
+from qlora_trainer.data.prepared import split_file, write_split
 from qlora_trainer.data.read.files import DataFiles
 from qlora_trainer.data.sampling import RowIndices
 from qlora_trainer.data.selection import Selection
@@ -70,10 +71,10 @@ class Dataset:
     """The rows of a job, with their sources and the splits that use them."""
 
     training: tuple[TokenizedSource, ...]
-    own_evaluation: TokenizedSource | None
-    """The source of the held-out rows, unless none or a fraction of the training's."""
+    held_out_sources: Mapping[str, TokenizedSource]
+    """The sources of rows that are only held out, by split: of dataset.eval.source, if set, and of guards."""
     rows: TokenizedRows
-    """Of all sources: of the training sources, then the evaluation's own."""
+    """Of the training sources, then of the evaluation's own."""
     selection: Selection
     mix: Mix | None = None
     weights: tuple[float | None, ...] = ()
@@ -82,8 +83,12 @@ class Dataset:
 
     @property
     def sources(self) -> tuple[TokenizedSource, ...]:
-        """The training sources, and the evaluation's own."""
-        return self.training if self.own_evaluation is None else (*self.training, self.own_evaluation)
+        """The training sources, and those of rows that are only held out."""
+        return (*self.training, *self.held_out_sources.values())
+
+    @property
+    def _guards(self) -> Mapping[str, TokenizedSource]:
+        return {split: source for split, source in self.held_out_sources.items() if split != "eval"}
 
     def status(self) -> DatasetStatus:
         """The data set as the job's status reports it."""
@@ -164,14 +169,14 @@ class Dataset:
         def statistics(arrangement: Arrangement) -> SplitStatistics:
             return SplitStatistics.from_rows(self.rows, arrangement, capacity, packed=packed)
 
-        def write(split: Split, rows: RowIndices) -> SplitStatistics:
-            arrangement = _arrange(rows, self.rows.lengths[rows], training, packed=packed)
-            checks = self.rows.checks(arrangement.rows) if split == "eval" else None
-            write_split(split_file(folder, split), self.rows, arrangement, checks=checks)
-            return statistics(arrangement)
+        def write(split: str, rows: RowIndices, of: TokenizedRows, training: ResolvedTraining) -> Arrangement:
+            arrangement = _arrange(rows, of.lengths[rows], training, packed=packed)
+            checks = None if split == "train" else of.checks(arrangement.rows)
+            write_split(split_file(folder, split), of, arrangement, checks=checks)
+            return arrangement
 
         if self.mix is None:
-            train = write("train", used)
+            train = statistics(write("train", used, self.rows, training))
         else:
             drawn = self.mix.epochs(training.seed)
             epochs = EpochArrangements.from_epochs(
@@ -180,7 +185,12 @@ class Dataset:
             write_split(split_file(folder, "train"), self.rows, one_row_each(used), epochs)
             train = statistics(Arrangement(used[epochs.first.rows], epochs.first.offsets))
         held_out = self.selection.held_out
-        evaluation = write("eval", numpy.concatenate(held_out)) if held_out else None
+        evaluation = None
+        if held_out:
+            evaluation = statistics(write("eval", numpy.concatenate(held_out), self.rows, training))
+        for split, source in self._guards.items():
+            # In the same sequences for every seed: cells that train together share the losses of their base.
+            write(split, numpy.arange(len(source.rows)), source.rows, replace(training, seed=0))
         DataStatistics(
             sources=tuple(self._source_statistics(capacity)),
             train=train,
@@ -190,7 +200,7 @@ class Dataset:
         ).write(folder)
 
     def _source_statistics(self, capacity: int) -> Iterator[SourceStatistics]:
-        selection, mix, own = self.selection, self.mix, self.own_evaluation
+        selection, mix, own = self.selection, self.mix, self.held_out_sources.get("eval")
         held_out = list(map(len, selection.held_out))
         for number, source in enumerate(self.training):
             counts: dict[str, object] = {
@@ -208,6 +218,8 @@ class Dataset:
         if own is not None:
             counts = {"duplicate_rows": selection.duplicates[-1], "held_out_rows": held_out[0]}
             yield own.statistics(capacity, counts)
+        for source in self._guards.values():
+            yield source.statistics(capacity, {"held_out_rows": len(source.rows)})
 
 
 def _arrange(rows: RowIndices, lengths: Int32s, training: ResolvedTraining, *, packed: bool) -> Arrangement:

@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from qlora_api.schema import Decides
 from qlora_api.spec.dataset import DatasetSpec
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.environment import trainer_version
@@ -39,6 +40,8 @@ class ResolvedInputs:
     """SHA-256 of the evaluation's separate data, or None."""
     template: str | None = None
     """SHA-256 of the job's chat template override, or None."""
+    guards: tuple[str, ...] = ()
+    """SHA-256 of the data of each guard."""
 
     def fingerprint(self, spec: ResolvedSpec) -> str:
         """SHA-256, in hexadecimal, of everything that decides a job's prepared data."""
@@ -56,6 +59,8 @@ class ResolvedInputs:
             # Which columns are read may depend on it.
             **({"pairs": True} if training.compares_answers else {}),
         }
+        if spec.guards:
+            inputs["guards"] = [[each.name, each.rows.dump(), each.min_score is not None] for each in spec.guards]
         if spec.dataset.mix is not None:
             # So many epochs are drawn.
             inputs["length"] = {
@@ -77,14 +82,14 @@ class ResolvedInputs:
             "libraries": library_versions(),
         }
 
-    def is_unchanged(self, dataset: DatasetSpec, mounts: Mounts) -> bool:
+    def is_unchanged(self, spec: QLoRAJobSpec, mounts: Mounts) -> bool:
         """Whether mounted data still has this content. Data that is gone counts as such."""
-        digests = (*self.data, *([] if self.eval_data is None else [self.eval_data]))
-        for uri, digest in zip(dataset.addresses.values(), digests, strict=True):
+        digests = (*self.data, *([] if self.eval_data is None else [self.eval_data]), *self.guards)
+        for uri, digest in zip(spec.data_addresses.values(), digests, strict=True):
             data = mounted_data(uri, mounts)
             if data is not None and data.sha256() != digest:
                 return False
-        return is_template_unchanged(dataset, mounts, self.template)
+        return is_template_unchanged(spec.dataset, mounts, self.template)
 
     def write(self, folder: Path, fingerprint: str) -> None:
         """Write the manifest of a data folder, the last of its files."""
@@ -98,8 +103,8 @@ class ResolvedInputs:
             found = json.loads((folder / PREPARED_MANIFEST).read_bytes())["resolved"]
             data = found["data"]
             of_each = (data,) if isinstance(data, str) else tuple(data)
-            template = found.get("template")
-            return cls(found["model"], dict(found["tokenizer"]), of_each, found["evalData"], template)
+            template, guards = found.get("template"), tuple(found.get("guards", ()))
+            return cls(found["model"], dict(found["tokenizer"]), of_each, found["evalData"], template, guards)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -110,6 +115,7 @@ class ResolvedInputs:
             "data": self.data[0] if len(self.data) == 1 else list(self.data),
             "evalData": self.eval_data,
             **({} if self.template is None else {"template": self.template}),
+            **({"guards": list(self.guards)} if self.guards else {}),
         }
 
 

@@ -1,7 +1,7 @@
 """The prepared data on disk: packed sequences, written once and read many times.
 
-A data folder has `train.safetensors`, `eval.safetensors` if rows are held out, `statistics.json`, and `manifest.json`,
-which is written last. A split's file has the tensors
+A data folder has `train.safetensors`, `eval.safetensors` if rows are held out, `guard-NAME.safetensors` for each guard
+of the gate, `statistics.json`, and `manifest.json`, which is written last. A split's file has the tensors
 
     token_offsets    int64 [sequences + 1]   where a sequence begins in `input_ids`
     segment_offsets  int64 [sequences + 1]   where a sequence begins in `segment_lengths`
@@ -52,7 +52,12 @@ _GATHERED_ROWS = 2**13
 Split = Literal["train", "eval"]
 
 
-def split_file(folder: Path, split: Split) -> Path:
+def guard_split(name: str) -> str:
+    """The split with the rows of this guard."""
+    return f"guard-{name}"
+
+
+def split_file(folder: Path, split: str) -> Path:
     """The file of a split in a data folder."""
     return folder / f"{split}.safetensors"
 
@@ -205,7 +210,7 @@ class PreparedDataset:
         len(self)
 
     @classmethod
-    def open(cls, folder: Path, split: Split) -> "PreparedDataset":
+    def open(cls, folder: Path, split: str) -> "PreparedDataset":
         """The split of a data folder."""
         return cls(split_file(folder, split))
 
@@ -263,7 +268,7 @@ class PreparedDataset:
         return drawn
 
 
-def open_prepared(folder: Path, split: Split) -> PreparedDataset:
+def open_prepared(folder: Path, split: str) -> PreparedDataset:
     """A split for later steps. Raises FileNotFoundError, or StepFailure BAD_DATASET."""
     try:
         return PreparedDataset.open(folder, split)

@@ -11,9 +11,11 @@ import numpy
 
 from qlora_api.schema import replace
 from qlora_api.spec.dataset import Columns, DatasetSpec, RowFormat
+from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import TrainingSpec
 from qlora_trainer.data.examples.formats import PAIRS, Reading, RowReader, has_pairs, source_format
 from qlora_trainer.data.examples.wrong_rows import WrongRows
+from qlora_trainer.data.held_out import held_out_sets
 from qlora_trainer.data.read.hub_splits import evaluation_part, training_part
 from qlora_trainer.data.read.locate import find_data
 from qlora_trainer.data.read.reading import read_rows, read_used_rows
@@ -92,8 +94,7 @@ _Show = Callable[[Row], Sequence[PreviewedRow]]
 
 
 def previews(
-    spec: DatasetSpec,
-    training: TrainingSpec,
+    job: QLoRAJobSpec,
     tokenizer: Tokenizer | None,
     access: StoreAccess,
     download: Path,
@@ -107,8 +108,8 @@ def previews(
     Without a tokenizer, ALL are read and none is shown. The rows decide on an unknown objective.
     Collects the wrong rows. Raises StepFailure for anything else, as prepare does.
     """
-    for source in _sources(spec, training, access, download, objective_is_known=objective_is_known):
-        show = _show_with(source, spec, training, tokenizer)
+    for source in _sources(job, access, download, objective_is_known=objective_is_known):
+        show = _show_with(source, job.dataset, job.training, tokenizer)
         reading = RowReader(source.format, source.columns).reading(source.first)
         counts = Counts()
         rows = _read(source, ALL if tokenizer is None else count, show, counts, wrong)
@@ -126,9 +127,8 @@ def _show_with(source: _Source, spec: DatasetSpec, training: TrainingSpec, token
     return partial(_show, ChunkMaker(recipe, tokenizer), tokenizer)
 
 
-def _sources(
-    spec: DatasetSpec, training: TrainingSpec, access: StoreAccess, download: Path, *, objective_is_known: bool
-) -> Iterator[_Source]:
+def _sources(job: QLoRAJobSpec, access: StoreAccess, download: Path, *, objective_is_known: bool) -> Iterator[_Source]:
+    spec, training = job.dataset, job.training
     first: _Source | None = None
     seed = training.seed if spec.shuffle else None
     for number, (field, part) in enumerate(spec.training_sources.items()):
@@ -140,10 +140,11 @@ def _sources(
         source = _Source(data.uri, row, rows, format_, columns, field)
         first = first or source
         yield source
-    if first is not None and spec.eval is not None and spec.eval.source is not None:
-        data = find_data(spec.eval.source, evaluation_part(spec, spec.eval), access, download / "eval")
-        rows = read_rows(data.files)
-        columns = replace(first.columns, check=spec.check_column(first.field, own_evaluation=True))
+    if first is None:
+        raise AssertionError("a validated data set has a source or a mix")
+    for each in held_out_sets(job):
+        data = find_data(each.uri, evaluation_part(spec, each.rows, each.field), access, download / each.split)
+        rows, columns = read_rows(data.files), replace(first.columns, check=each.check)
         row = next(rows)
         yield dataclasses.replace(first, uri=data.uri, first=row, others=rows, columns=columns, held_out=True)
 

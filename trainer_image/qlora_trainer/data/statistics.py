@@ -132,7 +132,7 @@ class OverlapStatistics(ObservedModel):
 class DataStatistics(ObservedModel):
     """The file `statistics.json` of a data folder."""
 
-    sources: tuple[SourceStatistics, ...] = Field(description="The training rows', then the evaluation's own.")
+    sources: tuple[SourceStatistics, ...] = Field(description="The training rows', the evaluation's own, the guards'.")
     train: SplitStatistics = Field(description="With a mix, of the first epoch.")
     epochs: int | None = Field(None, description="Epochs whose rows are drawn; not set without a mix.")
     eval: SplitStatistics | None = None

@@ -1,7 +1,7 @@
 """Chooses the held-out rows for a score, and rejects an unmeasurable score."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from qlora_api.spec.gate import MAX_PATTERN_CHARACTERS, MAX_PROMPT_TOKENS, GateS
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.examples.formats import PLAIN
-from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.prepared import PreparedDataset, guard_split
 from qlora_trainer.evaluation.answer_check import AnswerChecker, Criterion
 from qlora_trainer.evaluation.answers import AnswerTexts
 from qlora_trainer.evaluation.prompts import Prompt, ScoredPrompts
@@ -45,35 +45,46 @@ def require_scorable(
             f"{SCORE} answers the prompts of held-out rows, and rows of format {found.format} have none: use a format "
             "with answers, or remove gate.score"
         )
-    scored, spec = scored_rows(PreparedDataset.open(data_folder, "eval"), gate.score), gate.score
+    guards = (guard for guard in gate.guards or () if guard.min_score is not None)
+    sets = {"": "eval", **{f" of guards[{guard.name}]": guard_split(guard.name) for guard in guards}}
+    remarks, answers = list[str](), texts()
+    for of, split in sets.items():
+        data = PreparedDataset.open(data_folder, split)
+        remarks += _require_scorable(f"{SCORE}{of}", data, gate.score, answers, fixed_positions)
+    for remark in remarks:
+        logger.warning("%s", remark)
+    return tuple(remarks)
+
+
+def _require_scorable(
+    score: str, data: PreparedDataset, spec: ScoreSpec, texts: AnswerTexts, fixed_positions: int | None
+) -> Iterator[str]:
+    """Remarks on one set of held-out rows. `score`: the field, for messages."""
+    scored = scored_rows(data, spec, score)
     if fixed_positions is not None:
         _require_positions(scored, spec, fixed_positions)
-    failed = _own_answers_that_fail(scored, spec, texts())
+    failed = _own_answers_that_fail(scored, spec, texts)
     # The row is only known of a check that it brings.
     first = f" (the first: {failed[0].source})" if failed and failed[0].source else ""
     if len(failed) == len(scored.chosen):
         raise bad_configuration(
-            f"{SCORE}: not one of the data set's own answers to the {len(failed)} held-out rows passes check "
+            f"{score}: not one of the data set's own answers to the {len(failed)} held-out rows passes check "
             f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens), for example "
             f"{failed[0].answer.strip()[:80]!r}{first}: an adapter that answers like the data could not pass; raise "
             "maxNewTokens, or correct the pattern or schema, or the data"
         )
-    remarks = []
     if scored.too_long:
-        remarks.append(
-            f"{SCORE} is decided on {len(scored.chosen)} rows: {scored.too_long} of the "
+        yield (
+            f"{score} is decided on {len(scored.chosen)} rows: {scored.too_long} of the "
             f"{scored.fitting + scored.too_long} held-out rows have a prompt of more than {MAX_PROMPT_TOKENS} tokens, "
             "which is not answered"
         )
     if failed:
-        remarks.append(
-            f"{SCORE}: the data set's own answers to {len(failed)} of the {len(scored.chosen)} rows do not pass check "
+        yield (
+            f"{score}: the data set's own answers to {len(failed)} of the {len(scored.chosen)} rows do not pass check "
             f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens){first}, so an adapter that reproduces "
             f"the data would score {1 - len(failed) / len(scored.chosen):.3g}"
         )
-    for remark in remarks:
-        logger.warning("%s", remark)
-    return tuple(remarks)
 
 
 def _require_positions(scored: ScoredPrompts, spec: ScoreSpec, positions: int) -> None:
@@ -131,12 +142,12 @@ def row_criterion(spec: ScoreSpec, row: Prompt) -> Criterion | None:
     return Criterion(spec.check, brought.text, brought.source)
 
 
-def scored_rows(data: PreparedDataset, spec: ScoreSpec) -> ScoredPrompts:
-    """The rows to answer. Raises StepFailure BAD_CONFIGURATION if there is none."""
+def scored_rows(data: PreparedDataset, spec: ScoreSpec, score: str = SCORE) -> ScoredPrompts:
+    """The rows to answer. Raises StepFailure BAD_CONFIGURATION if there is none. `score`: the field, for messages."""
     scored = ScoredPrompts.from_data(data, spec.rows)
     if not scored.chosen:
         raise bad_configuration(
-            f"{SCORE}: none of the {scored.too_long} held-out rows has a prompt of at most {MAX_PROMPT_TOKENS} "
+            f"{score}: none of the {scored.too_long} held-out rows has a prompt of at most {MAX_PROMPT_TOKENS} "
             "tokens, which is what is answered: shorten some, or remove gate.score"
         )
     return scored

@@ -1,11 +1,12 @@
 """Decides whether a trained adapter is good enough to be published."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from qlora_api.artifact_status import GateCriterion, GateStatus
+from qlora_api.artifact_status import GateCriterion, GateStatus, GuardStatus
 from qlora_api.contract import ExitCode
-from qlora_api.spec.gate import GateSpec
-from qlora_trainer.core.completion import Score, TrainRecord, score_settings
+from qlora_api.spec.gate import GateSpec, GuardSpec
+from qlora_trainer.core.completion import GuardRecord, Score, TrainRecord
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 
 
@@ -21,41 +22,70 @@ def check_gate(
     """
     if gate is None:
         return None
-    score = _score(gate, trained, prepared)
-    criteria = tuple(_criteria(gate, trained, score))
+    _require_measured(gate, trained, prepared)
+    measured = {guard.name: guard for guard in trained.guards}
+    guards = tuple(_guard_status(guard, measured[guard.name]) for guard in gate.guards or ())
+    criteria = tuple(_criteria(gate, trained))
+    limits = (*criteria, *(limit for guard in guards for limit in guard.criteria))
     return GateStatus(
-        passed=all(criterion.passed for criterion in criteria),
+        passed=all(limit.passed for limit in limits),
         adapter_sha256=trained.adapter_sha256,
         base_sha256=trained.base_sha256 or None,
         criteria=criteria,
         eval_loss=trained.eval_loss,
         initial_eval_loss=trained.initial_eval_loss,
         eval_tokens=None if pairs else trained.eval_tokens,
-        score=None if score is None else score.adapter,
-        base_score=None if score is None else score.base,
-        score_rows=None if score is None else score.rows,
-        score_too_long_rows=None if score is None else score.too_long_rows,
+        guards=guards or None,
+        **_score(trained.score if gate.score is not None else None),
     )
 
 
-def _score(gate: GateSpec, trained: TrainRecord, prepared: str) -> Score | None:
-    if gate.score is None:
-        return None
-    if trained.score is None or trained.score.settings != score_settings(gate.score, prepared):
-        found = "no score" if trained.score is None else "a score by other settings"
+def _require_measured(gate: GateSpec, trained: TrainRecord, prepared: str) -> None:
+    """Raise StepFailure unless training has measured all that the gate asks for, of the adapter that it has written."""
+    if missing := trained.missing_measurement(gate, prepared):
         raise bad_configuration(
-            f"spec.gate.score: training has measured {found}, and publish has no GPU to measure it: restore "
-            "spec.gate.score as it was, or run the train step again with it"
+            f"{missing}, and publish has no GPU to measure it: restore spec.gate as it was, or run the train step "
+            "again with it"
         )
-    if trained.score.adapter_sha256 != trained.adapter_sha256:
-        raise unsafe_artifact(
-            f"the score in records/train.json is of the adapter with sha256 {trained.score.adapter_sha256}, and "
-            f"training has written {trained.adapter_sha256}: it is not published; create the job again"
-        )
-    return trained.score
+    scores = [score for score in (trained.score, *(guard.score for guard in trained.guards)) if score is not None]
+    for sha256 in (*(score.adapter_sha256 for score in scores), *(guard.adapter_sha256 for guard in trained.guards)):
+        if sha256 != trained.adapter_sha256:
+            raise unsafe_artifact(
+                f"what records/train.json has for spec.gate is of the adapter with sha256 {sha256}, and training has "
+                f"written {trained.adapter_sha256}: it is not published; create the job again"
+            )
 
 
-def _criteria(gate: GateSpec, trained: TrainRecord, score: Score | None) -> Iterator[GateCriterion]:
+def _score(score: Score | None) -> dict[str, Any]:
+    """The fields of a status for the score."""
+    if score is None:
+        return {}
+    return {
+        "score": score.adapter,
+        "base_score": score.base,
+        "score_rows": score.rows,
+        "score_too_long_rows": score.too_long_rows,
+    }
+
+
+def _guard_status(guard: GuardSpec, found: GuardRecord) -> GuardStatus:
+    criteria, increase = [], found.loss - found.base_loss
+    if (most := guard.max_loss_increase) is not None:
+        criteria.append(_criterion("maxLossIncrease", most, increase, passed=increase <= most))
+    if guard.min_score is not None and found.score is not None:
+        criteria.append(_min_score(guard.min_score, found.score))
+    return GuardStatus(
+        name=guard.name,
+        sha256=found.sha256,
+        loss=found.loss,
+        base_loss=found.base_loss,
+        tokens=found.tokens,
+        criteria=tuple(criteria),
+        **_score(found.score if guard.min_score is not None else None),
+    )
+
+
+def _criteria(gate: GateSpec, trained: TrainRecord) -> Iterator[GateCriterion]:
     if gate.min_improvement is not None:
         before, after = _eval_losses(trained)
         # A loss of 0 before training can only be kept.
@@ -64,8 +94,12 @@ def _criteria(gate: GateSpec, trained: TrainRecord, score: Score | None) -> Iter
     if gate.max_eval_loss is not None:
         _, loss = _eval_losses(trained)
         yield _criterion("maxEvalLoss", gate.max_eval_loss, loss, passed=loss <= gate.max_eval_loss)
-    if gate.min_score is not None and score is not None:
-        yield _criterion("minScore", gate.min_score, score.adapter, passed=score.adapter >= gate.min_score)
+    if gate.min_score is not None and trained.score is not None:
+        yield _min_score(gate.min_score, trained.score)
+
+
+def _min_score(required: float, score: Score) -> GateCriterion:
+    return _criterion("minScore", required, score.adapter, passed=score.adapter >= required)
 
 
 def _criterion(name: str, required: float, found: float, *, passed: bool) -> GateCriterion:
@@ -83,7 +117,12 @@ def _eval_losses(trained: TrainRecord) -> tuple[float, float]:
 
 def gate_failure(gate: GateStatus, folder: str) -> StepFailure:
     """Why the adapter in `folder` is not published."""
-    reasons = "; ".join(_reason(gate, criterion) for criterion in gate.criteria if not criterion.passed)
+    reasons = "; ".join(
+        _reason(f"spec.gate.{prefix}{criterion.name} is {criterion.required:g}", measured, criterion)
+        for prefix, measured in gate.sets.items()
+        for criterion in measured.criteria
+        if not criterion.passed
+    )
     return StepFailure(
         ExitCode.GATE_FAILED,
         f"{reasons}. The adapter is not published: it stays in {folder}, and report/report.html describes it. Train on "
@@ -92,14 +131,18 @@ def gate_failure(gate: GateStatus, folder: str) -> StepFailure:
     )
 
 
-def _reason(gate: GateStatus, criterion: GateCriterion) -> str:
-    required = f"spec.gate.{criterion.name} is {criterion.required:g}"
+def _reason(required: str, measured: GateStatus | GuardStatus, criterion: GateCriterion) -> str:
     if criterion.name == "minScore":
         return (
-            f"{required}, and {criterion.found:.4g} of the adapter's answers to {gate.score_rows} held-out rows passed "
-            f"(of the base's {gate.base_score:.4g})"
+            f"{required}, and {criterion.found:.4g} of the adapter's answers to {measured.score_rows} held-out rows "
+            f"passed (of the base's {measured.base_score:.4g})"
         )
-    losses = f"from {gate.initial_eval_loss:.4f} before training to {gate.eval_loss:.4f}"
+    if isinstance(measured, GuardStatus):
+        losses = f"from {measured.base_loss:.4f} without the adapter to {measured.loss:.4f}"
+        return f"{required}, and the loss on its rows changed by {criterion.found:+.4f}, {losses}"
+    losses = f"from {measured.initial_eval_loss:.4f} before training to {measured.eval_loss:.4f}"
     if criterion.name == "minImprovement":
         return f"{required}, and the held-out loss changed by {-criterion.found:+.2%}, {losses}"
-    return f"{required}, and the held-out loss is {criterion.found:.4f} ({gate.initial_eval_loss:.4f} before training)"
+    return (
+        f"{required}, and the held-out loss is {criterion.found:.4f} ({measured.initial_eval_loss:.4f} before training)"
+    )

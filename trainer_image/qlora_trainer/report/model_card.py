@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from qlora_api.artifact_status import GateStatus
+from qlora_api.artifact_status import GateStatus, GuardStatus
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
@@ -59,12 +59,24 @@ def gate_data_text(gate: GateStatus) -> str:
     sentences = []
     if gate.eval_tokens is not None:
         sentences.append(f"The held-out losses are means over {gate.eval_tokens:,} target tokens.")
-    if gate.score_too_long_rows:
+    sentences += map(_guard_text, gate.guards or ())
+    if too_long := sum(measured.score_too_long_rows or 0 for measured in gate.sets.values()):
         sentences.append(
-            f"The held-out rows that were not answered, {gate.score_too_long_rows:,}, have a prompt of more than "
-            f"{MAX_PROMPT_TOKENS} tokens."
+            f"The held-out rows that were not answered, {too_long:,}, have a prompt of more than {MAX_PROMPT_TOKENS} "
+            "tokens."
         )
     return " ".join(sentences)
+
+
+def _guard_text(guard: GuardStatus) -> str:
+    losses = (
+        f"On the {guard.tokens:,} target tokens of guard {guard.name} the mean loss is {guard.base_loss:.4f} without "
+        f"the adapter and {guard.loss:.4f} with it"
+    )
+    if guard.score is None or guard.base_score is None:
+        return f"{losses}."
+    passed = f"{guard.base_score:.1%} pass without it and {guard.score:.1%} with it"
+    return f"{losses}; of {guard.score_rows:,} answers {passed}."
 
 
 def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:

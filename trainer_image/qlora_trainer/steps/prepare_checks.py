@@ -18,7 +18,7 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.fingerprint import ResolvedInputs
-from qlora_trainer.data.prepared import PreparedDataset, Split
+from qlora_trainer.data.prepared import PreparedDataset, guard_split
 from qlora_trainer.evaluation.answers import AnswerTexts
 from qlora_trainer.evaluation.scorable import SCORE, require_readable, require_scorable
 from qlora_trainer.model.adapter.initial import is_unchanged
@@ -91,15 +91,16 @@ def refresh_record(
     root, spec = workspace.root, record.resolve(asked)
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
     data, base = root / record.data_path, root / record.base_path
+    splits = ("train", *(["eval"] if spec.dataset.holds_out else []), *(guard_split(each.name) for each in spec.guards))
     if resolved is None or not (
         resolved.fingerprint(spec) == record.fingerprint
         and (folder / CONFIG).is_file()
-        and _can_be_opened(data, ("train", "eval") if spec.dataset.holds_out else ("train",))
+        and _can_be_opened(data, splits)
         and is_unchanged(record.initial_adapter, spec.lora.initial_adapter, workspace.initial_adapter)
         and is_whole(base, mounts.model_cache)
         and is_present(base, record.base_sha256, spec.quantization)
         and tokenizer_digests(folder) == resolved.tokenizer
-        and resolved.is_unchanged(spec.dataset, mounts)
+        and resolved.is_unchanged(spec, mounts)
     ):
         return None
     memory = MemoryFit.from_config(
@@ -122,7 +123,7 @@ def refresh_record(
     return replace(record, memory=memory.status, measured=memory.measured, remarks=remarks, total_steps=steps)
 
 
-def _can_be_opened(data_folder: Path, splits: Sequence[Split]) -> bool:
+def _can_be_opened(data_folder: Path, splits: Sequence[str]) -> bool:
     """Whether all prepared rows exist, in files that can be opened."""
     try:
         for split in splits:

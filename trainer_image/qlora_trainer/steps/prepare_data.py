@@ -14,7 +14,7 @@ from qlora_trainer.core.filesystem import complete_folder, new_folder, partial_p
 from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
-from qlora_trainer.data.prepared import open_prepared
+from qlora_trainer.data.prepared import guard_split, open_prepared
 from qlora_trainer.data.render.end_of_turn import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.data.render.template_source import TEMPLATE_FILE, template_sha256
 from qlora_trainer.data.tokenize.row_cache import RowsFolder
@@ -45,13 +45,15 @@ class WrittenSequences:
             # For publication.
             (self.folder / TEMPLATE_FILE).write_text(text, encoding="utf-8", newline="")
             template = template_sha256(text)
-        own = self.dataset.own_evaluation
+        digests = {split: source.sha256 for split, source in self.dataset.held_out_sources.items()}
+        guards = {guard.name: digests[guard_split(guard.name)] for guard in spec.guards}
         resolved = ResolvedInputs(
             revision,
             admitted.tokenizer_files,
             tuple(source.sha256 for source in self.dataset.training),
-            None if own is None else own.sha256,
+            digests.get("eval"),
             template,
+            tuple(guards.values()),
         )
         fingerprint = resolved.fingerprint(spec)
         resolved.write(self.folder, fingerprint)
@@ -63,6 +65,7 @@ class WrittenSequences:
             data_path=recorded_path(folder, workspace.root),
             data_content=resolved.content(spec.dataset),
             dataset=status,
+            guards=guards,
             work=planned_work(
                 model.parameters, open_prepared(folder, "train"), status, spec.training, model.fitted.recomputed_share
             ),

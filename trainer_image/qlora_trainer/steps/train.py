@@ -15,7 +15,7 @@ from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.distributed.launch import RankInfo, start_child_ranks
 from qlora_trainer.training.distributed.meeting import Meeting, join_ranks
-from qlora_trainer.training.finish_run import add_score, finish_run, write_samples
+from qlora_trainer.training.finish_run import add_guards, add_scores, finish_run, write_samples
 from qlora_trainer.training.loop import run_to_end
 from qlora_trainer.training.open_run import ProcessSettings, open_run
 from qlora_trainer.training.out_of_memory import explain_shortage
@@ -83,7 +83,9 @@ def train(
         # However the others end from here on, the adapter is written.
         together.close()
         if ranks.is_main:
-            record = add_score(run, state, record, {})
+            with shortage(lambda: 1, lambda: run.progress.recomputation):
+                record = add_guards(run, state, record, {})
+            record = add_scores(run, state, record, {})
             write_samples(run)
     return record
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.distributed.device import peak_memory_bytes
 from qlora_trainer.training.distributed.ranks import Ranks
-from qlora_trainer.training.finish_run import add_score, finish_run, write_samples
+from qlora_trainer.training.finish_run import add_guards, add_scores, finish_run, write_samples
+from qlora_trainer.training.guard_losses import BaseLosses
 from qlora_trainer.training.joint_training import Member, run_together
 from qlora_trainer.training.open_run import (
     LoadedBase,
@@ -35,7 +37,8 @@ from qlora_trainer.training.open_run import (
     open_on_model,
 )
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.run import Runtime
+from qlora_trainer.training.progress.run_state import RunState
+from qlora_trainer.training.run import Run, Runtime
 from qlora_trainer.training.scoring import BaseAnswers
 
 
@@ -150,9 +153,13 @@ def train_together(
                 # Now, not after the last of the others: what happens to those must not count as its own end.
                 entry.held.close()
         # After the last step: what generates answers leaves the model unfit for training.
+        base_losses: BaseLosses = {}
         base_answers: BaseAnswers = {}
         for number, member in members.items():
-            _measure_answers(entries[number], member, results, base_answers)
+            if member.run.job.spec.guards:
+                _measure(entries[number], member, results, partial(add_guards, base_losses=base_losses))
+        for number, member in members.items():
+            _measure(entries[number], member, results, partial(_answer, base_answers=base_answers))
     return [results[number] for number in range(len(contexts))]
 
 
@@ -163,14 +170,22 @@ def _reject_shared_folders(workspaces: Sequence[Path]) -> None:
             raise bad_configuration(f"{folder} is the workspace of two jobs: give each job its own, and name each once")
 
 
-def _measure_answers(entry: _Entry, member: Member, results: _Results, base_answers: BaseAnswers) -> None:
-    """Add the score that the job requests to its record, and leave samples."""
+def _measure(
+    entry: _Entry, member: Member, results: _Results, measure: Callable[[Run, RunState, TrainRecord], TrainRecord]
+) -> None:
+    """Measure what the job requests of its finished adapter, unless the job has failed."""
     record = results[entry.number]
     if isinstance(record, StepFailure):
         return
     with results.failing_alone(entry.number, entry.held), entry.job.rest_of_attempt(entry.runtime.now):
-        results[entry.number] = add_score(member.run, member.state, record, base_answers)
-        write_samples(member.run)
+        results[entry.number] = measure(member.run, member.state, record)
+
+
+def _answer(run: Run, state: RunState, record: TrainRecord, base_answers: BaseAnswers) -> TrainRecord:
+    """Add the scores of answers to the record, and leave samples."""
+    record = add_scores(run, state, record, base_answers)
+    write_samples(run)
+    return record
 
 
 class _SharedBase:

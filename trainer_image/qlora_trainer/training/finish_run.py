@@ -1,16 +1,20 @@
-"""Finishes a run: writes the kept adapter, the record, the score and samples."""
+"""Finishes a run: writes the kept adapter, the record, what its gate measures, and samples."""
+
+from functools import partial
 
 from qlora_api.printable import first_line
 from qlora_api.schema import replace
 from qlora_trainer.core.completion import TrainRecord, write_completion
 from qlora_trainer.core.failures import damaged
-from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
+from qlora_trainer.core.file_names import ADAPTER_FILE, ANSWERS_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove
+from qlora_trainer.data.prepared import guard_split, open_prepared
 from qlora_trainer.evaluation import answers
 from qlora_trainer.evaluation.held_out import compare
 from qlora_trainer.model.adapter.attach import restore_adapter, save_adapter
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from qlora_trainer.training.checkpoints.time_spent import run_usage
+from qlora_trainer.training.guard_losses import BaseLosses, measure_guards
 from qlora_trainer.training.progress.evaluations import adapter_to_keep
 from qlora_trainer.training.progress.run_state import RunState
 from qlora_trainer.training.run import Run
@@ -73,14 +77,31 @@ def _restore_best(run: Run) -> None:
         raise damaged(f"the best adapter cannot be kept ({first_line(error)}): check the volume") from error
 
 
-def add_score(run: Run, state: RunState, record: TrainRecord, base_answers: BaseAnswers) -> TrainRecord:
-    """The record, written again with the score of the answers if the job asks for it."""
-    gate = run.job.spec.gate
+def add_guards(run: Run, state: RunState, record: TrainRecord, base_losses: BaseLosses) -> TrainRecord:
+    """The record, written again with the losses on the rows of guards if the job has any.
+
+    Before any answer is generated, which leaves the model unfit for packed rows.
+    """
+    if not run.job.spec.guards:
+        return record
+    record = replace(record, guards=measure_guards(run, state, record.adapter_sha256, base_losses))
+    write_completion(run.job.workspace.completion("train"), record)
+    return record
+
+
+def add_scores(run: Run, state: RunState, record: TrainRecord, base_answers: BaseAnswers) -> TrainRecord:
+    """The record, written again with the scores of the answers if the job asks for them."""
+    job, gate = run.job, run.job.spec.gate
     if gate is None or gate.score is None or run.eval_data is None:
         return record
-    score = measure_score(run, state, run.eval_data, gate.score, record.adapter_sha256, base_answers)
-    record = replace(record, score=score)
-    write_completion(run.job.workspace.completion("train"), record)
+    measure = partial(measure_score, run, state, gate.score, record.adapter_sha256, base_answers)
+    score, guards = measure(run.eval_data, ANSWERS_FILE), list(record.guards)
+    for number, (guard, measured) in enumerate(zip(job.spec.guards, record.guards, strict=True)):
+        if guard.min_score is not None:
+            data = open_prepared(job.data_folder, guard_split(guard.name))
+            guards[number] = replace(measured, score=measure(data, f"answers-{guard.name}.jsonl"))
+    record = replace(record, score=score, guards=tuple(guards))
+    write_completion(job.workspace.completion("train"), record)
     return record
 
 

@@ -11,7 +11,7 @@ from typing import Self
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.memory.training_shape import Recomputation
 from qlora_api.spec.resolved import ResolvedSpec
-from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, score_settings
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import Device, Identity, StepContext
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
@@ -114,19 +114,17 @@ class PreparedJob:
         return digest(self.fingerprint)
 
     def read_train_record(self) -> TrainRecord | None:
-        """The completion record, if it is of this run, with its score, and the adapter still has the recorded sum.
+        """The completion record, if it is of this run and the adapter still has the recorded sum.
 
-        None if samples are still to be written: jobs that train together leave theirs after the last of them.
+        None if something is still to be measured for the gate, or samples are still to be written: jobs that train
+        together leave theirs after the last of them.
         """
         workspace = self.workspace
         record = read_completion(workspace.completion("train"), TrainRecord)
         if record is None or record.fingerprint != self.digest:
             return None
-        gate, score = self.spec.gate, record.score
-        if gate is not None and gate.score is not None:
-            settings = score_settings(gate.score, self.prepared.fingerprint)
-            if score is None or score.settings != settings:
-                return None
+        if record.missing_measurement(self.spec.gate, self.prepared.fingerprint):
+            return None
         samples, wanted = workspace.report / SAMPLES_FILE, self.spec.training.samples > 0
         if wanted and not samples.exists() and numbered_checkpoints(workspace.checkpoints):
             return None

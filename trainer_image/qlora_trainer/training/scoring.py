@@ -21,7 +21,6 @@ from qlora_api.schema import ObservedModel
 from qlora_api.spec.gate import ScoreSpec
 from qlora_trainer.core.completion import Score, score_settings
 from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, damaged, is_out_of_gpu_memory
-from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.evaluation.answer_batches import AnswerRoom, batches
@@ -115,20 +114,21 @@ BaseAnswers = dict[str, list[str]]
 def measure_score(
     run: Run,
     state: RunState,
-    data: PreparedDataset,
     spec: ScoreSpec,
     adapter_sha256: str,
     base_answers: BaseAnswers,
+    data: PreparedDataset,
+    answers_file: str,
 ) -> Score:
     """Return the score of the adapter, whose file has this checksum, and of its base, after the last step.
 
-    Adds to `base_answers`. Raises Interrupted when a stop is requested, StepFailure for a model that cannot generate or
-    runs out of memory.
+    Adds to `base_answers`, and continues `answers_file` of the report. Raises Interrupted when a stop is requested,
+    StepFailure for a model that cannot generate or runs out of memory.
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()
     job, stop = run.job, run.runtime.stop
-    path = job.workspace.report / ANSWERS_FILE
+    path = job.workspace.report / answers_file
     settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
     count, done = len(scored.chosen), 0

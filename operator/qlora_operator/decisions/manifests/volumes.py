@@ -96,7 +96,7 @@ def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | 
     for field, uri in {
         "spec.model.source": spec.model.source,
         **({} if initial is None else {"spec.lora.from.source": initial.source}),
-        **spec.dataset.addresses,
+        **spec.data_addresses,
         **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }.items():
         source = parse_source(uri)
@@ -158,7 +158,7 @@ def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:
     """The claims besides the workspace that a step mounts, and whether it may write."""
     if step == "clean":
         return {}
-    data = spec.dataset.addresses.values()
+    data = spec.data_addresses.values()
     read = [spec.model.source, *((*data, *_initial_adapter(spec)) if step == "prepare" else ())]
     sources = (parse_source(uri) for uri in read)
     claims = {source.claim: False for source in sources if isinstance(source, VolumeSource)}
@@ -192,7 +192,7 @@ def _is_claim(volume: Manifest) -> bool:
 
 def _add_config_maps(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
     template = spec.dataset.template_address
-    addresses = (*spec.dataset.addresses.values(), *([template] if template else ()))
+    addresses = (*spec.data_addresses.values(), *([template] if template else ()))
     sources = (parse_source(uri) for uri in addresses)
     wanted = sorted({(source.name, source.key) for source in sources if isinstance(source, ConfigMapSource)})
     for number, name in enumerate(dict.fromkeys(name for name, _ in wanted)):
@@ -217,7 +217,7 @@ def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest],
     if step == "prepare":
         wanted += [
             ("model", spec.model.secret_ref, [spec.model.source]),
-            ("dataset", spec.dataset.secret_ref, list(spec.dataset.addresses.values())),
+            ("dataset", spec.dataset.secret_ref, list(spec.data_addresses.values())),
             ("lora", initial.secret_ref if initial else None, _initial_adapter(spec)),
         ]
     if step in ("prepare", "publish"):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from qlora_api.artifact_status import GateStatus
 from qlora_api.contract import is_signed, needed_contract
 from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import Profile
@@ -327,6 +328,28 @@ def test_a_rejected_adapter_is_checked_again_by_the_current_gate() -> None:
         status = follow(make_job(stored, **spec), *seen_then)
         assert (status.phase, present(status.step).job_name, status.gate) == ("Publishing", f"{NAME}-publish-2", None)
         assert gate_read(make_job(status, **spec), status) == read
+
+
+def test_a_lost_guard_fails_the_job_with_its_figures_and_a_milder_limit_publishes_the_same_adapter() -> None:
+    def guarded(most: float) -> dict[str, Any]:
+        return {"guards": [{"name": "chat", "source": "pvc://data/chat.jsonl", "maxLossIncrease": most}]}
+
+    message = "spec.gate.guards[chat].maxLossIncrease is 0.1, and the loss on its rows changed by +0.3000"
+    limit = {"name": "maxLossIncrease", "required": 0.1, "found": 0.3, "passed": False}
+    chat = {"name": "chat", "sha256": "d" * 64, "loss": 1.8, "baseLoss": 1.5, "tokens": 40, "criteria": [limit]}
+    judged = GateStatus.model_validate(JUDGED.dump() | {"guards": [chat]})
+    seen_then = (child("publish", Failed="PodFailurePolicy"), failed("publish", 20, "GateFailed", message, gate=judged))
+    begun = follow(make_job(gate=guarded(0.1)))
+    publishing = status_in("publish").model_copy(update={"resolved": begun.resolved})
+
+    stored = follow(make_job(publishing, gate=guarded(0.1)), *seen_then)
+
+    assert (stored.phase, reason_of(stored, "Failed"), stored.gate) == ("Failed", "GateFailed", judged)
+    assert message in message_of(stored, "Failed")
+    mild: dict[str, Any] = {"gate": guarded(0.5), "retry": {"request": "a"}}
+    again = follow(make_job(stored, **mild), *seen_then)
+    assert again.phase == "Publishing"
+    assert gate_read(make_job(again, **mild), again) == guarded(0.5)
 
 
 def test_a_gate_that_is_changed_while_the_job_runs_counts_from_the_next_step_on() -> None:

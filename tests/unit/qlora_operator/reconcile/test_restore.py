@@ -182,6 +182,11 @@ def with_another_score(cluster: MemoryCluster) -> None:
     cluster.job["spec"]["gate"] = {"minScore": 0.5, "score": {"check": "exactMatch"}}
 
 
+def with_a_guard(cluster: MemoryCluster) -> None:
+    guard = {"name": "chat", "source": "pvc://data/chat.jsonl", "maxLossIncrease": 0.1}
+    cluster.job["spec"]["gate"] = {"guards": [guard]}
+
+
 def with_an_old_job(cluster: MemoryCluster) -> None:
     old = child("clean", owner=SECOND)
     old["metadata"]["labels"][JOB_UID_LABEL] = SECOND
@@ -226,6 +231,7 @@ def with_an_old_role(cluster: MemoryCluster) -> None:
         (with_a_claim_that_goes, f"PersistentVolumeClaim {CLAIM}, which has its run, is missing"),
         (with_an_unlabeled_claim, f"lacks the label {JOB_UID_LABEL}: set it to {FIRST}"),
         (with_another_score, f"ControllerRevision {REVISION} is of another spec"),
+        (with_a_guard, f"ControllerRevision {REVISION} is of another spec"),
         (with_an_old_job, f"Job {NAME}-clean-1 may still write"),
         (with_an_old_pod, f"pod {NAME}-train-1-pod1 may still write"),
         (with_another_spec, f"ControllerRevision {REVISION} is of another spec"),

@@ -6,14 +6,14 @@ card (README.md), else file and folder names that contain the split.
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
 from qlora_api.sources import HubSource, parse_source
-from qlora_api.spec.dataset import DatasetSpec, EvalSpec, MixSource
+from qlora_api.spec.dataset import DatasetSpec, HeldOutSource, MixSource
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.data.read.reading import data_kind, require_one_kind
@@ -42,7 +42,7 @@ class Wanted:
 
 
 TRAINING = Wanted(("train",))
-EVALUATION = Wanted(("validation", "test"), field="spec.dataset.eval")
+EVALUATION = Wanted(("validation", "test"))
 
 
 def training_part(source: MixSource, field: str = TRAINING.field) -> Wanted:
@@ -50,16 +50,16 @@ def training_part(source: MixSource, field: str = TRAINING.field) -> Wanted:
     return Wanted((source.split,) if source.split else TRAINING.splits, source.config, source.revision, field)
 
 
-def evaluation_part(spec: DatasetSpec, own: EvalSpec) -> Wanted:
-    """The part to evaluate with. It inherits settings from the same repository."""
+def evaluation_part(spec: DatasetSpec, own: HeldOutSource, field: str) -> Wanted:
+    """The part to evaluate with, which the job's `field` names. It inherits settings from the same repository."""
     repository = _repository(own.source or "")
     same = (source for source in spec.training_sources.values() if _repository(source.source) == repository is not None)
     inherited = next(same, own)
-    return replace(
-        EVALUATION,
+    return Wanted(
         splits=(own.split,) if own.split else EVALUATION.splits,
         config=own.config or inherited.config,
         revision=own.revision or inherited.revision,
+        field=field,
     )
 
 

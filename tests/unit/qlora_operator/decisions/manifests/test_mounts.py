@@ -208,6 +208,25 @@ def test_a_model_on_a_volume_is_mounted_read_only(step: StepName, expected: dict
     assert {path: mount for path, mount in mounts.items() if path.startswith("/volumes")} == expected
 
 
+def test_the_rows_of_guards_are_mounted_for_prepare_alone() -> None:
+    """Also the credentials of a bucket that only a guard is in."""
+    guards = [
+        {"name": "chat", "source": "pvc://general/chat.jsonl", "maxLossIncrease": 0.1},
+        {"name": "code", "source": "s3://bucket/code.jsonl", "maxLossIncrease": 0.1},
+    ]
+    spec: dict[str, Any] = {
+        "dataset": {"source": "pvc://rows/a.jsonl", "secretRef": {"name": "store"}},
+        "gate": {"guards": guards},
+    }
+    read = ("/volumes/rows", "/volumes/general", "/credentials")
+    assert {path: mount for path, mount in mounts_of(build("prepare", **spec)).items() if path.startswith(read)} == {
+        "/volumes/rows": ("rows", False),
+        "/volumes/general": ("general", False),
+        "/credentials/dataset": ("projected", False),
+    }
+    assert not [path for path in mounts_of(build("train", **spec)) if path.startswith(read)]
+
+
 def test_the_sources_of_a_mix_are_mounted_for_prepare_alone() -> None:
     mix = [
         *({"source": f"pvc://rows/{name}.jsonl"} for name in "ab"),
