@@ -73,7 +73,7 @@ _NO_LIMIT = "set at least one of maxLossIncrease and minScore"
 
 
 class GuardSpec(HeldOutSource):
-    """Further held-out rows, on which an adapter must not lose what its base can do."""
+    """Further held-out rows, for what the base can do and an adapter must not lose."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -166,8 +166,8 @@ class GateSpec(ApiModel):
         min_length=1,
         max_length=MAX_GUARDS,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-        description="Further held-out rows, on which the adapter must not be worse than allowed. Fixed once the job "
-        "exists, except the limits.",
+        description="Further held-out rows, for what the base can do and the adapter must not lose. Fixed once the "
+        "job exists, except the limits.",
     )
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 # OpenAI's format for fine-tuning marks answers by weight, and trains on those without.
 _MARK, _WEIGHT = "train", "weight"
 MARKING: frozenset[TrainOn] = frozenset({"weighted", "marked"})
-"""Values of `spec.training.trainOn` by which the rows' marks count."""
+"""Values of `spec.training.trainOn` that count the rows' marks."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class RowBoundaries:
     FlashAttention builds nothing, and takes memory for each row: it is given the real ones.
 
     cuDNN's backward pass takes memory for rows that are all as long as the bound: 2.2 GB for 8,192 tokens of Llama 3 8B
-    in 30 rows, of which one has 4,000. FlashAttention computes those.
+    in 30 rows, one of them with 4,000. FlashAttention computes those.
     """
 
     lengths: tuple[int, ...]
