@@ -1,6 +1,7 @@
 """A channel: a name such as support-bot@prod, which leads requests to one adapter and moves to the next.
 
-`qlora promote` writes it, and servers follow it. Both are the statement of a record, signed or not, in a ConfigMap.
+`qlora promote` writes its record into a ConfigMap, as a statement that is signed or not. Servers follow the record, and
+report which one is in effect.
 """
 
 import re
@@ -101,3 +102,25 @@ class ChannelStatement(ObservedModel):
     subject: tuple[Subject, ...]
     predicate_type: Literal["https://qlora.dev/channel/v1"] = CHANNEL_TYPE
     predicate: Channel
+
+
+class ServedProblem(ObservedModel):
+    """Why a newer record is not in effect."""
+
+    sequence: int | None = None
+    reason: str
+
+
+class ServedChannel(ObservedModel):
+    """A channel as a server follows it."""
+
+    name: str
+    """NAMESPACE/NAME@CHANNEL."""
+    sequence: int | None = None
+    """Of the record in effect; None if none is."""
+    adapter: str | None = None
+    """The immutable name of its adapter."""
+    percent: int | None = None
+    previous: str | None = None
+    """The adapter that answers the other conversations."""
+    problem: ServedProblem | None = None

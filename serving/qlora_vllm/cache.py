@@ -51,7 +51,7 @@ def provide(layout: Layout, base: ServedBase, max_rank: int, name: AdapterName) 
     if not key_file.is_file():
         raise NotVerified(f"this server has no key of the namespace {name.namespace} ({key_file})")
     key = read_public_key(key_file.read_bytes())
-    target = layout.cache / name.namespace / name.job / name.sha256
+    target = layout.cache / "adapters" / name.namespace / name.job / name.sha256
     if target.is_dir():
         try:
             verified = _verify(with_lineage(target), address, key, name)

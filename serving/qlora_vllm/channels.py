@@ -15,7 +15,8 @@ from typing import Any
 from prometheus_client import Gauge
 from pydantic import ValidationError
 
-from qlora_api.channel import Channel, channel_key
+from qlora_api.channel import Channel, ServedChannel, ServedProblem, channel_key
+from qlora_api.schema import replace
 from qlora_cli.verification import NotVerified
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_vllm.layout import Layout
@@ -112,11 +113,9 @@ class Channels:
                     metric.remove(name)
         for name, (namespace, file) in found.items():
             try:
-                channel = read_channel(file, namespace, self.layout.key(f"{namespace}.channels"))
+                self._begin(name, read_channel(file, namespace, self.layout.key(f"{namespace}.channels")))
             except (NotVerified, ValueError, OSError) as error:
                 self._set_problem(name, str(error))
-                continue
-            self._begin(name, channel)
 
     async def settled(self, seconds: float) -> None:
         """Wait until the switches that have begun end, or for so many seconds."""
@@ -167,6 +166,7 @@ class Channels:
         found = {}
         for file in sorted(self.layout.records.glob("*/*.channel")):
             name = file.name.removesuffix(".channel").replace(".", "@")
+            # A user may have written another key.
             with suppress(ValueError):
                 if channel_key(name) == file.name:
                     found[f"{file.parent.name}/{name}"] = (file.parent.name, file)
@@ -181,8 +181,8 @@ class Channels:
             return Channel.model_validate_json(self._accepted_file(name).read_bytes())
         except FileNotFoundError:
             return None
-        except ValidationError:
-            _LOG.exception("%s is damaged: an older promotion could come into effect", self._accepted_file(name))
+        except (ValidationError, OSError):
+            _LOG.exception("%s cannot be read: an older promotion could come into effect", self._accepted_file(name))
             return None
 
     def _set_problem(self, name: str, reason: str | None, sequence: int | None = None) -> None:
@@ -195,16 +195,21 @@ class Channels:
             _LOG.warning("%s: the promotion is not in effect: %s", name, reason)
         self.problems[name] = problem
 
-    def status(self) -> Iterator[dict[str, object]]:
+    def status(self) -> Iterator[ServedChannel]:
         """Yield each channel with the promotion in effect, and why a newer one is not."""
         for name in sorted(self.active.keys() | self.problems.keys()):
             active, problem = self.active.get(name), self.problems.get(name)
-            shares = active is not None and active.percent is not None and bool(active.previous)
-            yield {
-                "name": name,
-                "sequence": active and active.sequence,
-                "adapter": active and str(active.name_of(active.adapter)),
-                "percent": active and active.percent,
-                "previous": str(active.name_of(active.previous[0])) if active is not None and shares else None,
-                "problem": problem and {"sequence": problem.sequence, "reason": problem.reason},
-            }
+            served = ServedChannel(
+                name=name,
+                problem=problem and ServedProblem(sequence=problem.sequence, reason=problem.reason),
+            )
+            if active is not None:
+                shares = active.percent is not None and active.previous
+                served = replace(
+                    served,
+                    sequence=active.sequence,
+                    adapter=str(active.name_of(active.adapter)),
+                    percent=active.percent,
+                    previous=str(active.name_of(active.previous[0])) if shares else None,
+                )
+            yield served

@@ -15,7 +15,7 @@ class Layout:
 
     @property
     def records(self) -> Path:
-        """A folder for each namespace, with its ConfigMap of output.announce."""
+        """A folder for each namespace, with its ConfigMaps of channels and of output.announce."""
         return self.root / "records"
 
     @property
@@ -25,7 +25,7 @@ class Layout:
 
     @property
     def cache(self) -> Path:
-        """The verified adapters. Nothing but the server may write there."""
+        """The verified adapters, and the promotions that were accepted. Only the server may write there."""
         return self.root / "cache"
 
     def key(self, namespace: str) -> Path:

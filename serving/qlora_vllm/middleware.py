@@ -49,7 +49,8 @@ class ChannelNames:
 
 
 def _is_json(scope: Message) -> bool:
-    return any(name == b"content-type" and value.startswith(b"application/json") for name, value in scope["headers"])
+    types = (value.lower() for name, value in scope["headers"] if name == b"content-type")
+    return any(value.startswith(b"application/json") for value in types)
 
 
 async def _read(receive: Receive) -> tuple[bytes, list[Message]]:

@@ -21,10 +21,10 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.sampling_params import SamplingParams
 
 from qlora_vllm.cache import provide, remove_partials
-from qlora_vllm.channels import Channels
+from qlora_vllm.channels import SWITCH_SECONDS, Channels
 from qlora_vllm.layout import DEFAULT_FOLDER, Layout
 from qlora_vllm.middleware import ChannelNames
-from qlora_vllm.resolver import SECONDS_AGAIN, STILL_DOWNLOADING, Resolver
+from qlora_vllm.resolver import Resolver
 from qlora_vllm.served_base import BASE_REVISION, ServedBase, served_base
 
 _LOG = logging.getLogger("vllm.qlora")
@@ -86,12 +86,13 @@ class Plugin:
         """Load the adapter and answer one token with it. Returns why it cannot."""
         settings, logprobs = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1), [nan]
         try:
-            while not isinstance(loaded := await self._resolve(name), LoRARequest):
+            if name not in self._models.lora_requests:
+                # vLLM's own call waits for a part of this time only.
+                await self._resolver.resolve(name, SWITCH_SECONDS)
+            loaded = await self._resolve(name)
+            if not isinstance(loaded, LoRARequest):
                 outcome = self._resolver.outcomes.get(name)
-                reason = str(loaded.error.message if outcome is None or outcome.reason is None else outcome.reason)
-                if reason != STILL_DOWNLOADING:
-                    return reason
-                await asyncio.sleep(SECONDS_AGAIN)
+                return str(loaded.error.message if outcome is None or outcome.reason is None else outcome.reason)
             async for answer in self._engine.generate("Hello", settings, f"qlora-{uuid4()}", lora_request=loaded):
                 logprobs = [each.logprob for position in answer.outputs[0].logprobs or () for each in position.values()]
         # The engine raises errors of many kinds, and with any of them the old adapter continues to answer.
@@ -124,7 +125,8 @@ def _attach_status(app: FastAPI, base: ServedBase, resolver: Resolver, channels:
         served = {"sha256": base.sha256} if base.is_measured else {"revision": base.revision}
         outcomes = resolver.outcomes.items()
         named = [{"name": name, "served": each.reason is None, "reason": each.reason} for name, each in outcomes]
-        return {"base": served | {"measured": base.is_measured}, "channels": list(channels.status()), "adapters": named}
+        listed = [channel.dump() for channel in channels.status()]
+        return {"base": served | {"measured": base.is_measured}, "channels": listed, "adapters": named}
 
 
 def _log_end(following: "asyncio.Task[None]") -> None:

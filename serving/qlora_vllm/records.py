@@ -35,11 +35,18 @@ def read_channel(file: Path, namespace: str, key_file: Path) -> Channel:
 
 
 def find_address(records: Path, name: AdapterName, channels_key: Path) -> str:
-    """Return the address in the job's entry, or in a channel of the namespace that leads or led to the adapter.
+    """Return the address in a channel of the namespace that leads or led to the adapter, or in the job's entry.
 
     `channels_key`: the file of the key that signs channels, if there is one. Raises ValueError if none has it.
     """
     folder = records / name.namespace
+    # First, as only they may be signed.
+    for file in sorted(folder.glob("*.channel")):
+        with suppress(ValueError, NotVerified):
+            channel = read_channel(file, name.namespace, channels_key)
+            for adapter in (channel.adapter, *channel.previous):
+                if channel.name_of(adapter) == name:
+                    return adapter.uri
     entry = folder / entry_key(name.job)
     if entry.is_file():
         try:
@@ -48,12 +55,6 @@ def find_address(records: Path, name: AdapterName, channels_key: Path) -> str:
             raise ValueError(f"{entry} is no entry of output.announce") from None
         if record.digest == f"sha256:{name.sha256}":
             return record.uri
-    for file in sorted(folder.glob("*.channel")):
-        with suppress(ValueError, NotVerified):
-            channel = read_channel(file, name.namespace, channels_key)
-            for adapter in (channel.adapter, *channel.previous):
-                if channel.name_of(adapter) == name:
-                    return adapter.uri
     raise ValueError(
         f"neither an entry of the job {name.job} nor a channel in {folder} has the address of this adapter"
     )

@@ -15,14 +15,13 @@ from qlora_cli.verification import NotVerified
 from qlora_trainer.core.failures import StepFailure
 
 _LOG = logging.getLogger("vllm.qlora")
-_RESOLVED = Counter("qlora_adapters_resolved", "Names of adapters that requests asked for, once each.", ["outcome"])
+_RESOLVED = Counter("qlora_adapters_resolved", "Attempts to resolve the name of an adapter.", ["outcome"])
 SECONDS_AGAIN = 10.0
-"""Until an adapter that was not served is looked for again."""
+"""Until an adapter that could not be read is tried again."""
 REJECTED_SECONDS = 300.0
 """The same for one that differs from what was signed, or from what the server allows."""
-STILL_DOWNLOADING = "it is still being downloaded: ask again later"
 MAX_SECONDS = 120.0
-"""That a request waits for a download, which then goes on."""
+"""That a request waits for a download, which then continues."""
 MAX_REASONS = 1000
 DOWNLOADS = 4
 """At the same time."""
@@ -50,8 +49,11 @@ class Resolver:
     _running: dict[str, "asyncio.Future[Path]"] = field(default_factory=dict)
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DOWNLOADS, "qlora-adapters"))
 
-    async def resolve(self, text: str) -> Path | None:
-        """Return the folder of the adapter, or None if it is not served, with the reason in `outcomes`."""
+    async def resolve(self, text: str, seconds: float = MAX_SECONDS) -> Path | None:
+        """Return the folder of the adapter, or None if it is not served, with the reason in `outcomes`.
+
+        `seconds`: how long to wait for a download, which then continues.
+        """
         try:
             name = parse_adapter_name(text)
         except ValueError:
@@ -63,13 +65,15 @@ class Resolver:
             return None
         running = self._begin(text, name)
         try:
-            folder = await asyncio.wait_for(asyncio.shield(running), MAX_SECONDS)
+            folder = await asyncio.wait_for(asyncio.shield(running), seconds)
         except NotVerified as difference:
             self.record(text, "rejected", str(difference))
         except (ValueError, OSError, StepFailure) as error:
             # A TimeoutError is an OSError, also that of a server.
-            is_over = running.done()
-            self.record(text, "unavailable" if is_over else "waiting", str(error) if is_over else STILL_DOWNLOADING)
+            if running.done():
+                self.record(text, "unavailable", str(error))
+            else:
+                self.record(text, "waiting", "it is still being downloaded: ask again later")
         else:
             self.record(text, "served", None)
             return folder

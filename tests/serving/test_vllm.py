@@ -205,6 +205,7 @@ def test_only_verified_adapters_are_served_by_name_and_by_channel(published: Pub
     plugin = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", "VLLM_PLUGINS": "qlora", "QLORA_FOLDER": str(pod.root)}
     options = ("--max-lora-rank=16", f"--lora-modules=by-argument={published.adapter}")
     with vllm(tmp_path / "log", published.base, *options, **plugin) as address:
+        eventually(lambda: requests.get(f"{address}/qlora/ready", timeout=60).ok, seconds=600, what="the channels")
         answer = ask(address, name, question)
         assert answer.json()["choices"] == ask(address, "by-argument", question).json()["choices"]
         assert answer.json()["model"] == name
@@ -218,7 +219,7 @@ def test_only_verified_adapters_are_served_by_name_and_by_channel(published: Pub
             assert (done.status_code, "verified adapters only" in done.text) == (requests.codes.forbidden, True), route
         assert ask(address, PROD, question).json() | VARYING == answer.json() | VARYING
         promote(pod, changed, 2)
-        eventually(lambda: channel(address)["problem"] is not None, seconds=60, what="the failed promotion")
+        eventually(lambda: "problem" in channel(address), seconds=60, what="the failed promotion")
         assert ask(address, PROD, question).json()["model"] == name
         status = requests.get(f"{address}/v1/qlora/adapters", timeout=60).json()
         metrics = requests.get(f"{address}/metrics", timeout=60).text
@@ -230,6 +231,50 @@ def test_only_verified_adapters_are_served_by_name_and_by_channel(published: Pub
     assert "adapter_config.json has SHA-256" in shown[changed]
     assert 'qlora_adapters_resolved_total{outcome="rejected"}' in metrics
     assert f'qlora_channel_sequence{{channel="{PROD}"}} 1.0' in metrics
+
+
+SETTINGS = """
+import os
+from types import SimpleNamespace
+from fastapi import FastAPI
+from vllm.lora.resolver import LoRAResolverRegistry
+from qlora_vllm.plugin import Plugin
+
+def rejection(**variables):
+    os.environ.update(variables)
+    app = FastAPI()
+    app.state.args = SimpleNamespace(model="org/model", revision="0" * 40, max_lora_rank=16)
+    try:
+        Plugin().attach_router(app)
+        return "none"
+    except ValueError as error:
+        return str(error)
+    finally:
+        for name in variables:
+            del os.environ[name]
+
+allowed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true"}
+print(rejection())
+print(rejection(**allowed, VLLM_SERVER_DEV_MODE="1"))
+print(rejection(**allowed, VLLM_SKIP_MODEL_NAME_VALIDATION="1"))
+print(rejection(**allowed))
+LoRAResolverRegistry.register_resolver("other", object())
+print(rejection(**allowed))
+"""
+
+
+def test_the_plugin_starts_no_server_that_would_answer_with_an_unverified_adapter(tmp_path: Path) -> None:
+    environment = {**os.environ, "QLORA_FOLDER": str(tmp_path)}
+    done = subprocess.run([str(PYTHON), "-c", SETTINGS], env=environment, capture_output=True, text=True, check=True)
+    expected = (
+        "set VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "unset VLLM_SERVER_DEV_MODE",
+        "unset VLLM_SKIP_MODEL_NAME_VALIDATION",
+        "none",
+        "set VLLM_PLUGINS to qlora only: other would",
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("set ", "unset ", "none"))]
+    assert [line[: len(each)] for line, each in zip(lines, expected, strict=True)] == list(expected)
 
 
 def channel(address: str) -> dict[str, Any]:

@@ -11,20 +11,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from qlora_api.channel import DEFAULT_CONFIG_MAP, Channel, channel_key
+from qlora_api.channel import DEFAULT_CONFIG_MAP, Channel, ServedChannel, ServedProblem, channel_key
 from qlora_api.printable import one_line
 from qlora_cli.channel_record import Record, decode, encode
 from qlora_cli.cluster.connection import note, promoted_job, with_cluster
 from qlora_cli.output import as_json, as_yaml, fail
 from qlora_client.channels.config_map import ChannelMap, read_channel_map, write_record
 from qlora_client.channels.promotion import Place, promoted, require_promotable, rolled_back
-from qlora_client.channels.servers import (
-    ServedChannel,
-    ServedProblem,
-    find_served,
-    read_served,
-    wait_for_server,
-)
+from qlora_client.channels.servers import find_served, read_served, wait_for_server
 from qlora_client.jobs.job import Job
 from qlora_client.kube.cluster import Cluster
 from qlora_client.kube.errors import ClusterError

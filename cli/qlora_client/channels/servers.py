@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import urllib3
 from pydantic import ValidationError
 
-from qlora_api.channel import Channel
+from qlora_api.channel import Channel, ServedChannel
 from qlora_api.schema import ObservedModel
 from qlora_client.kube.errors import ClusterError, RejectedError, UnreachableError, unreachable
 from qlora_client.waiting import Clock
@@ -13,28 +13,6 @@ from qlora_client.waiting import Clock
 _PATH = "/v1/qlora/adapters"
 _ANSWER_SECONDS = 10.0
 _PAUSE_SECONDS = 2.0
-
-
-class ServedProblem(ObservedModel):
-    """Why a newer record is not in effect."""
-
-    sequence: int | None = None
-    reason: str
-
-
-class ServedChannel(ObservedModel):
-    """A channel as a server follows it."""
-
-    name: str
-    """NAMESPACE/NAME@CHANNEL."""
-    sequence: int | None = None
-    """Of the record in effect; None if none is."""
-    adapter: str | None = None
-    """The immutable name of its adapter."""
-    percent: int | None = None
-    previous: str | None = None
-    """The adapter that answers the other conversations."""
-    problem: ServedProblem | None = None
 
 
 class _Answer(ObservedModel):

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from qlora_api.channel import MAX_PREVIOUS, Channel, ChannelAdapter
+from qlora_api.channel import MAX_PREVIOUS, Channel, ChannelAdapter, ServedChannel, ServedProblem
 from qlora_client.channels.promotion import Place, promoted, require_promotable, rolled_back
-from qlora_client.channels.servers import ServedChannel, ServedProblem, is_in_effect, wait_for_server
+from qlora_client.channels.servers import is_in_effect, wait_for_server
 from qlora_client.jobs.job import Job
 from qlora_client.kube.errors import ClusterError, RejectedError
 from qlora_client.waiting import Clock

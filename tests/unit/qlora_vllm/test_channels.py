@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from qlora_api.channel import Channel, ChannelAdapter, ChannelStatement, channel_key
+from qlora_api.channel import Channel, ChannelAdapter, ChannelStatement, ServedProblem, channel_key
 from qlora_trainer.publishing.signing import sign
 from qlora_vllm.channels import SECONDS_AGAIN, Channels, choose
 from qlora_vllm.layout import Layout
@@ -98,7 +98,7 @@ def test_a_channel_stays_while_its_new_adapter_cannot_answer(server: Server) -> 
     assert server.adapter == name(OLD)
     (shown,) = server.channels.status()
     reason = f"{name(NEW)}: no signature is of this key"
-    assert (shown["sequence"], shown["problem"]) == (1, {"sequence": 2, "reason": reason})
+    assert (shown.sequence, shown.problem) == (1, ServedProblem(sequence=2, reason=reason))
     server.broken.clear()
     server.update()
     assert server.adapter == name(OLD), "a download that fails is not repeated at once"
@@ -179,6 +179,19 @@ def test_a_share_answers_its_conversations_and_each_stays_with_one_adapter(serve
     assert chosen.count(name(NEW)) == pytest.approx(100, abs=30)
 
 
+def test_a_memory_that_cannot_be_read_or_written_ends_no_other_channel(server: Server) -> None:
+    server.promote(record(1).model_copy(update={"name": "bot@canary"}))
+    accepted = server.layout.cache / "channels" / PROD
+    accepted.mkdir(parents=True)
+    server.promote(record(1))
+    assert "the switch has failed" in server.reason
+    assert server.channels.active.keys() == {"team/bot@canary"}
+    accepted.rmdir()
+    server.now += SECONDS_AGAIN
+    server.update()
+    assert server.adapter == name(OLD)
+
+
 def test_an_unforeseen_error_ends_no_other_channel(server: Server) -> None:
     def fail(_: str) -> None:
         raise RuntimeError("the engine is dead")
@@ -225,6 +238,14 @@ def test_an_adapter_of_a_channel_needs_no_announcement(server: Server) -> None:
         assert find_address(server.layout.records, channel.name_of(adapter), no_key) == adapter.uri
 
 
+def test_an_entry_hides_no_address_of_a_channel(server: Server) -> None:
+    server.promote(record(1, NEW), KEY)
+    entry = {"uri": "pvc://elsewhere/bot", "digest": f"sha256:{NEW.sha256}"}
+    (server.layout.records / "team" / f"{NEW.job}.json").write_text(json.dumps(entry))
+    found = find_address(server.layout.records, record(1).name_of(NEW), server.layout.key("team.channels"))
+    assert found == NEW.uri
+
+
 def answered(server: Server, body: bytes, parts: int = 1) -> dict[str, Any]:
     """Send a request through the middleware; what the server behind it receives."""
     received: dict[str, Any] = {}
@@ -243,7 +264,7 @@ def answered(server: Server, body: bytes, parts: int = 1) -> dict[str, Any]:
     async def send(_: Any) -> None:
         raise AssertionError("the server behind it answers")
 
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", b"Application/JSON; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     scope = {"type": "http", "method": "POST", "headers": headers}
     asyncio.run(ChannelNames(app, server.channels)(scope, receive, send))
     return received
