@@ -72,7 +72,7 @@ async def serving(ports: Mapping[int, Mapping[str, Callable[[], Answer]]]) -> As
             runner = web.AppRunner(application, handle_signals=False, access_log=None, shutdown_timeout=1)
             await runner.setup()
             runners.append(runner)
-            await web.SockSite(runner, _listen(port)).start()
+            await web.SockSite(runner, listen(port)).start()
         yield
     finally:
         for runner in runners:
@@ -87,8 +87,11 @@ def _handler(answer: Callable[[], Answer]) -> Callable[[web.Request], Awaitable[
     return handle
 
 
-def _listen(port: int) -> socket.socket:
-    """Open a socket for IPv6 and IPv4, or IPv4 alone without IPv6 in the kernel."""
+def listen(port: int) -> socket.socket:
+    """Open a socket for IPv6 and IPv4, or IPv4 alone without IPv6 in the kernel.
+
+    Raises PortError.
+    """
     try:
         try:
             return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)

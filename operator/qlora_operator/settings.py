@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
@@ -119,19 +119,29 @@ class Settings(ApiModel):
     metrics_port: Port = Field(9090, description="Port of /metrics.")
 
 
-def find_settings(argument: Path | None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Find the settings file: from the command line, else from the environment.
+SettingsModel = TypeVar("SettingsModel", bound=ApiModel)
+
+
+def find_settings(
+    argument: Path | None, environ: Mapping[str, str] = os.environ, *, variable: str = ENV_SETTINGS
+) -> Path:
+    """Find the settings file: from the command line, else from the environment's variable.
 
     Raises SettingsError without either.
     """
     if argument is not None:
         return argument
-    if path := environ.get(ENV_SETTINGS):
+    if path := environ.get(variable):
         return Path(path)
-    raise SettingsError(f"no settings file: give --settings FILE, or set {ENV_SETTINGS}")
+    raise SettingsError(f"no settings file: give --settings FILE, or set {variable}")
 
 
 def load_settings(path: Path) -> Settings:
+    """The operator's settings in the file. Raises SettingsError with the fields that are wrong."""
+    return read_settings(path, Settings)
+
+
+def read_settings(path: Path, model: type[SettingsModel]) -> SettingsModel:
     """The settings in the file. Raises SettingsError with the fields that are wrong."""
     try:
         content = YAML(typ="safe").load(path.read_text())
@@ -140,7 +150,7 @@ def load_settings(path: Path) -> Settings:
     except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
         raise SettingsError(f"{path} is not YAML: {error}") from error
     try:
-        return Settings.model_validate(content if content is not None else {})
+        return model.model_validate(content if content is not None else {})
     except ValidationError as error:
         raise SettingsError(f"{path}: {_explain(error)}") from error
 

@@ -16,13 +16,18 @@ from qlora_operator.kube.transport import Credentials, Endpoint, OnRequest, open
 _SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
 
 
-async def endpoint_of(kubeconfig: Path | None) -> Endpoint:
-    """Return the API server and credentials, as the client finds and renews them."""
+async def endpoint_of(kubeconfig: Path | None = None, *, has_certificate: bool = True) -> Endpoint:
+    """Return the API server and credentials, as the client finds and renews them.
+
+    `has_certificate`: whether a client certificate of the kubeconfig is used, which would count before any token.
+    """
     configuration = client.Configuration()
 
     async def load() -> ssl.SSLContext:
         try:
             await _load_configuration(configuration, kubeconfig)
+            if not has_certificate:
+                configuration.cert_file = configuration.key_file = None
             # Reads the authorities, and the operator's own certificate, from their files.
             return rest.RESTClientObject(configuration).ssl_context
         except config.ConfigException as error:

@@ -36,7 +36,11 @@ class RejectedError(ClusterError):
 
 
 class ForbiddenError(RejectedError):
-    """The API server does not allow this to the operator, whatever exactly is written."""
+    """The API server does not allow this to the user, whatever exactly is written."""
+
+
+class UnauthorizedError(ForbiddenError):
+    """The API server does not accept the credentials."""
 
 
 def error_for_status(status: int, request: str, data: bytes) -> ClusterError:
@@ -59,7 +63,7 @@ def error_for_status(status: int, request: str, data: bytes) -> ClusterError:
         token = metadata.get("continue") if isinstance(metadata, dict) else None
         return ExpiredError(f"{request}: {text}", str(token or ""))
     if status in (401, 403):
-        return ForbiddenError(text)
+        return (UnauthorizedError if status == 401 else ForbiddenError)(text)
     # The server answers with 500 if a webhook of the kind cannot be reached.
     if status in (400, 422) or (status == 500 and "failed calling webhook" in text):
         return RejectedError(text)

@@ -12,12 +12,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlencode
 
 import aiohttp
 
 Query = list[tuple[str, str]]
+Headers = Sequence[tuple[str, str]]
 _TIMEOUT = aiohttp.ClientTimeout(total=15, connect=5)
 # Shorter than the 90 seconds until the API server closes an unused connection.
 _KEEPALIVE_SECONDS = 60.0
@@ -88,11 +89,26 @@ class Transport:
         endpoint: Endpoint,
         session: aiohttp.ClientSession,
         on_request: OnRequest = unobserved,
+        *,
+        own_headers: Headers = (),
+        token: str | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._session = session
         self._on_request = on_request
+        self._own_headers = own_headers
+        """Sent with each request. A name may be repeated, as Impersonate-Group is."""
+        self._token = token
+        """Sent instead of the endpoint's own one."""
         self._renewing = asyncio.Lock()
+
+    def impersonating(self, headers: Headers) -> Self:
+        """Return a transport of the same connections whose requests have these headers too."""
+        return type(self)(self._endpoint, self._session, self._on_request, own_headers=headers)
+
+    def with_token(self, token: str) -> Self:
+        """Return a transport of the same connections whose requests have this token instead of the own one."""
+        return type(self)(self._endpoint, self._session, self._on_request, token=token)
 
     async def send(
         self,
@@ -134,7 +150,8 @@ class Transport:
         except aiohttp.ClientConnectorCertificateError:
             # Nothing has been sent. The authority may have been replaced, as the token is: in a file.
             return await send_with(await self._renewed(used))
-        if answer[0] != _UNAUTHORIZED:
+        # A user's token is not renewed: with each wrong one, all connections would be closed.
+        if answer[0] != _UNAUTHORIZED or self._token is not None:
             return answer
         renewed = await self._renewed(used)
         return answer if renewed.authorization == used.authorization else await send_with(renewed)
@@ -152,13 +169,17 @@ class Transport:
         on_status: Callable[[int], None],
     ) -> tuple[int, bytes]:
         """`on_status`: called once the answer has begun."""
-        authorization = credentials.authorization
+        authorization = credentials.authorization if self._token is None else f"Bearer {self._token}"
         endpoint = self._endpoint
         async with self._session.request(
             method,
             url,
             data=data,
-            headers={**headers, **({"Authorization": authorization} if authorization else {})},
+            headers=[
+                *headers.items(),
+                *self._own_headers,
+                *([("Authorization", authorization)] if authorization else []),
+            ],
             timeout=timeout,
             allow_redirects=False,
             ssl=credentials.tls,
