@@ -160,7 +160,7 @@ check-text:
 	@$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/deptry crds cli operator serving trainer_image
+	$(VENV)/bin/deptry crds cli door operator serving trainer_image
 	$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm release tests
 	$(DEVCLUSTER) build vale > /dev/null
 	$(PYTHON) -m docs.words

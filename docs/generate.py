@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import yaml
+from prometheus_client import CollectorRegistry
 
 from docs import python_reference, trainer_image
 from docs.markdown import ELSEWHERE, Schema, default, default_of, description_of, lines, page, table, type_of
@@ -17,6 +18,7 @@ from qlora_api.spec.job import API_VERSION, MUTABLE_FIELDS
 from qlora_api.sweep.spec import MUTABLE_SWEEP_FIELDS
 from qlora_api.usage import LostGpuTime, UsageStatus
 from qlora_cli.__main__ import main as qlora
+from qlora_door.metrics import RequestMetrics
 from qlora_operator.metrics.jobs import DEFAULT_RUNNING_JOBS, SERIES_PER_RUNNING_JOB
 from qlora_operator.metrics.metrics import Metrics
 from qlora_operator.metrics.shown import ENDED, FAILURE_REASONS, PHASES, TRAINING
@@ -198,10 +200,29 @@ def _option(option: click.Option, context: click.Context) -> tuple[str, str]:
 
 
 def _metrics() -> str:
-    metrics = Metrics()
+    metrics, of_the_door = Metrics(), CollectorRegistry()
     _show_labels(metrics)
+    RequestMetrics(of_the_door).observe("GET", "/v1/models", 200, 0)
+    columns = ("Metric", "Meaning")
+    return page(
+        "Metrics",
+        "`operator/qlora_operator/metrics/metrics.py` and its parts, and `door/qlora_door/metrics.py`",
+        "The operator serves them in Prometheus' format on `/metrics`, port 9090 of its pod. `metrics.service` and "
+        "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. "
+        "[Watch the jobs and the operator](../how-to/monitoring.md) has dashboards, alerts, and access.",
+        table(columns, _families(metrics.registry)),
+        "## Number of series",
+        "\n".join(f"- {sentence}" for sentence in _cardinality()),
+        "## Of the door",
+        "[The door](../how-to/openai.md) has its own on port 9090 of its pods.",
+        table(columns, _families(of_the_door)),
+    )
+
+
+def _families(registry: CollectorRegistry) -> list[tuple[str, str]]:
+    """Return name with labels, and meaning, of each metric."""
     rows = []
-    for family in metrics.registry.collect():
+    for family in registry.collect():
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labelled = (
@@ -210,16 +231,7 @@ def _metrics() -> str:
             else family.type
         )
         rows.append((lines(f"`{name}`", labelled), family.documentation))
-    return page(
-        "Metrics",
-        "`operator/qlora_operator/metrics/metrics.py` and its parts",
-        "The operator serves them in Prometheus' format on `/metrics`, port 9090 of its pod. `metrics.service` and "
-        "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. "
-        "[Watch the jobs and the operator](../how-to/monitoring.md) has dashboards, alerts, and access.",
-        table(("Metric", "Meaning"), rows),
-        "## Number of series",
-        "\n".join(f"- {sentence}" for sentence in _cardinality()),
-    )
+    return rows
 
 
 def _show_labels(metrics: Metrics) -> None:

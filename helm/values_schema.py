@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.profile import Profile
+from qlora_door.settings import DoorSettings
 from qlora_operator.settings import Settings
 
 SCHEMA = Path(__file__).parent / "qlora-operator" / "values.schema.json"
 # Set by the chart: separate values, and the ports that the Deployment names.
-_NOT_IN_SETTINGS = frozenset({"namespaces", "probePort", "metricsPort", "jobNetworkPolicies"})
+_NOT_IN_SETTINGS = frozenset({"namespaces", "port", "probePort", "metricsPort", "jobNetworkPolicies"})
 # The Lease is in the release's namespace, where the operator has the right to write it, and has the release's name.
 _NOT_IN_LEADER_ELECTION = frozenset({"namespace", "leaseName"})
 # Defaults of the chart for a profile.
@@ -20,9 +21,14 @@ def definitions() -> dict[str, Any]:
     """Return the schema's `$defs`: Settings, Profile and parts, but Kubernetes' own."""
     settings: dict[str, Any] = _plain(Settings.model_json_schema(by_alias=True))
     profile: dict[str, Any] = _plain(Profile.model_json_schema(by_alias=True))
-    parts = dict(sorted((settings.pop("$defs") | profile.pop("$defs") | {"Profile": profile}).items()))
+    door: dict[str, Any] = _plain(DoorSettings.model_json_schema(by_alias=True))
+    # A door that is switched off has none.
+    door["properties"]["models"].pop("minProperties")
+    shared = settings.pop("$defs") | profile.pop("$defs") | door.pop("$defs")
+    parts = dict(sorted((shared | {"DoorSettings": door, "Profile": profile}).items()))
     return {
         **parts,
+        "DoorSettings": _leave_out(door, _NOT_IN_SETTINGS),
         "LeaderElectionSettings": _leave_out(parts["LeaderElectionSettings"], _NOT_IN_LEADER_ELECTION),
         "Settings": _leave_out(settings, _NOT_IN_SETTINGS),
         "Profile": profile | {"required": sorted(set(profile["required"]) - _NOT_REQUIRED_OF_PROFILES)},

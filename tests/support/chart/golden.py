@@ -42,7 +42,7 @@ def _merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> Object:
 
 def _normalized(chart: Rendered) -> Object:
     """The documents by place. One that equals another is the same, which YAML refers to."""
-    documents = {place(each): _by_name(_without_repetition(each)) for each in chart.objects}
+    documents = {place(each): _by_name(_without_repetition(each)) for each in [*chart.objects, *chart.door]}
     texts = {where: json.dumps(content, sort_keys=True) for where, content in documents.items()}
     first = {texts[where]: content for where, content in reversed(documents.items())}
     return {where: first[text] for where, text in texts.items()}

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Rendered:
 
     values: Object
     objects: list[Object]
+    """All but those of the door."""
+    door: list[Object] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Object]:
         return [each for each in self.objects if each["kind"] in kinds]
@@ -84,10 +86,12 @@ class Rendered:
 
 
 def render(helm: Helm, values: Mapping[str, Any], chart: Path = CHART) -> Rendered:
-    objects = helm.template(values, chart)
+    everything = helm.template(values, chart)
+    door = [each for each in everything if each["metadata"]["name"].endswith("-door")]
+    objects = [each for each in everything if each not in door]
     annotations = only(objects, "Deployment")["spec"]["template"]["metadata"]["annotations"]
     annotations[SETTINGS] = yaml.safe_load(annotations[SETTINGS])
-    return Rendered(_merged(VALUES, values), objects)
+    return Rendered(_merged(VALUES, values), objects, door)
 
 
 def _merged(before: Any, patch: Any) -> Any:
