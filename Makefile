@@ -32,6 +32,9 @@ LOG := $(CACHE)/build.log
 QUIETLY := $(if $(VERBOSE),,>> $(LOG) 2>&1 || { tail --lines=40 $(LOG); exit 1; })
 export VERBOSE
 
+# The environments of the clients that fine-tune through the door, by their versions.
+CLIENTS = $(CACHE)/clients-$(shell cat tests/door/clients/* | sha256sum | cut -c 1-12)
+
 # The environment of the server that adapters are tested with, by the versions in it.
 SERVING = $(CACHE)/serving-$(shell cat tests/serving/*.txt | sha256sum | cut -c 1-12)
 
@@ -138,6 +141,15 @@ test-serving: $(VENV)/.synced ## Run the tests with a real vLLM, in an environme
 	  --requirements tests/serving/requirements.txt && touch $(SERVING)/.complete; }
 	$(UV) pip install --quiet --python $(SERVING)/bin/python --reinstall-package qlora-operator '.[vllm]' $(QUIETLY)
 	QLORA_VLLM_PYTHON=$(SERVING)/bin/python $(PYTEST) tests/serving
+
+.PHONY: test-door
+test-door: $(VENV)/.synced ## Run the door's tests with unmodified clients of OpenAI's API, each in its own environment: two minutes
+	@[ -e $(CLIENTS)/.complete ] || { echo "Installing the clients (1 GB; once)" && rm -rf $(CACHE)/clients-* && mkdir -p $(CLIENTS)/node; \
+	  for file in tests/door/clients/*.txt; do where=$(CLIENTS)/$$(basename $$file .txt); \
+	    $(UV) venv --quiet --python $(PYTHON) $$where && $(UV) pip install --quiet --python $$where/bin/python --requirements $$file; done; \
+	  cp tests/door/clients/package.json $(CLIENTS)/node && npm install --silent --no-fund --no-audit --prefix $(CLIENTS)/node && touch $(CLIENTS)/.complete; }
+	$(DEVCLUSTER) build etcd kubectl kube-apiserver helm > /dev/null
+	QLORA_DOOR_CLIENTS=$(CLIENTS) $(PYTEST) tests/door
 
 .PHONY: fuzz
 fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; inputs that break one are kept in fuzz-crashes/

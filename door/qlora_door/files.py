@@ -157,7 +157,7 @@ class Files:
             yield str((stored.get("data") or {}).get(_KEY, "")).encode()
 
     async def delete(self, name: str) -> None:
-        """Delete a file, unless a job that has not ended reads it."""
+        """Delete a file, unless a job reads it that has neither ended nor been canceled."""
         file = await self.get(name)
         for job, addresses in await self._namespace.list_jobs(_addresses, is_unfinished=True):
             if any(file.name in address for address in addresses):
@@ -205,8 +205,10 @@ def _valid(name: str) -> str:
 
 
 def _addresses(job: Object) -> tuple[str, list[str]]:
-    """Return a job's name, and the addresses in its spec that data is read from."""
+    """Return a job's name, and the addresses in its spec that data may still be read from."""
     spec: Mapping[str, Any] = job["spec"]
+    if spec.get("cancel"):
+        return job["metadata"]["name"], []
     try:
         found = list(QLoRAJobSpec.model_validate(spec).data_addresses.values())
     except ValidationError:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 CATALOG = Path(__file__).with_name("catalog.toml")
 NOT_COPIED = (".git", ".*_cache", "__pycache__", ".venv", "fuzz-crashes", "shared", "site")
-PACKAGES = ("crds", "cli", "operator", "serving", "trainer_image", ".")
+PACKAGES = ("crds", "cli", "door", "operator", "serving", "trainer_image", ".")
 """Folders to import from, relative to the copy."""
 TIMEOUT_S = 600
 """For the tests of one mutant, which take seconds on an idle machine."""

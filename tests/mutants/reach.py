@@ -25,6 +25,7 @@ SUITES = {
     "operator": ("tests/unit", "tests/api"),
     "trainer_image": ("tests/unit", "tests/trainer", "tests/commands"),
     "cli": ("tests/unit", "tests/commands", "tests/trainer/cli", "tests/api"),
+    "door": ("tests/unit", "tests/api/door"),
     "serving": ("tests/unit",),
     "crds": ("tests/unit", "tests/api", "tests/trainer"),
     "helm": ("tests/api/chart", "tests/unit/project"),
@@ -34,7 +35,7 @@ CHART = "helm/qlora-operator"
 _READS_THE_CHART = re.compile(r"""["']helm["'] / ["']qlora-operator["']|CHART\b""")
 _CONFIGURATION = """\
 [run]
-source = crds/qlora_api, cli, operator, serving, trainer_image/qlora_trainer, tests
+source = crds/qlora_api, cli, door, operator, serving, trainer_image/qlora_trainer, tests
 patch = subprocess
 sigterm = true
 parallel = true

@@ -23,6 +23,7 @@ PRODUCT = {
     "operator": ("operator/qlora_operator/**/*.py",),
     "trainer": ("trainer_image/qlora_trainer/**/*.py",),
     "cli": ("cli/qlora_cli/**/*.py", "cli/qlora_client/**/*.py"),
+    "door": ("door/qlora_door/**/*.py",),
     "serving": ("serving/qlora_vllm/**/*.py",),
     "crds": ("crds/qlora_api/**/*.py",),
     "chart": (

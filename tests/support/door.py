@@ -20,6 +20,8 @@ from devcluster import toolchain
 from devcluster.addresses import free_port
 from devcluster.controlplane import ControlPlane
 from devcluster.layout import from_environment
+from qlora_api.artifact_status import AdapterStatus
+from qlora_api.status import Condition, DatasetStatus, ProgressStatus, QLoRAJobStatus
 from tests.support.chart.rendered import NAMESPACE, Helm, Object, only
 from tests.support.waiting import eventually
 
@@ -32,6 +34,7 @@ TEMPLATE: Object = {
 }
 ROWS = b'{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}\n' * 10
 LARGE = (json.dumps({"messages": [{"role": "user", "content": "x" * 1000}]}) + "\n").encode() * 2000
+NOW, SHA256 = "2026-01-02T03:04:05Z", "ab" * 32
 _RIGHTS = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
 
 
@@ -79,6 +82,40 @@ def add_tenant(plane: ControlPlane, namespace: str) -> Tenant:
 def upload(client: OpenAI, rows: bytes = ROWS) -> str:
     """Upload rows, and return the id of the file."""
     return client.files.create(file=("train.jsonl", rows), purpose="fine-tune").id
+
+
+def end_well(plane: ControlPlane, namespace: str, name: str) -> None:
+    """Write the status that the operator would."""
+    adapter = AdapterStatus(
+        uri="pvc://a/b",
+        sha256=SHA256,
+        size_bytes=1,
+        base_model="hf://a/b",
+        base_revision="c",
+        rank=16,
+        quantization="nf4",
+        step=8,
+    )
+    status = QLoRAJobStatus(
+        phase="Succeeded",
+        conditions=(
+            Condition(type="Prepared", status="True", reason="Done", message="ready", last_transition_time=NOW),
+            Condition(type="Succeeded", status="True", reason="Succeeded", message="done", last_transition_time=NOW),
+        ),
+        dataset=DatasetStatus(format="chat", rows=10, used_rows=10, tokens=100),
+        progress=ProgressStatus(step=8, total_steps=8, percent=100, epoch=2.0, loss=1.5, eval_loss=1.25),
+        history="step,train_loss,valid_loss\n4,2.5,\n8,1.5,1.25",
+        adapter=adapter,
+        completion_time=NOW,
+    )
+    write_status(plane, namespace, name, status)
+
+
+def write_status(plane: ControlPlane, namespace: str, name: str, status: QLoRAJobStatus) -> None:
+    """Write the status of a job."""
+    change = [{"op": "add", "path": "/status", "value": status.dump()}]
+    target = ("patch", f"qlorajob/{name}", f"--namespace={namespace}", "--subresource=status", "--type=json")
+    plane.kubectl(*target, f"--patch={json.dumps(change)}")
 
 
 def door_objects(settings: Mapping[str, Any]) -> list[Object]:

@@ -1,6 +1,5 @@
 """The way of a user of OpenAI's client, from the upload to the finished model."""
 
-import json
 from typing import Any
 
 import httpx2
@@ -9,11 +8,8 @@ import pytest
 from openai import OpenAI
 
 from devcluster.controlplane import ControlPlane
-from qlora_api.artifact_status import AdapterStatus
-from qlora_api.status import Condition, DatasetStatus, ProgressStatus, QLoRAJobStatus
-from tests.support.door import LARGE, MODEL, ROWS, DoorProcess, Tenant, upload
-
-NOW, SHA256 = "2026-01-02T03:04:05Z", "ab" * 32
+from qlora_api.status import Condition, QLoRAJobStatus
+from tests.support.door import LARGE, MODEL, NOW, ROWS, SHA256, DoorProcess, Tenant, end_well, upload, write_status
 
 
 @pytest.fixture(params=["impersonate", "token"])
@@ -28,39 +24,6 @@ def client(request: pytest.FixtureRequest, alice: Tenant) -> OpenAI:
 
 def stored(plane: ControlPlane, name: str) -> dict[str, Any]:
     return plane.kubectl.get("qlorajob", name, "--namespace=team-a")
-
-
-def end_well(plane: ControlPlane, name: str) -> None:
-    """Write the status that the operator would."""
-    adapter = AdapterStatus(
-        uri="pvc://a/b",
-        sha256=SHA256,
-        size_bytes=1,
-        base_model="hf://a/b",
-        base_revision="c",
-        rank=16,
-        quantization="nf4",
-        step=8,
-    )
-    status = QLoRAJobStatus(
-        phase="Succeeded",
-        conditions=(
-            Condition(type="Prepared", status="True", reason="Done", message="ready", last_transition_time=NOW),
-            Condition(type="Succeeded", status="True", reason="Succeeded", message="done", last_transition_time=NOW),
-        ),
-        dataset=DatasetStatus(format="chat", rows=10, used_rows=10, tokens=100),
-        progress=ProgressStatus(step=8, total_steps=8, percent=100, epoch=2.0, loss=1.5, eval_loss=1.25),
-        history="step,train_loss,valid_loss\n4,2.5,\n8,1.5,1.25",
-        adapter=adapter,
-        completion_time=NOW,
-    )
-    write_status(plane, name, status)
-
-
-def write_status(plane: ControlPlane, name: str, status: QLoRAJobStatus) -> None:
-    change = [{"op": "add", "path": "/status", "value": status.dump()}]
-    target = ("patch", f"qlorajob/{name}", "--namespace=team-a", "--subresource=status", "--type=json")
-    plane.kubectl(*target, f"--patch={json.dumps(change)}")
 
 
 def test_files_are_kept_as_they_were_uploaded(client: OpenAI) -> None:
@@ -122,7 +85,7 @@ def test_preferences_are_trained_with_dpo(client: OpenAI, plane: ControlPlane) -
 
 def test_a_finished_job_names_its_model_results_and_events(client: OpenAI, plane: ControlPlane) -> None:
     job = client.fine_tuning.jobs.create(model=MODEL, training_file=upload(client))
-    end_well(plane, job.id)
+    end_well(plane, "team-a", job.id)
     ended = client.fine_tuning.jobs.retrieve(job.id)
     assert ended.status == "succeeded"
     assert ended.fine_tuned_model == f"team-a/{job.id}@sha256:{SHA256}"
@@ -171,7 +134,7 @@ def test_a_failed_job_has_the_reason_and_the_field(client: OpenAI, plane: Contro
         type="Failed", status="True", reason="BadDataset", message="row 3 is empty", last_transition_time=NOW
     )
     status = QLoRAJobStatus(phase="Failed", conditions=(failed,), completion_time=NOW)
-    write_status(plane, job.id, status)
+    write_status(plane, "team-a", job.id, status)
     found = client.fine_tuning.jobs.retrieve(job.id)
     assert found.status == "failed"
     assert found.error is not None

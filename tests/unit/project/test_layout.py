@@ -17,7 +17,7 @@ def test_the_standard_library_keeps_its_operator_module() -> None:
     subprocess.run([sys.executable, "-c", "import collections, operator; operator.add"], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("folder", ["operator", "trainer_image", "crds", "cli", "serving"])
+@pytest.mark.parametrize("folder", ["operator", "trainer_image", "crds", "cli", "door", "serving"])
 def test_the_source_folders_hold_packages_and_are_not_packages(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 
