@@ -129,7 +129,7 @@ def choose(
     if packing is not None and packing.parsed is False:
         rows = replace(rows, sequences=rows.rows)
     epochs, batch = _epochs_and_batch(spec, rows)
-    batches = tuple(_batches(spec, sequence_length, batch, limits))
+    batches = tuple(_batches(spec, sequence_length, spec.training.batch_size or batch, limits))
     of_batch = {each.name: int(each.value) for each in batches if each.name != "autoMicroBatch"}
     per_step = (spec.training.micro_batch_size or of_batch["microBatchSize"]) * (
         spec.training.gradient_accumulation_steps or of_batch["gradientAccumulationSteps"]
@@ -193,6 +193,8 @@ def _packing(spec: QLoRAJobSpec, rows: RowFacts, limits: Limits) -> Choice | Non
     training = spec.training
     if training.packing is not None:
         return None
+    if training.batch_size is not None:
+        return Choice.of("training.packing", False, "batchSize counts rows")
     if limits.one_row:
         return Choice.of("training.packing", False, "the model cannot keep rows apart")
     passes = training.epochs or _MOST_EPOCHS
@@ -206,12 +208,12 @@ def _packing(spec: QLoRAJobSpec, rows: RowFacts, limits: Limits) -> Choice | Non
 def _steps_of_epoch(spec: QLoRAJobSpec, sequences: int) -> int:
     """Count the optimizer steps of an epoch with the smallest batch that the spec allows."""
     training = spec.training
-    batch = (training.micro_batch_size or 1) * (training.gradient_accumulation_steps or spec.resources.gpu_count)
-    return optimizer_steps(sequences, batch, 1, None)
+    smallest = (training.micro_batch_size or 1) * (training.gradient_accumulation_steps or spec.resources.gpu_count)
+    return optimizer_steps(sequences, training.batch_size or smallest, 1, None)
 
 
 def _epochs_and_batch(spec: QLoRAJobSpec, rows: RowFacts) -> tuple[Choice | None, int]:
-    """Return the epochs, if they are to be chosen, and the sequences of a step."""
+    """Return the epochs, if they are to be chosen, and the sequences of a step, unless batchSize has them."""
     training, usual = spec.training, next((n for most, n in _EPOCHS if rows.rows <= most), 1)
     if training.max_steps is not None:
         return None, max(1, min(_LARGEST_BATCH, usual * rows.sequences // training.max_steps))
@@ -234,6 +236,8 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
         of_pass = of_gpu if accumulation is None else max(1, batch // accumulation)
         # Equal passes: rounding up the last one would make fewer steps.
         micro, reason = of_pass // ceil(of_pass / full), f"up to {_MICRO_BATCH_TOKENS:,} tokens in a pass"
+        if training.batch_size is not None:
+            micro, reason = _divisor(batch, full, gpus), f"divides batchSize, {reason}"
         if micro == of_pass:
             reason = "the sequences of a step" if gpus == 1 else "the sequences of a step on each GPU"
         if limits.one_row:
@@ -247,6 +251,8 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
         yield Choice.of(_MICRO_BATCH, micro, reason)
     if accumulation is None:
         accumulation = gpus * parts * max(1, batch // (gpus * parts * micro))
+        if training.batch_size is not None:
+            accumulation = batch // micro
         yield Choice.of(
             _ACCUMULATION,
             accumulation,
@@ -255,6 +261,12 @@ def _batches(spec: QLoRAJobSpec, length: int, batch: int, limits: Limits) -> Ite
     if training.auto_micro_batch is None:
         can_halve = training.micro_batch_size is None and micro > 1 and limits.group_size == 1
         yield Choice.of(_HALVING, can_halve, "")
+
+
+def _divisor(batch: int, most: int, gpus: int) -> int:
+    """Return the largest micro batch up to `most` that divides the batch and gives no GPU more rows than it has to."""
+    divisors = (size for size in range(min(batch, most), 0, -1) if batch % size == 0)
+    return min(divisors, key=lambda size: ceil(batch // size / gpus) * size)
 
 
 def _checkpointing(spec: QLoRAJobSpec, limits: Limits) -> Iterator[Choice]:
@@ -278,10 +290,13 @@ def _usual_alpha(spec: QLoRAJobSpec) -> int:
 def _rates(spec: QLoRAJobSpec, model: ModelFacts, steps: int) -> Iterator[Choice]:
     training = spec.training
     if training.learning_rate is None:
-        rate = _RATE * (_WIDTH / model.width) ** _EXPONENT
+        rate, reason = _RATE * (_WIDTH / model.width) ** _EXPONENT, f"for a width of {model.width}"
         if training.compares_answers:
             rate /= _PREFERENCE_RATE
-        yield Choice.of("training.learningRate", float(f"{rate:.2g}"), f"for a width of {model.width}")
+        rate = float(f"{rate:.2g}")
+        if (factor := training.learning_rate_multiplier) is not None:
+            rate, reason = float(f"{factor * rate:.6g}"), f"{factor:g} times {rate:g}, {reason}"
+        yield Choice.of("training.learningRate", rate, reason)
     if training.scheduler is None:
         yield Choice.of("training.scheduler", "linear", "falls to 0 at the end")
     if training.warmup_steps is None:

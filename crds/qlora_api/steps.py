@@ -35,30 +35,39 @@ def few_steps_remark(training: ResolvedTraining, steps: int, sequences: int, gpu
     if training.max_steps is not None:
         reason, remedy = f"maxSteps: {training.max_steps}", f"maxSteps: {FEW_STEPS} or more makes enough"
     else:
-        micro, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
         passes = training.epochs or 1
-        reason = (
-            f"{passes} epoch{'s' * (passes != 1)} × {sequences} sequences / "
-            f"(microBatchSize {micro} × gradientAccumulationSteps {accumulation})"
-        )
-        remedy = ", ".join(_changes(sequences, micro, accumulation, passes, gpus))
+        reason = f"{passes} epoch{'s' * (passes != 1)} × {sequences} sequences / {batch_text(training)}"
+        remedy = ", ".join(_changes(training, sequences, gpus))
     effect = "most adapters learn next to nothing" if steps < VERY_FEW_STEPS else "many adapters learn too little"
     # Another run: this one may have begun, and keeps its settings then.
     return f"{STEPS}{steps} optimizer step{'s' * (steps != 1)} ({reason}), so that {effect}: a run with {remedy}"
 
 
-def _changes(sequences: int, micro_batch_size: int, accumulation: int, epochs: int, gpus: int) -> Iterator[str]:
+def batch_text(training: ResolvedTraining) -> str:
+    """Format the sequences of a step, by the settings that they follow from."""
+    if training.batch_size is not None:
+        return f"batchSize {training.batch_size}"
+    accumulation = training.gradient_accumulation_steps
+    return f"(microBatchSize {training.micro_batch_size} × gradientAccumulationSteps {accumulation})"
+
+
+def _changes(training: ResolvedTraining, sequences: int, gpus: int) -> Iterator[str]:
     """Yield settings that lead to enough steps, each with the steps of all so far."""
+    epochs, batch_size = training.epochs or 1, training.batch_size
+    name, size, accumulation = "batchSize", 1, batch_size or 1
+    if batch_size is None:
+        size, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
+        name = "gradientAccumulationSteps"
 
     def of_epoch(micro_batches: int) -> int:
-        return ceil(sequences / (micro_batch_size * micro_batches))
+        return ceil(sequences / (size * micro_batches))
 
     # Each GPU keeps the same share of a step's micro batches.
     smaller = [n for n in range(accumulation, gpus - 1, -1) if accumulation % n == 0 and n % gpus == 0]
     fewer = next((n for n in smaller if epochs * of_epoch(n) >= FEW_STEPS), smaller[-1] if smaller else accumulation)
     changed = fewer < accumulation
     if changed:
-        yield f"gradientAccumulationSteps: {fewer} makes {epochs * of_epoch(fewer)}"
+        yield f"{name}: {fewer} makes {epochs * of_epoch(fewer)}"
     # The epochs of a mix differ: by their mean, the run may seem to have enough.
     more = max(ceil(FEW_STEPS / of_epoch(fewer)), epochs + (not changed))
     if more > epochs:

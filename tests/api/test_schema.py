@@ -37,6 +37,12 @@ GUARDED = with_value(
     with_value(MINIMAL, "spec.gate", {"guards": [GUARD]}), "spec.dataset.secretRef", {"name": "bucket-keys"}
 )
 
+BATCHED = with_value(
+    with_value(MINIMAL, "spec.training", {"batchSize": 12, "microBatchSize": 3, "learningRateMultiplier": 0.5}),
+    "spec.resources.gpus",
+    4,
+)
+
 CONVERTED = with_value(MINIMAL, "spec.output.gguf", {})
 
 
@@ -60,9 +66,9 @@ FRACTION, HELD_OUT = {"fraction": 0.1}, {"source": "pvc://data/held-out.jsonl"}
 @pytest.mark.parametrize(
     "manifest",
     [MINIMAL, FULL, EVALUATED, SCORED, BY_ROWS, mixed_by_rows(FRACTION, True, True),
-     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED, GUARDED],
+     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED, GUARDED, BATCHED],
     ids=["minimal", "full", "evaluated", "scored", "by rows", "mixed by rows", "held out by rows", "dpo", "smoothed",
-         "mixed", "guarded"],
+         "mixed", "guarded", "batched"],
 )  # fmt: skip
 def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)

@@ -40,6 +40,15 @@ _OPTIONS = (
     _Option("--epochs", "training.epochs", int, "Passes over the data."),
     _Option("--max-steps", "training.maxSteps", int, "Optimizer steps, instead of epochs."),
     _Option("--learning-rate", "training.learningRate", float, "Learning rate."),
+    _Option(
+        "--learning-rate-multiplier",
+        "training.learningRateMultiplier",
+        float,
+        "Factor of the automatic learning rate, instead of --learning-rate.",
+    ),
+    _Option(
+        "--batch-size", "training.batchSize", int, "Rows in an optimizer step, instead of gradient accumulation steps."
+    ),
     _Option("--micro-batch-size", "training.microBatchSize", int, "Sequences in a forward pass."),
     _Option(
         "--gradient-accumulation-steps",

@@ -30,7 +30,7 @@ from qlora_api.kubernetes_values import GPU_MEMORY, gibibytes
 from qlora_api.profile import Profile
 from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.spec.resolved import ResolvedSpec, ResolvedTraining
-from qlora_api.steps import EVALUATIONS, FEW_STEPS, optimizer_steps, remarks_on_steps
+from qlora_api.steps import EVALUATIONS, FEW_STEPS, batch_text, optimizer_steps, remarks_on_steps
 from qlora_cli.local.plan import MemoryPlan
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.families.family import Traits
@@ -179,10 +179,7 @@ def _origin(training: ResolvedTraining, sequences: int) -> str:
     if training.max_steps is not None:
         return "spec.training.maxSteps"
     epochs = training.epochs or 1
-    return (
-        f"{epochs} epoch{'s' * (epochs != 1)} × {sequences:,} sequences / (microBatchSize {training.micro_batch_size} "
-        f"× gradientAccumulationSteps {training.gradient_accumulation_steps})"
-    )
+    return f"{epochs} epoch{'s' * (epochs != 1)} × {sequences:,} sequences / {batch_text(training)}"
 
 
 def _least_data(training: ResolvedTraining, *, packed: bool) -> str:

@@ -277,9 +277,11 @@ def _show_gpus(plan: MemoryPlan, console: Console) -> None:
     where = f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
     console.print(f"Each of the {plan.training.gpus} GPUs{where} holds {held} and needs this much.")
     if (micro_batches := plan.training.gradient_accumulation_steps) % plan.training.gpus:
+        batch_size = plan.spec.training.batch_size
+        found = f"gradientAccumulationSteps is {micro_batches}" if batch_size is None else f"batchSize is {batch_size}"
         console.print(
-            f"training.gradientAccumulationSteps is {micro_batches}, which {plan.training.gpus} GPUs cannot share "
-            "evenly: a multiple of them leaves none idle."
+            f"training.{found}, which {plan.training.gpus} GPUs cannot share evenly: a multiple of them leaves none "
+            "idle."
         )
 
 

@@ -284,9 +284,11 @@ def _changed_fields(before: TrainingShape, after: TrainingShape) -> list[str]:
 
 def _changes(before: TrainingShape, after: TrainingShape) -> tuple[Change, ...]:
     """The differences of two training shapes, as paths and values of a spec."""
+    follows = frozenset({"gradient_accumulation_steps"} if before.has_batch_size else ())
     return tuple(
         Change(_SPEC_PATHS[name], _spec_value(name, getattr(before, name)), _spec_value(name, getattr(after, name)))
         for name in _changed_fields(before, after)
+        if name not in follows
     )
 
 

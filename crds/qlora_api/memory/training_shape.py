@@ -58,6 +58,8 @@ class TrainingShape:
     """`full`: each GPU holds a part of the quantized blocks and of the vocabulary, and all of everything else."""
     answer_tokens: tuple[int, int] | None = None
     """Of the longest answer that is scored after training: those of its prompt, and those of both; None without."""
+    has_batch_size: bool = False
+    """Whether the job sets the sequences of a step, so that its accumulation steps follow the micro batch."""
     fixed: frozenset[str] = frozenset()
     """Names of fields that no advice may change."""
 

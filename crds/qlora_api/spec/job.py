@@ -116,6 +116,10 @@ _HAS_ANY_CHECK = (
     f"self.dataset.mix.exists(part, {_HAS_CHECK.format('part')})))"
 )
 
+_WHOLE_MICRO_BATCHES = (
+    "training.batchSize must be a multiple of training.microBatchSize × resources.gpus × resources.nodes: change one "
+    "of them, or remove microBatchSize"
+)
 _HOLDS_OUT_NONE = "has(self.dataset.eval) && has(self.dataset.eval.fraction) && self.dataset.eval.fraction == 0.0"
 _BEST_OF_NOTHING = (
     "training.keep: best compares adapters by their loss on held-out rows, and dataset.eval.fraction is 0: raise it, "
@@ -145,6 +149,11 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 "self.training.sharding != 'full' || !has(self.training.autoMicroBatch) || "
                 "!self.training.autoMicroBatch",
                 _SHARDED_AND_HALVED,
+            ),
+            rule(
+                "!has(self.training.batchSize) || !has(self.training.microBatchSize) || self.training.batchSize % "
+                "(self.training.microBatchSize * self.resources.gpus * self.resources.?nodes.orValue(1)) == 0",
+                _WHOLE_MICRO_BATCHES,
             ),
             rule(
                 "!has(self.training.objective) || self.training.objective == 'supervised' || "
@@ -292,6 +301,17 @@ class QLoRAJobSpec(ApiModel):
                 raise ValueError(_SHARDED_AND_MERGED)
             if self.training.auto_micro_batch:
                 raise ValueError(_SHARDED_AND_HALVED)
+        return self
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        training = self.training
+        micro, is_decided = training.micro_batch_size, training.gradient_accumulation_steps is not None
+        # GPUs may share chosen micro batches unevenly.
+        if training.batch_size is None or micro is None or is_decided:
+            return self
+        if training.batch_size % (micro * self.resources.gpu_count):
+            raise ValueError(_WHOLE_MICRO_BATCHES)
         return self
 
     @model_validator(mode="after")

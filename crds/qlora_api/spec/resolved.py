@@ -1,7 +1,9 @@
 """The spec of a job with the choices of prepare: every setting of the run is a value."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import model_validator
 
 from qlora_api.choice import Choice
 from qlora_api.schema import Decides
@@ -9,6 +11,11 @@ from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.training import LoraSpec, TrainingSpec
 
 HELD_OUT = "dataset.eval.fraction"
+_STANDS_FOR = {
+    "training.gradientAccumulationSteps": "training.batchSize",
+    "training.learningRate": "training.learningRateMultiplier",
+}
+"""Settings whose choice follows from another setting, which a job cannot set beside them."""
 _OPEN = {
     "lora": ("rank", "alpha"),
     "training": (
@@ -50,6 +57,11 @@ class ResolvedTraining(TrainingSpec):
     gradient_checkpointing: Annotated[bool, Decides.NOT_THE_ADAPTER] = True
     keep: Literal["last", "best"] = "last"
 
+    @model_validator(mode="after")
+    def _only_one_of_each(self) -> Self:
+        # It has what the job asks for and what follows.
+        return self
+
 
 class ResolvedSpec(QLoRAJobSpec):
     """A job whose settings are decided."""
@@ -78,8 +90,13 @@ def resolve(spec: QLoRAJobSpec, choices: Iterable[Choice]) -> ResolvedSpec:
 
 
 def fill(spec: QLoRAJobSpec, choices: Iterable[Choice]) -> QLoRAJobSpec:
-    """Return the spec with the choices for some of what it leaves open."""
-    return QLoRAJobSpec.model_validate(_filled(spec, choices))
+    """Return the spec with the choices for some of what it leaves open, in place of what they follow from."""
+    chosen = tuple(choices)
+    content = _filled(spec, chosen)
+    for each in chosen:
+        part, _, name = _STANDS_FOR.get(each.setting, "").partition(".")
+        content.get(part, {}).pop(name, None)
+    return QLoRAJobSpec.model_validate(content)
 
 
 def _filled(spec: QLoRAJobSpec, choices: Iterable[Choice]) -> dict[str, Any]:

@@ -110,6 +110,15 @@ _PAIRS_TRAIN_ON_ANSWERS = (
 )
 
 
+_ONE_LENGTH = "set only one of epochs and maxSteps"
+_ONE_BATCH = "set only one of batchSize and gradientAccumulationSteps"
+_ONE_RATE = "set only one of learningRate and learningRateMultiplier"
+_BATCH_OF_ROWS = (
+    "training.batchSize counts rows, and packing puts several rows into one sequence: remove packing, or set "
+    "gradientAccumulationSteps instead of batchSize"
+)
+
+
 class EarlyStoppingSpec(ApiModel):
     """Ends training early, once the loss on the held-out rows no longer falls."""
 
@@ -132,7 +141,10 @@ class TrainingSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            rule("!(has(self.epochs) && has(self.maxSteps))", "set only one of epochs and maxSteps"),
+            rule("!(has(self.epochs) && has(self.maxSteps))", _ONE_LENGTH),
+            rule("!(has(self.batchSize) && has(self.gradientAccumulationSteps))", _ONE_BATCH),
+            rule("!(has(self.learningRate) && has(self.learningRateMultiplier))", _ONE_RATE),
+            rule("!has(self.batchSize) || !has(self.packing) || !self.packing", _BATCH_OF_ROWS),
             rule(
                 "!has(self.preference) || (has(self.objective) && self.objective != 'supervised')", _PREFERENCE_UNUSED
             ),
@@ -177,8 +189,16 @@ class TrainingSpec(ApiModel):
         default=None,
         ge=1,
         le=4096,
-        description="Micro batches in one optimizer step. Costs no memory. Automatic: for 150 optimizer steps or more, "
-        "with 1 to 16 sequences in each, and a multiple of the GPUs.",
+        description="Micro batches in one optimizer step. Costs no memory. Automatic: those of batchSize; without it "
+        "for 150 optimizer steps or more, with 1 to 16 sequences in each, and a multiple of the GPUs.",
+    )
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Rows in one optimizer step, of all GPUs together, instead of gradientAccumulationSteps. It must "
+        "be a multiple of a microBatchSize that is set times the GPUs, and an automatic one divides it. Rows are not "
+        "packed then. Not set: a step has microBatchSize × gradientAccumulationSteps sequences.",
     )
     learning_rate: float | None = Field(
         default=None,
@@ -186,6 +206,13 @@ class TrainingSpec(ApiModel):
         le=1,
         description="Peak learning rate. Automatic: 3e-4 × (4096 / width)^1.1, where width is that of the model's "
         "hidden states; a tenth of it if the objective compares answers.",
+    )
+    learning_rate_multiplier: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="Factor of the automatic learning rate, instead of learningRate. The product must not exceed 1. "
+        "Not set: 1.",
     )
     scheduler: Literal["constant", "linear", "cosine"] | None = Field(
         default=None, description="Learning rate after the warm-up. Automatic: linear, to 0 at the end."
@@ -240,7 +267,8 @@ class TrainingSpec(ApiModel):
     packing: Annotated[bool | None, Decides.PREPARED_DATA] = Field(
         default=None,
         description="Pack several rows into each sequence. Attention does not cross rows. Without effect on a model "
-        "that cannot keep rows apart. Automatic: true, unless the run would then make fewer than 100 optimizer steps.",
+        "that cannot keep rows apart. Automatic: true, unless batchSize is set or the run would then make fewer than "
+        "100 optimizer steps.",
     )
     train_on: Annotated[TrainOn, Decides.PREPARED_DATA] = Field(
         default="completion",
@@ -289,8 +317,27 @@ class TrainingSpec(ApiModel):
     @model_validator(mode="after")
     def _only_one_length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("set only one of epochs and maxSteps")
+            raise ValueError(_ONE_LENGTH)
         return self
+
+    @model_validator(mode="after")
+    def _only_one_of_each(self) -> Self:
+        if self.batch_size is not None and self.gradient_accumulation_steps is not None:
+            raise ValueError(_ONE_BATCH)
+        if self.learning_rate is not None and self.learning_rate_multiplier is not None:
+            raise ValueError(_ONE_RATE)
+        return self
+
+    @model_validator(mode="after")
+    def _batch_of_rows(self) -> Self:
+        if self.batch_size is not None and self.packing:
+            raise ValueError(_BATCH_OF_ROWS)
+        return self
+
+    @property
+    def may_pack(self) -> bool:
+        """Whether the job packs rows or leaves it open."""
+        return self.packing is not False and self.batch_size is None
 
     @property
     def compares_answers(self) -> bool:

@@ -69,6 +69,12 @@ _OTHER_ADAPTER = (
     "grid and cells, or remove lora.from"
 )
 _OF_LORA = frozenset(field.alias for field in LoraSpec.model_fields.values())
+_ALTERNATIVES = (
+    frozenset({"epochs", "maxSteps"}),
+    frozenset({"gradientAccumulationSteps", "batchSize"}),
+    frozenset({"learningRate", "learningRateMultiplier"}),
+)
+"""Settings of which a job has one at most: that of the cell, if it has one."""
 _OF_THE_ADAPTER = ("rank", "alpha", "targetModules")
 REMEDY = "delete the QLoRASweep and create it again, or create one with another name"
 _NO_RUNG = (
@@ -386,10 +392,9 @@ def _cells(name: str, spec: QLoRASweepSpec, claim: str) -> Iterator[Cell]:
 def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str) -> QLoRAJobSpec:
     template = spec.template.spec
     content, changes = template.dump(), overrides.dump()
-    if "epochs" in changes or "maxSteps" in changes:
-        content["training"] = {
-            key: value for key, value in content["training"].items() if key not in ("epochs", "maxSteps")
-        }
+    for alternatives in _ALTERNATIVES:
+        if not alternatives.isdisjoint(changes):
+            content["training"] = {key: value for key, value in content["training"].items() if key not in alternatives}
     replaced = {field: changes.pop(field) for field in ("dataset", "output") if field in changes}
     for key, value in changes.items():
         content["lora" if key in _OF_LORA else "training"][key] = value

@@ -6,6 +6,7 @@ import httpx2
 import openai
 import pytest
 from openai import OpenAI
+from openai.types.fine_tuning.job_create_params import Hyperparameters
 
 from devcluster.controlplane import ControlPlane
 from qlora_api.status import Condition, QLoRAJobStatus
@@ -65,6 +66,14 @@ def test_a_job_has_the_hyperparameters_of_the_request(client: OpenAI, plane: Con
     assert spec["training"]["trainOn"] == "weighted"
     assert spec["dataset"]["source"] == spec["dataset"]["eval"]["source"] == f"configMap://{name}/data.jsonl"
     assert spec["dataset"]["sha256"] == spec["dataset"]["eval"]["sha256"]
+
+
+def test_a_batch_size_and_a_multiplier_guide_the_automatic_settings(client: OpenAI, plane: ControlPlane) -> None:
+    asked: Hyperparameters = {"batch_size": 8, "learning_rate_multiplier": 2}
+    job = client.fine_tuning.jobs.create(model="automatic", training_file=upload(client), hyperparameters=asked)
+    training = stored(plane, job.id)["spec"]["training"]
+    assert (training["batchSize"], training["learningRateMultiplier"]) == (8, 2)
+    assert (job.hyperparameters.batch_size, job.hyperparameters.learning_rate_multiplier) == (8, 2)
 
 
 def test_preferences_are_trained_with_dpo(client: OpenAI, plane: ControlPlane) -> None:

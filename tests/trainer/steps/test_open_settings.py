@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from qlora_api import automatic
@@ -16,7 +17,9 @@ from qlora_trainer.core.completion import PrepareRecord, asked_sha256, read_comp
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.model.losses.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.training import loop
 from tests.support.commands.command import Files
 from tests.support.failures import failing
 from tests.support.manifests import merged
@@ -116,6 +119,46 @@ def test_the_run_trains_with_the_choices_and_another_rule_changes_nothing_of_it(
     adapter = json.loads((context.workspace.trained / ADAPTER_CONFIG_FILE).read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (chosen["rank"], chosen["alpha"])
     assert prepare(context, Recorded()) == record
+
+
+def test_a_step_has_the_rows_and_the_rate_that_the_job_asks_for(
+    make_context: MakeContext, rows: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen rows would be packed into a few sequences, and each has its own step by default."""
+    rows(16)
+    usual = prepare(make_context(OPEN | {"workspace": {"claimName": "usual"}}), Recorded())
+    asked = {"epochs": 1, "scheduler": "constant", "warmupSteps": 0, "saveEverySteps": 1}
+    own = merged(OPEN, {"training": asked | {"batchSize": 6, "learningRateMultiplier": 0.5}})
+    context = make_context(own)
+    record = prepare(context, Recorded())
+    assert values(record)["packing"] is False
+
+    drawn: list[int] = []
+
+    def drawing(data: PreparedDataset, sequences: MicroBatch, device: torch.device) -> Batch:
+        drawn.extend(row for sequence in sequences for row in data.row_numbers(sequence))
+        return read_batch(data, sequences, device)
+
+    monkeypatch.setattr(f"{loop.__name__}.read_batch", drawing)
+    interrupted_at(context, 1)
+    assert len(drawn) == 6
+    assert prepare(context, Recorded()) == record
+    assert run(context).training_step == 3
+    assert sorted(drawn) == list(range(16))
+    rates = {line["learningRate"] for line in history(context) if "learningRate" in line}
+    assert rates == {values(usual)["learningRate"] / 2} == {values(record)["learningRate"]}
+
+    with failing(ExitCode.BAD_CONFIGURATION, r"training.batchSize was 6, is 8"):
+        prepare(make_context(merged(own, {"training": {"batchSize": 8}})), Recorded())
+
+
+def test_a_multiplier_that_makes_an_impossible_rate_is_rejected_with_the_highest(
+    make_context: MakeContext, rows: Callable[..., None]
+) -> None:
+    rows(2)
+    context = make_context(merged(OPEN, {"training": {"learningRateMultiplier": 1000}}))
+    with failing(ExitCode.BAD_CONFIGURATION, "learningRateMultiplier is 1000", "of 29 for", "set it to 34 or less"):
+        prepare(context, Recorded())
 
 
 def test_a_value_that_is_set_is_kept_and_no_value_changes_once_a_run_has_begun(

@@ -169,6 +169,47 @@ def test_a_setting_of_the_job_is_kept_and_the_others_follow_it(
     assert merged(decided.dump(), given) == decided.dump()
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "length", "more", "limits", "batches"),
+    [
+        (16, 120, {}, ALONE, (16, 1)),
+        (64, 120, {}, ALONE, (32, 2)),
+        (17, 1000, {}, ALONE, (1, 17)),
+        (12, 500, {}, Limits(micro_batch=3), (3, 4)),
+        (12, 500, {}, Limits(group_size=4), (2, 6)),
+        (12, 120, {}, Limits(one_row=True), (1, 12)),
+        (16, 120, {"resources": {"gpus": 4}}, ALONE, (4, 4)),
+        (12, 500, {"resources": {"gpus": 2}}, ALONE, (6, 2)),
+        (6, 120, {"resources": {"gpus": 4}}, ALONE, (2, 3)),
+        (1, 120, {"resources": {"gpus": 8}}, ALONE, (1, 1)),
+        (16, 120, {"resources": {"gpus": 2}, "training": {"sharding": "full"}}, ALONE, (1, 16)),
+        (16, 120, {"resources": {"gpus": 2}, "training": {"microBatchSize": 2}}, ALONE, (2, 8)),
+    ],
+)
+def test_a_step_has_the_rows_that_the_job_asks_for(
+    batch_size: int, length: int, more: dict[str, Any], limits: Limits, batches: tuple[int, int]
+) -> None:
+    spec = job(**merged(more, {"training": {"batchSize": batch_size}}))
+    choices = chosen(spec, [length] * 2_000, limits=limits)
+    training = resolve(spec, choices).training
+    assert (training.micro_batch_size, training.gradient_accumulation_steps) == batches
+    assert (training.packing, training.batch_size) == (False, batch_size)
+    assert "packing false (batchSize counts rows)" in (sentence(choices) or "")
+
+
+def test_a_batch_size_decides_the_epochs_and_the_warm_up() -> None:
+    decided, steps = run(job(training={"batchSize": 32}), [120] * 320)
+    assert (decided.training.epochs, steps, decided.training.warmup_steps) == (10, 100, 5)
+
+
+@pytest.mark.parametrize(("objective", "rate"), [("supervised", 6.5e-4), ("dpo", 6.5e-5)])
+def test_a_multiplier_changes_the_automatic_rate(objective: str, rate: float) -> None:
+    spec = job(training={"learningRateMultiplier": 0.25, "objective": objective})
+    choices = chosen(spec, [40] * 160)
+    assert resolve(spec, choices).training.learning_rate == rate
+    assert f"(0.25 times {4 * rate:g}, for a width of 576)" in (sentence(choices) or "")
+
+
 @pytest.mark.parametrize("gpus", [2, 3, 8])
 def test_each_gpu_gets_as_many_micro_batches_of_a_step(gpus: int) -> None:
     decided, _ = run(job(resources={"gpus": gpus}), [120] * 20_000)
@@ -331,6 +372,9 @@ SETTINGS = st.fixed_dictionaries(
             },
         )
         | st.fixed_dictionaries({"maxSteps": st.integers(1, 10_000_000)})
+        | st.fixed_dictionaries(
+            {"batchSize": st.integers(1, 4096)}, optional={"learningRateMultiplier": st.floats(1e-9, 1000)}
+        )
         | st.just({"sharding": "full"}),
         "resources": st.fixed_dictionaries({"gpus": st.integers(2, 16)}),
     },
@@ -372,7 +416,9 @@ def test_choices_for_any_rows_and_settings_make_a_job_that_can_run(
         assert (decided.training.eval_every_steps or 1) <= steps
     if "training.keep" in left_open:
         assert decided.training.keep == "last" or decided.training.eval_every_steps is not None
-    if "training.gradientAccumulationSteps" in left_open:
+    if spec.training.batch_size is not None:
+        assert (batch(decided), decided.training.packing) == (spec.training.batch_size, False)
+    elif "training.gradientAccumulationSteps" in left_open:
         assert decided.training.gradient_accumulation_steps % decided.resources.gpu_count == 0
 
 

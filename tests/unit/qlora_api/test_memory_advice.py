@@ -57,6 +57,8 @@ def test_a_smaller_micro_batch_is_advised_first_and_keeps_the_batch() -> None:
     ]
     assert step.verdict == "fits"
     assert step.expected == OF_8B(step.training).expected
+    (step,) = advice(OF_8B, replace(training, has_batch_size=True), 24)
+    assert changes([step]) == [("training.microBatchSize", "8", "4")]
 
 
 def test_gradient_checkpointing_is_advised_before_anything_that_costs_quality() -> None:

@@ -82,6 +82,17 @@ def test_some_choices_leave_the_rest_open() -> None:
     assert fill(job(), ()) == job()
 
 
+def test_what_a_choice_follows_from_stays_beside_it_and_is_replaced_where_the_rest_is_open() -> None:
+    asked = job(training={"batchSize": 8, "learningRateMultiplier": 2})
+    decided = resolve(asked, CHOICES).training
+    assert (decided.batch_size, decided.gradient_accumulation_steps) == (8, 2)
+    assert (decided.learning_rate_multiplier, decided.learning_rate) == (2, 0.0013)
+    filled = fill(asked, CHOICES).training
+    assert (filled.batch_size, filled.gradient_accumulation_steps) == (None, 2)
+    assert (filled.learning_rate_multiplier, filled.learning_rate) == (None, 0.0013)
+    assert fill(asked, CHOICES[:4]).training.batch_size == 8
+
+
 @pytest.mark.parametrize(
     "missing",
     sorted(

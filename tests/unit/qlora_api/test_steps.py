@@ -44,6 +44,16 @@ def test_few_steps_are_reported_with_their_reason_and_remedies(
     assert remark(sequences, **settings) == f"the run makes {made.format(sequences)} {effect}: a run with {remedy}"
 
 
+def test_a_batch_size_is_the_reason_and_what_to_change() -> None:
+    settings = {"micro_batch_size": 8, "gradient_accumulation_steps": 2, "batch_size": 16, "packing": False}
+    found = remark(300, **settings)
+    assert found == (
+        "the run makes 19 optimizer steps (1 epoch × 300 sequences / batchSize 16), so that "
+        f"{NOTHING}: a run with batchSize: 2 makes 150"
+    )
+    assert "batchSize: 4 makes 75, epochs: 2 then 150" in (remark(300, **settings, gpus=4) or "")
+
+
 def test_a_hundred_steps_are_not_few() -> None:
     assert remark(1585) is None
     assert remark(500, max_steps=100) is None

@@ -94,6 +94,14 @@ def test_the_length_of_a_cell_replaces_that_of_the_template() -> None:
     assert (cell.spec.training.epochs, cell.spec.training.max_steps) == (None, 10)
 
 
+def test_a_cells_rate_and_accumulation_replace_the_templates_multiplier_and_batch_size() -> None:
+    template = {"training": {"learningRateMultiplier": 2, "batchSize": 8}}
+    changes: list[dict[str, Any]] = [{"learningRate": 1e-4}, {"gradientAccumulationSteps": 4}]
+    rate, accumulation = (cell.spec.training for cell in cells("rates", sweep(template, cells=changes), CLAIM))
+    assert (rate.learning_rate, rate.learning_rate_multiplier, rate.batch_size) == (1e-4, None, 8)
+    assert (accumulation.gradient_accumulation_steps, accumulation.batch_size) == (4, None)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

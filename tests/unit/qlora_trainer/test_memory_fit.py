@@ -13,6 +13,7 @@ from qlora_api.memory.advice import SHARDING_FIELDS, advice
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.memory.together import ShareOfMemory, add_up
 from qlora_api.memory.training_shape import Recomputation, TrainingShape
+from qlora_api.schema import replace
 from qlora_api.spec.gate import GateSpec, ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.resolved import ResolvedSpec
@@ -52,7 +53,11 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
         },
         resources={"gpus": 2},
     )
-    scored = spec.model_copy(update={"gate": GateSpec(score=ScoreSpec(check="exactMatch", max_new_tokens=64))})
+    scored = replace(
+        spec,
+        gate=GateSpec(score=ScoreSpec(check="exactMatch", max_new_tokens=64)),
+        training=replace(spec.training, batch_size=8),
+    )
     shape = training_shape(scored, ["model.layers.0.self_attn.q_proj", "v_proj"], Recomputation(offloads=True))
     assert shape == TrainingShape(
         rank=8,
@@ -72,6 +77,7 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
         gpus=2,
         sharding="full",
         answer_tokens=(256, 320),
+        has_batch_size=True,
         fixed=SHARDING_FIELDS,
     )
     default = TrainingShape()

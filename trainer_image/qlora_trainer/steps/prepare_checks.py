@@ -66,7 +66,8 @@ def check_steps(training: ResolvedTraining, gpus: int, data_folder: Path) -> tup
         raise bad_configuration(
             f"spec.training.warmupSteps is {training.warmup_steps}, and the run makes {steps} optimizer steps, so that "
             f"it never trains at learningRate: set warmupSteps below {steps}, or train for more than "
-            f"{training.warmup_steps} steps (a higher epochs or maxSteps, or a lower gradientAccumulationSteps)"
+            f"{training.warmup_steps} steps (a higher epochs or maxSteps, or a lower gradientAccumulationSteps or "
+            "batchSize)"
         )
     remarks = remarks_on_steps(training, steps, len(data) // max(1, len(data.epoch_offsets) - 1), gpus)
     for remark in remarks:

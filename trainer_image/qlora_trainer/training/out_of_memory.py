@@ -78,9 +78,12 @@ def _by_share(memory: MemoryEstimate) -> str:
 def smaller(training: ResolvedTraining) -> str:
     """The first change: micro batches, gradient checkpointing, then the sequences."""
     if training.micro_batch_size > 1:
-        half, twice = training.micro_batch_size // 2, training.gradient_accumulation_steps * 2
+        size, half = training.micro_batch_size, training.micro_batch_size // 2
+        steps = f" and gradientAccumulationSteps to {training.gradient_accumulation_steps * 2}"
+        if training.batch_size is not None:
+            half, steps = next(each for each in range(half, 0, -1) if size % each == 0), ""
         automatic = "" if training.auto_micro_batch else ", or spec.training.autoMicroBatch to true"
-        return f"set spec.training.microBatchSize to {half} and gradientAccumulationSteps to {twice}{automatic}"
+        return f"set spec.training.microBatchSize to {half}{steps}{automatic}"
     if not training.gradient_checkpointing:
         return "set spec.training.gradientCheckpointing to true"
     shorter = max(16, training.max_sequence_length // 2)

@@ -197,7 +197,8 @@ def test_a_sequence_before_it_changes_not_a_bit_of_a_rows_loss_and_gradients(tra
 @of_each(lambda case: case.one_row)
 def test_a_family_that_cannot_keep_rows_apart_takes_micro_batches_of_one_row(trained: Trained) -> None:
     with pytest.raises(
-        StepFailure, match=r"set spec\.training\.microBatchSize to 1 and raise gradientAccumulationSteps"
+        StepFailure,
+        match=r"set spec\.training\.microBatchSize to 1, and set batchSize or raise gradientAccumulationSteps",
     ):
         check_model(trained.model, job_spec(training=resolved_training(micro_batch_size=2, max_sequence_length=64)))
 

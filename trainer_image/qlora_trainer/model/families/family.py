@@ -39,7 +39,7 @@ class Traits:
 
     def packs(self, training: TrainingSpec) -> bool:
         """Whether the job packs rows or leaves it open, and they have no effect on each other."""
-        return training.packing is not False and self.keeps_rows_apart(training.max_sequence_length)
+        return training.may_pack and self.keeps_rows_apart(training.max_sequence_length)
 
     def require_sizes(self, left_open: Collection[str]) -> ModelFacts:
         """Return the sizes that decide these settings. Raises StepFailure if they are not known."""
@@ -76,10 +76,11 @@ class Traits:
                 raise cannot_keep_rows_apart(self.model_type)
         if self.mixture_of_experts:
             _require_unmerged(self.model_type, output)
+        _require_possible_rate(training)
 
     def remarks(self, training: TrainingSpec) -> Iterator[str]:
         """Yield what is done otherwise than the job asks."""
-        if training.packing is not False and not self.packs(training):
+        if training.may_pack and not self.packs(training):
             yield (
                 f"no packing: rows in one sequence would affect each other in this {self.model_type} model; each is a "
                 "separate sequence, so that short rows take more steps for the same tokens"
@@ -144,8 +145,8 @@ class Family(Traits):
 def cannot_keep_rows_apart(model_type: str) -> StepFailure:
     """The failure of a job with several rows a micro batch, of a model that needs one."""
     return bad_configuration(
-        f"model_type {model_type!r} cannot keep the rows of a batch apart: set spec.training.microBatchSize to 1 and "
-        "raise gradientAccumulationSteps instead"
+        f"model_type {model_type!r} cannot keep the rows of a batch apart: set spec.training.microBatchSize to 1, and "
+        "set batchSize or raise gradientAccumulationSteps instead"
     )
 
 
@@ -155,6 +156,15 @@ def cannot_compare_answers(model_type: str) -> StepFailure:
         f"model_type {model_type!r} cannot keep the rows of a batch apart, and spec.training.objective compares two "
         "answers in one pass: set objective to supervised, or use a model whose rows can share a sequence"
     )
+
+
+def _require_possible_rate(training: TrainingSpec) -> None:
+    rate, factor = training.learning_rate, training.learning_rate_multiplier
+    if rate is not None and factor is not None and rate > 1:
+        raise bad_configuration(
+            f"spec.training.learningRateMultiplier is {factor:g}, which makes a learning rate of {rate:g} for this "
+            f"model, and the highest is 1: set it to {int(factor / rate)} or less"
+        )
 
 
 def _require_unmerged(model_type: str, output: OutputSpec) -> None:

@@ -96,6 +96,7 @@ def training_shape(
         gpus=spec.resources.gpu_count,
         sharding=spec.training.sharding,
         answer_tokens=_answer_tokens(spec),
+        has_batch_size=spec.training.batch_size is not None,
         fixed=_fixed_fields(spec),
     )
 
