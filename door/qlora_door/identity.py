@@ -116,6 +116,7 @@ class _SelfReview(Api):
 
 
 def user_of(status: Object, kind: str) -> User:
+    """Return the user of a review's status. Raises ApiError for a name that a header would change."""
     found = status.get("user") or status.get("userInfo") or {}
     name, groups = found.get("username"), tuple(map(str, found.get("groups") or ()))
     if not name:
@@ -128,6 +129,6 @@ def user_of(status: Object, kind: str) -> User:
 
 
 def headers_of(user: User) -> Headers:
-    """Return the headers that impersonate the user. The API server adds a ServiceAccount's groups by itself."""
+    """Return the headers that impersonate the user. The API server adds the groups of a ServiceAccount."""
     groups = () if user.own_namespace else [group for group in user.groups if group != _AUTHENTICATED]
     return [("Impersonate-User", user.name), *(("Impersonate-Group", group) for group in groups)]

@@ -1,4 +1,4 @@
-"""Unmodified clients that others have written, each in its own environment: `make test-door`."""
+"""Unmodified clients that others have written, each in a separate environment: `make test-door`."""
 
 import os
 import re

@@ -124,7 +124,7 @@ def test_the_run_trains_with_the_choices_and_another_rule_changes_nothing_of_it(
 def test_a_step_has_the_rows_and_the_rate_that_the_job_asks_for(
     make_context: MakeContext, rows: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixteen rows would be packed into a few sequences, and each has its own step by default."""
+    """Sixteen rows would be packed into a few sequences, and by default each makes a step."""
     rows(16)
     usual = prepare(make_context(OPEN | {"workspace": {"claimName": "usual"}}), Recorded())
     asked = {"epochs": 1, "scheduler": "constant", "warmupSteps": 0, "saveEverySteps": 1}
