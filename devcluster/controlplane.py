@@ -166,11 +166,16 @@ def scheduler_arguments(settings: Settings) -> list[str]:
     ]
 
 
-def start_api(settings: Settings, start: Callable[[str, list[str]], Record]) -> ControlPlane:
-    """Start etcd and the API server and wait until it is ready to serve."""
+def start_api(
+    settings: Settings, start: Callable[[str, list[str]], Record], options: Sequence[str] = ()
+) -> ControlPlane:
+    """Start etcd and the API server with these options, and wait until it is ready to serve."""
     settings.logs.mkdir(parents=True, exist_ok=True)
     (settings.directory / "audit-policy.yaml").write_text(yaml.safe_dump(_AUDIT_POLICY))
-    running = [start("etcd", etcd_arguments(settings)), start("kube-apiserver", apiserver_arguments(settings))]
+    running = [
+        start("etcd", etcd_arguments(settings)),
+        start("kube-apiserver", [*apiserver_arguments(settings), *options]),
+    ]
     log = settings.log("kube-apiserver")
     processes.until(lambda: is_ready(settings), _START_SECONDS, "the API server", log, running, settings.log)
     kubeconfig = settings.directory / "admin.kubeconfig"
@@ -213,13 +218,17 @@ def is_ready(settings: Settings) -> bool:
 
 @contextmanager
 def running(
-    *, controller_manager: bool = False, controller_options: Sequence[str] = (), layout: Layout | None = None
+    *,
+    controller_manager: bool = False,
+    controller_options: Sequence[str] = (),
+    api_options: Sequence[str] = (),
+    layout: Layout | None = None,
 ) -> Iterator[ControlPlane]:
     """Etcd and an API server on loopback, for tests that need the real API and no pods; no root needed.
 
     Everything is in a temporary folder and ends with the block, or with the calling process.
     `controller_manager` adds the controllers: garbage collection, Jobs (whose pods stay pending), ServiceAccounts.
-    `controller_options` are their options.
+    `controller_options` are their options, `api_options` those of the API server.
     Raises ClusterError where a program has not been built before: a test builds nothing.
     """
     layout = layout or from_environment()
@@ -235,7 +244,7 @@ def running(
             return processes.start(name, argv, directory=records, log=settings.log(name), with_parent=True)
 
         try:
-            plane = start_api(settings, start)
+            plane = start_api(settings, start, api_options)
             if controller_manager:
                 start_controllers(settings, start, controller_options)
             yield plane
