@@ -15,6 +15,7 @@ import torch
 from qlora_api.choice import Choice
 from qlora_api.contract import ExitCode
 from qlora_api.memory.training_shape import RECOMPUTE_ALL
+from qlora_api.schema import replace
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
@@ -24,12 +25,12 @@ from qlora_trainer.model.losses.batch import Batch
 from qlora_trainer.model.losses.loss import batch_loss
 from qlora_trainer.model.memory.dry_run import StepSize
 from qlora_trainer.training import loop, objective
-from qlora_trainer.training.out_of_memory import explain_shortage
+from qlora_trainer.training.out_of_memory import explain_shortage, smaller
 from tests.support.dry_runs import measure
 from tests.support.failures import failing
 from tests.support.manifests import merged
 from tests.support.models.tiny import Recorded
-from tests.support.resolved import resolved_spec
+from tests.support.resolved import resolved_spec, resolved_training
 from tests.support.training import (
     Lost,
     LostAtStep,
@@ -142,6 +143,13 @@ AUTOMATIC = {
     "dataset": {"eval": None},
     "lora": {"dropout": 0.0},
 }
+
+
+def test_a_micro_batch_that_is_advised_divides_the_batch_size() -> None:
+    training = resolved_training(micro_batch_size=5, gradient_accumulation_steps=2, auto_micro_batch=True)
+    assert smaller(training) == "set spec.training.microBatchSize to 2 and gradientAccumulationSteps to 4"
+    of_rows = replace(training, batch_size=10, packing=False)
+    assert smaller(of_rows) == "set spec.training.microBatchSize to 1"
 
 
 def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_equal(
