@@ -39,7 +39,9 @@ class Bucket:
     async def write(self, namespace: str, file: str, chunks: AsyncIterator[bytes]) -> None:
         """Write a file while it arrives. Nothing stays if `chunks` raises."""
         try:
-            await obstore.put_async(self._store, self._key(namespace, file), chunks, chunk_size=_PART_BYTES)
+            key = self._key(namespace, file)
+            # Each part that is on its way is in memory.
+            await obstore.put_async(self._store, key, chunks, chunk_size=_PART_BYTES, max_concurrency=2)
         except BaseError as error:
             raise _failed(error) from error
 

@@ -118,10 +118,15 @@ class Door:
         first = await anext(content, b"")
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         await response.prepare(request)
-        await response.write(first)
-        async for chunk in content:
-            await response.write(chunk)
-        await response.write_eof()
+        try:
+            await response.write(first)
+            async for chunk in content:
+                await response.write(chunk)
+            await response.write_eof()
+        except ApiError as error:
+            logger.warning("the content of %s breaks off: %s", name, error.message)
+            if request.transport is not None:
+                request.transport.abort()
         return response
 
     async def _create_job(self, request: web.Request) -> web.Response:
@@ -186,6 +191,8 @@ class Door:
             return error.response(request.method)
         except ClusterError as error:
             return api_error_of(error).response(request.method)
+        except (ConnectionError, web.RequestPayloadError):
+            return ApiError(400, "the connection broke off", code="disconnected").response(request.method)
         except web.HTTPException as error:
             message = f"{request.method} {request.path[:200]}: {error.reason}"
             return ApiError(error.status, message, code="unknown_url").response(request.method)
@@ -200,7 +207,9 @@ class Door:
         answer = await self._answer(request, handler)
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "other"
-        self._on_answer(request.method, route, answer.status, time.monotonic() - began)
+        # Clients may send any method.
+        method = request.method if request.method in ("GET", "POST", "DELETE") else "other"
+        self._on_answer(method, route, answer.status, time.monotonic() - began)
         return answer
 
 
