@@ -24,6 +24,7 @@ from benchmarks.machine import write_result
 from benchmarks.operator import table
 from benchmarks.operator.table import head, row
 from benchmarks.together import PAGE
+from qlora_api.schema import replace
 from qlora_api.spec.resolved import ResolvedLora, ResolvedTraining
 from qlora_api.spec.training import QuantizationSpec
 from qlora_trainer.model.adapter.attach import adapter_name, attach_further_adapter
@@ -56,10 +57,13 @@ class Case:
     recomputed: bool = False
     jobs: int = 1
     """Equal ones in one pod, each with its part of the tokens."""
+    dropout: float = 0.0
+    """Of the adapter."""
 
 
 CASES = (
     Case("Llama 3.1 8B", "meta-llama/Llama-3.1-8B-Instruct"),
+    Case("Llama 3.1 8B, LoRA dropout", "meta-llama/Llama-3.1-8B-Instruct", dropout=0.05),
     Case("Llama 3.1 8B, recomputed", "meta-llama/Llama-3.1-8B-Instruct", recomputed=True),
     Case("Llama 3.1 8B, recomputed, 8 jobs", "meta-llama/Llama-3.1-8B-Instruct", recomputed=True, jobs=8),
     Case("Gemma 3 12B, sliding window", "google/gemma-3-12b-it", "sliding_attention"),
@@ -162,11 +166,12 @@ def _run(case: Case, blocks: int) -> tuple[Launches, StepBytes]:
         auto_micro_batch=False,
         gradient_checkpointing=case.recomputed,
     )
-    model = adapted_skeleton(config, family, LORA, training, QuantizationSpec())
+    lora = replace(LORA, dropout=case.dropout)
+    model = adapted_skeleton(config, family, lora, training, QuantizationSpec())
     jobs = [adapter_name(position) for position in range(case.jobs)]
     for name in jobs[1:]:
         with torch.device("meta"):
-            attach_further_adapter(model, name, LORA, family.target_modules, seed=0, base_name="", base_revision="")
+            attach_further_adapter(model, name, lora, family.target_modules, seed=0, base_name="", base_revision="")
     batch = full_batch(rows // case.jobs, TOKENS // rows)
     with trained_on_fake_cuda(model, case.gpu_gib), Launches() as launches:
         batches = {name: fake_batch(batch) for name in jobs}
