@@ -47,6 +47,7 @@ OTHER_VALUES: dict[str, Any] = {
 }
 # No job may have these without another one.
 TOGETHER: dict[str, tuple[str, Any]] = {
+    "training.batch_size": ("training.packing", False),
     "training.epochs": ("training.max_steps", None),
     "training.preference": ("training.objective", "dpo"),
     "training.sharding": ("resources.gpus", 2),
