@@ -18,6 +18,7 @@ from qlora_door.job import RESULTS_PREFIX, Job
 from qlora_door.jobs import Jobs, Verb
 from qlora_door.models import base_model, job_of, models_of, tuned_model
 from qlora_door.namespace import Namespace
+from qlora_door.page.routes import Page
 from qlora_door.paging import page
 from qlora_door.request import MAX_REQUEST_BYTES
 from qlora_door.settings import DoorSettings
@@ -66,6 +67,7 @@ class Door:
             # Names of models have slashes.
             ("GET", "/v1/models/{id:.+}", self._get_model),
             ("DELETE", "/v1/models/{id:.+}", self._delete_model),
+            *Page(self._enter).routes(),
         ]
         for method, path, handler in routes:
             application.router.add_route(method, path, handler)
