@@ -164,7 +164,8 @@ class Files:
                 message = f"job {job} reads file {file.name}: cancel it, or wait until it has ended"
                 raise ApiError(409, message, code="file_in_use")
         if file.note.in_bucket:
-            # First, so that no object stays without a record.
+            # The object first, so that none stays without a record; before it, whether the user may.
+            await self._namespace.delete_map(file.name, file.uid, is_trial=True)
             await self._in_bucket().delete(self._namespace.name, file.name)
         await self._namespace.delete_map(file.name, file.uid)
 

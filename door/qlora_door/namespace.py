@@ -71,12 +71,13 @@ class Namespace(Api):
         query = [("dryRun", "All")] if is_trial else []
         return await self._json("POST", self._maps, query=query, body=manifest)
 
-    async def delete_map(self, name: str, uid: str) -> None:
-        """Delete this very ConfigMap."""
-        await self._delete(f"{self._maps}/{name}", uid)
+    async def delete_map(self, name: str, uid: str, *, is_trial: bool = False) -> None:
+        """Delete this very ConfigMap, or only try whether rights allow it."""
+        await self._delete(f"{self._maps}/{name}", uid, is_trial=is_trial)
 
-    async def _delete(self, path: str, uid: str) -> None:
-        options = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+    async def _delete(self, path: str, uid: str, *, is_trial: bool = False) -> None:
+        dry_run = ["All"] if is_trial else []
+        options = {"propagationPolicy": "Background", "preconditions": {"uid": uid}, "dryRun": dry_run}
         await self._json("DELETE", path, body={"apiVersion": "v1", "kind": "DeleteOptions", **options})
 
     async def _request(self, method: str, path: str, **request: Any) -> bytes:

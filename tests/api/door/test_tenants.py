@@ -15,7 +15,7 @@ from openai import OpenAI
 
 from devcluster.controlplane import ControlPlane
 from tests.support.chart.rendered import NAMESPACE
-from tests.support.door import ACCOUNT, AUDIENCE, MODEL, ROWS, DoorProcess, Tenant, door_objects, upload
+from tests.support.door import ACCOUNT, AUDIENCE, LARGE, MODEL, ROWS, DoorProcess, Tenant, door_objects, upload
 
 OWN = f"system:serviceaccount:{NAMESPACE}:{ACCOUNT}"
 
@@ -83,6 +83,19 @@ def test_the_own_namespace_has_nothing_of_another(at: DoorProcess, mode: str, ow
         other.fine_tuning.jobs.create(model=MODEL, training_file=file)
     with pytest.raises(openai.NotFoundError):
         other.fine_tuning.jobs.retrieve(job)
+
+
+def test_a_user_who_may_only_read_deletes_nothing(door: DoorProcess, alice: Tenant, plane: ControlPlane) -> None:
+    reader, owner = Tenant(plane, "team-a", "reader"), door.client(alice.key())
+    plane.kubectl("create", "serviceaccount", "reader", "--namespace=team-a")
+    rights = ("--verb=get,list", "--resource=configmaps,qlorajobs.qlora.dev", "--namespace=team-a")
+    plane.kubectl("create", "role", "reader", *rights)
+    plane.kubectl("create", "rolebinding", "reader", "--role=reader", "--serviceaccount=team-a:reader", rights[-1])
+    for rows in (ROWS, LARGE):
+        file = upload(owner, rows)
+        with pytest.raises(openai.PermissionDeniedError, match="cannot delete"):
+            door.client(reader.key()).files.delete(file)
+        assert owner.files.content(file).read() == rows
 
 
 @pytest.mark.parametrize("name", ["../../../secrets", "kube-root-ca.crt", "file-%2e%2e", "a/b", "x" * 300])
