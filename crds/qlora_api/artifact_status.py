@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from qlora_api.schema import ObservedModel
-from qlora_api.spec.gate import MAX_GUARDS
+from qlora_api.spec.gate import MAX_BENCHMARKS, MAX_GUARDS
 from qlora_api.spec.output import GgufStatus
 from qlora_api.status_types import Bytes, Count, Finite, Share, ShortText, Uri
 
@@ -69,6 +69,17 @@ class GuardStatus(MeasuredSet):
     tokens: Count = Field(description="Number of target tokens that both losses are means of.")
 
 
+class BenchmarkStatus(ObservedModel):
+    """The scores of a benchmark."""
+
+    task: str = Field(max_length=64, description="The benchmark's task.")
+    metric: str = Field(max_length=64, description="Its metric.")
+    score: Share = Field(description="Score of the adapter.")
+    base_score: Share = Field(description="Score of the base, without the adapter, on the same rows.")
+    rows: Count = Field(description="Number of rows that were answered.")
+    criteria: tuple[GateCriterion, ...] = Field((), max_length=2, description="The limits that the spec sets.")
+
+
 class GateStatus(MeasuredSet):
     """Whether the adapter is good enough to be published, and what was measured."""
 
@@ -95,11 +106,24 @@ class GateStatus(MeasuredSet):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
         description="The results of spec.gate.guards; not set without any.",
     )
+    benchmarks: tuple[BenchmarkStatus, ...] | None = Field(
+        None,
+        max_length=MAX_BENCHMARKS,
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["task"]},
+        description="The results of spec.gate.benchmarks; not set without any.",
+    )
+    benchmarks_sha256: str | None = Field(
+        None, max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the folder of their tasks."
+    )
 
     @property
-    def sets(self) -> Mapping[str, "GateStatus | GuardStatus"]:
-        """All sets of held-out rows by the prefix of their limits in spec.gate, its own first."""
-        return {"": self, **{f"guards[{guard.name}].": guard for guard in self.guards or ()}}
+    def sets(self) -> Mapping[str, "GateStatus | GuardStatus | BenchmarkStatus"]:
+        """All sets of rows by the prefix of their limits in spec.gate, its own first."""
+        return {
+            "": self,
+            **{f"guards[{guard.name}].": guard for guard in self.guards or ()},
+            **{f"benchmarks[{benchmark.task}].": benchmark for benchmark in self.benchmarks or ()},
+        }
 
 
 class InitialAdapterStatus(ObservedModel):

@@ -74,6 +74,9 @@ PROXY_KEYS = ("username", "password")
 CONTINUED_MOUNT = PurePosixPath("/continued")
 """The workspace folder of the job that spec.continues names; only prepare has it, and cannot write to it."""
 
+BENCHMARKS_MOUNT = PurePosixPath("/benchmarks")
+"""The claim with the tasks of spec.gate.benchmarks, which no step can write to."""
+
 ENV_POD_UID = "QLORA_POD_UID"
 ENV_ATTEMPT = "QLORA_ATTEMPT"
 ENV_CONTRACT_VERSION = "QLORA_CONTRACT_VERSION"
@@ -92,6 +95,9 @@ ENV_PROXY_SECRET = "QLORA_PROXY_SECRET"  # noqa: S105 - a path
 ENV_CLOUD_IDENTITY = "QLORA_CLOUD_IDENTITY"
 """The cloud (aws, google or azure) that has given the pod an identity, which may be used for object stores."""
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
+ENV_BENCHMARKS = "QLORA_BENCHMARKS"
+ENV_BENCHMARKS_SHA256 = "QLORA_BENCHMARKS_SHA256"
+"""The folder of the tasks of spec.gate.benchmarks, and the checksum that the profile pins."""
 ENV_SWEEP_FOLDER = "QLORA_SWEEP_FOLDER"
 """The folder that the cells of a sweep share: prepare keeps tokenized rows there, and publish, or train of a cell that
 is stopped or diverges, writes the sweep's report."""

@@ -15,9 +15,10 @@ from qlora_api.profile import PROFILE_KIND, PROFILE_PLURAL, Profile
 from qlora_api.profile_status import QLoRAProfileStatus
 from qlora_api.schema import VALIDATIONS, rule, rules
 from qlora_api.spec.execution import WorkspaceSpec
-from qlora_api.spec.gate import GuardSpec
+from qlora_api.spec.gate import BenchmarkSpec, GuardSpec
 from qlora_api.spec.job import (
     GROUP,
+    HAS_BENCHMARKS,
     HAS_GUARDS,
     HAS_SCORE,
     KIND,
@@ -276,6 +277,14 @@ def _fix_spec(spec: Schema) -> None:
     same_names = "self.size() == oldSelf.size() && self.all(guard, oldSelf.exists(old, old.name == guard.name))"
     _add(guards, rule(same_names, message))
     _add(spec, rule(f"({HAS_GUARDS}) == ({HAS_GUARDS.replace('self', 'oldSelf')})", message))
+    benchmarks, limits = parts["gate"]["properties"]["benchmarks"], {"min_score", "max_drop"}
+    _fix_fields(benchmarks["items"], BenchmarkSpec, except_for=limits, remedy=REMEDY, path="spec.gate.benchmarks[]")
+    message = (
+        f"spec.gate.benchmarks: only limits can be changed once the job exists, as training measures them: {REMEDY}"
+    )
+    same_tasks = "self.size() == oldSelf.size() && self.all(each, oldSelf.exists(old, old.task == each.task))"
+    _add(benchmarks, rule(same_tasks, message))
+    _add(spec, rule(f"({HAS_BENCHMARKS}) == ({HAS_BENCHMARKS.replace('self', 'oldSelf')})", message))
 
 
 def _fix(schema: Schema, message: str) -> None:

@@ -76,6 +76,7 @@ WORDS_OF_PATTERN: Mapping[str, str] = {
     r"^[A-Za-z0-9][A-Za-z0-9._/-]*$": "must be a branch, tag or commit: letters, digits, '.', '_', '/' and '-', with a "
     "letter or digit first",
     r"^[A-Za-z0-9][-A-Za-z0-9_.]*$": f"{_NAME_CHARACTERS}, with a letter or digit first",
+    r"^[A-Za-z0-9][A-Za-z0-9_@.-]*(,[A-Za-z0-9_.-]+)?$": "must be a metric of the task, or METRIC,FILTER",
     r"^[A-Za-z0-9_.-]+$": _NAME_CHARACTERS,
     r"^[-._a-zA-Z0-9]+$": _NAME_CHARACTERS,
     DNS_LABEL: DNS_LABEL_WORDS,

@@ -126,6 +126,34 @@ class ModelCache(ApiModel):
     )
 
 
+class Evaluation(ApiModel):
+    """What the benchmarks of a job's gate need."""
+
+    image: str = Field(
+        max_length=512,
+        description="The trainer image with lm-evaluation-harness, preferably by digest: all steps of jobs with "
+        "benchmarks use it, and canary does not apply to them.",
+    )
+    claim_name: ObjectName = Field(
+        description="Name of a PersistentVolumeClaim with tasks, which exists in each namespace with jobs: "
+        "ReadOnlyMany, ReadWriteMany, or a volume of one node. No step writes to it."
+    )
+    path: (
+        Annotated[str, Field(max_length=512, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")]
+        | None
+    ) = Field(
+        None,
+        description="Folder of the tasks on it: their YAML files, and the data that these name by paths in the folder; "
+        "the whole claim if not set.",
+    )
+    sha256: str = Field(
+        max_length=64,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of the folder, as `find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | "
+        "sha256sum` prints it there. Tasks may hold code: a folder with another sum is not read.",
+    )
+
+
 class Limits(ApiModel):
     """Limits of the profile for the jobs of one namespace."""
 
@@ -267,6 +295,10 @@ class Profile(PodOptions):
         None, description="A new trainer image for some of the new jobs; all get image if not set. Not copied."
     )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
+    evaluation: Evaluation | None = Field(
+        None,
+        description="For jobs whose gate has benchmarks; without it they wait with the reason EvaluationNotAvailable.",
+    )
     model_cache: ModelCache | None = Field(
         None, description="Shared base models in 4-bit; each job downloads and quantizes its base if not set."
     )

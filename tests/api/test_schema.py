@@ -267,6 +267,24 @@ def test_the_limits_of_a_guard_may_change_and_its_rows_may_not(plane: ControlPla
             apply(plane, manifest)
 
 
+def test_the_limits_of_a_benchmark_may_change_and_its_task_may_not(plane: ControlPlane) -> None:
+    task = {"task": "arc_easy", "rows": 100}
+    other = with_value(with_value(MINIMAL, "metadata.name", "benchmarked"), "spec.model.source", "hf://org/other")
+    job = with_value(other, "spec.gate", {"benchmarks": [task]})
+    apply(plane, job, dry_run=False)
+    strict = apply(plane, with_value(job, "spec.gate.benchmarks", [task | {"maxDrop": 0.02, "minScore": 0.5}]))
+    assert strict["spec"]["gate"]["benchmarks"][0]["maxDrop"] == 0.02
+    for manifest, message in (
+        (with_value(job, "spec.gate.benchmarks", [task | {"rows": 50}]), r"\.rows cannot be"),
+        (with_value(job, "spec.gate.benchmarks", [task | {"metric": "acc_norm"}]), r"\.metric cannot be"),
+        (with_value(job, "spec.gate.benchmarks", [task, {"task": "gsm8k"}]), "only limits can be changed"),
+        (with_value(job, "spec.gate.benchmarks", [{"task": "gsm8k"}]), "only limits can be changed"),
+        (without(job, "spec.gate"), "only limits can be changed"),
+    ):
+        with pytest.raises(ClusterError, match=message):
+            apply(plane, manifest)
+
+
 @pytest.mark.usefixtures("created")
 def test_a_job_that_no_operator_has_reconciled_reads_as_in_progress(plane: ControlPlane) -> None:
     job = plane.kubectl.get("qj", "full")

@@ -13,7 +13,7 @@ from qlora_api import contract
 from qlora_api.status import StepName
 from qlora_trainer.core import process
 from qlora_trainer.core.compile_later import load_bitsandbytes
-from qlora_trainer.core.context import Device, Mounts
+from qlora_trainer.core.context import Device, Mounts, TaskFolder
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.runner import Invocation, run
 
@@ -52,6 +52,15 @@ _OPTIONS = (
         envvar=contract.ENV_SWEEP_FOLDER,
         help="Folder that the cells of a sweep share.",
     ),
+    _pod_option(
+        "--benchmarks",
+        type=_PATH,
+        envvar=contract.ENV_BENCHMARKS,
+        help="Folder of the tasks of spec.gate.benchmarks.",
+    ),
+    _pod_option(
+        "--benchmarks-sha256", default="", envvar=contract.ENV_BENCHMARKS_SHA256, help="SHA-256 of that folder."
+    ),
     click.option(
         "--termination-log", type=_PATH, default=_EXISTING_LOG, help="File for another copy of the result record."
     ),
@@ -89,6 +98,8 @@ def _add_step(step: StepName, help_text: str) -> None:
         continues: Path,
         model_cache: Path | None,
         sweep_folder: Path | None,
+        benchmarks: Path | None,
+        benchmarks_sha256: str,
         others: tuple[tuple[Path, Path], ...] = (),
         **options: object,
     ) -> None:
@@ -98,6 +109,7 @@ def _add_step(step: StepName, help_text: str) -> None:
             continued=continues.absolute(),
             model_cache=model_cache and model_cache.absolute(),
             sweep=sweep_folder,
+            tasks=None if benchmarks is None else TaskFolder(benchmarks.absolute(), benchmarks_sha256),
         )
         run(Invocation(step=step, mounts=mounts, others=others, **options))  # type: ignore[arg-type]
 

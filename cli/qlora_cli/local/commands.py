@@ -4,7 +4,7 @@ import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -202,6 +202,11 @@ def _row_access(given: Given, tokenizer: Path | None) -> RowAccess:
     help="Workspace of the run that spec.continues names.",
 )
 @click.option(
+    "--benchmarks",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the tasks of spec.gate.benchmarks.",
+)
+@click.option(
     "--device",
     type=click.Choice(get_args(Device)),
     help="Device to train on; cuda by default, if a driver is installed.",
@@ -215,6 +220,7 @@ def run(
     claims: dict[str, Path],
     config_maps: dict[str, Path],
     continues: Path | None,
+    benchmarks: Path | None,
     device: Device | None,
     output: str | None,
 ) -> None:
@@ -229,7 +235,9 @@ def run(
         raise click.UsageError("--restart starts over, and --resume continues: leave one of them out.")
     document, earlier = _what_to_run(file, workspace, resume=resume)
     chosen = device or next((each.device for each in earlier), None)
-    options = _Options(workspace, claims, config_maps, chosen or ("cuda" if has_gpu() else "cpu"), continues)
+    options = _Options(
+        workspace, claims, config_maps, chosen or ("cuda" if has_gpu() else "cpu"), continues, benchmarks
+    )
     sweep = _sweep(document, options, earlier) if isinstance(document, QLoRASweepDocument) else None
     runs = [options.of(document).resuming(*earlier)] if isinstance(document, QLoRAJobDocument) else []
     every_run = runs if sweep is None else sweep.every_run
@@ -272,10 +280,12 @@ class _Options:
     config_maps: dict[str, Path]
     device: Device
     continues: Path | None
+    benchmarks: Path | None
 
     def of(self, document: QLoRAJobDocument) -> LocalRun:
         """The run of that job."""
-        return LocalRun(document, self.workspace, self.claims, self.config_maps, self.device, self.continues)
+        run = LocalRun(document, self.workspace, self.claims, self.config_maps, self.device, self.continues)
+        return replace(run, benchmarks=self.benchmarks)
 
 
 def _what_to_run(file: Path | None, workspace: Path, *, resume: bool) -> tuple[Document, list[LocalRun]]:
@@ -322,7 +332,10 @@ def _problems(run: LocalRun) -> list[str]:
     """Return the problems that keep the job from running here, one sentence each."""
     if (nodes := run.document.spec.resources.node_count) > 1:
         return [f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE"]
-    return missing_sources(run.document.spec, run.claims, run.config_maps, run.continues)
+    problems = missing_sources(run.document.spec, run.claims, run.config_maps, run.continues)
+    if run.document.spec.benchmarks and run.benchmarks is None:
+        problems.append("spec.gate.benchmarks needs tasks: give the folder with --benchmarks DIR")
+    return problems
 
 
 def _discard(runs: Sequence[LocalRun], console: Console) -> None:

@@ -70,6 +70,9 @@ def show_end(ended: Ended, local: LocalRun, console: Console) -> None:
         rows[f"Loss on guard {guard.name}"] = (
             f"{_number(guard.base_loss)} without the adapter, {_number(guard.loss)} with"
         )
+    for benchmark in gate.benchmarks or () if gate is not None else ():
+        scores = f"{_number(benchmark.base_score)} without the adapter, {_number(benchmark.score)} with"
+        rows[f"Benchmark {benchmark.task} ({benchmark.metric})"] = f"{scores}, {benchmark.rows} rows"
     if base is not None and base.uri is not None:
         rows["Base in 4-bit"] = base.uri
     if merged is not None:

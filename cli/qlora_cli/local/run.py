@@ -64,6 +64,8 @@ class LocalRun:
     """Workspace of the job that spec.continues names."""
     model_cache: Path | None = None
     """Shared folder of downloaded base models; None for that of the environment."""
+    benchmarks: Path | None = None
+    """Folder of the tasks of spec.gate.benchmarks."""
     sweep: Path | None = None
     """The folder that the cells of a sweep share, for their rows and their page; None if it is no cell."""
 
@@ -85,6 +87,7 @@ class LocalRun:
             "configMaps": {name: str(folder.absolute()) for name, folder in self.config_maps.items()},
             **({} if self.continues is None else {"continues": str(self.continues.absolute())}),
             **({} if self.model_cache is None else {"modelCache": str(self.model_cache.absolute())}),
+            **({} if self.benchmarks is None else {"benchmarks": str(self.benchmarks.absolute())}),
         }
         write_atomically(self.layout.records / _LOCATIONS_FILE, json.dumps(locations, indent=2).encode() + b"\n")
         job = self.layout.records / _JOB_FILE
@@ -101,6 +104,7 @@ class LocalRun:
             config_maps={**earlier.config_maps, **self.config_maps},
             continues=self.continues or earlier.continues,
             model_cache=self.model_cache or earlier.model_cache,
+            benchmarks=self.benchmarks or earlier.benchmarks,
         )
 
     @classmethod
@@ -113,10 +117,11 @@ class LocalRun:
             claims, config_maps = (
                 {name: Path(folder) for name, folder in locations[key].items()} for key in ("claims", "configMaps")
             )
-            continues, cache = (
-                Path(locations[key]) if key in locations else None for key in ("continues", "modelCache")
+            continues, cache, benchmarks = (
+                Path(locations[key]) if key in locations else None for key in ("continues", "modelCache", "benchmarks")
             )
-            return cls(document, workspace, claims, config_maps, _device(locations["device"]), continues, cache)
+            device = _device(locations["device"])
+            return cls(document, workspace, claims, config_maps, device, continues, cache, benchmarks)
         except FileNotFoundError as missing:
             raise ValueError(f"{workspace} holds no run to resume: {missing.filename} does not exist") from missing
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -327,6 +332,8 @@ def _environment(run: LocalRun, step: StepName, pod_uid: str) -> dict[str, str]:
     environment = {**os.environ, contract.ENV_POD_UID: pod_uid, contract.ENV_DEVICE: run.device}
     # On this machine the user is the administrator: the registries that the job names are allowed.
     environment.setdefault(contract.ENV_REGISTRIES, " ".join(_registries(run.document.spec)))
+    if run.benchmarks is not None:
+        environment[contract.ENV_BENCHMARKS] = str(run.benchmarks.absolute())
     if run.sweep is not None:
         environment[contract.ENV_SWEEP_FOLDER] = str(run.sweep.absolute())
     if step == "train" and run.device == "cpu":

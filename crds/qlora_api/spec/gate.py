@@ -12,6 +12,7 @@ from qlora_api.spec.dataset import PARTS_OF_A_REPOSITORY, HeldOutSource
 MAX_PROMPT_TOKENS = 1024
 """A longer prompt is not answered, for a score or a sample."""
 MAX_GUARDS = 4
+MAX_BENCHMARKS = 4
 MAX_SCHEMA_CHARACTERS, MAX_PATTERN_CHARACTERS = 8192, 1024
 
 _SCHEMA_IS_FOR_JSON = "only check jsonSchema needs schema: set check to jsonSchema, or remove schema"
@@ -116,9 +117,34 @@ class GuardSpec(HeldOutSource):
         return self
 
 
-_EMPTY = "set at least one of minImprovement, maxEvalLoss, minScore, score and guards"
+class BenchmarkSpec(ApiModel):
+    """A task of lm-evaluation-harness, answered by the adapter and by its base."""
+
+    task: str = Field(
+        max_length=64,
+        pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$",
+        description="Name of the task, in the folder of tasks of the profile's evaluation.",
+    )
+    metric: str = Field(
+        default="acc",
+        max_length=64,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_@.-]*(,[A-Za-z0-9_.-]+)?$",
+        description="The task's metric, of 0 to 1 and better if higher; METRIC,FILTER if the task has filters.",
+    )
+    rows: int = Field(default=200, ge=1, le=100_000, description="Maximal number of the task's rows, from the first.")
+    min_score: float | None = Field(default=None, ge=0, le=1, description="The lowest score of the adapter.")
+    max_drop: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="By how much the adapter's score may be below that of its base: 0.02 is two points of 100.",
+    )
+
+
+_EMPTY = "set at least one of minImprovement, maxEvalLoss, minScore, score, guards and benchmarks"
 _NEEDS_SCORE = "minScore needs score, which says how answers are checked: set it, or remove minScore"
 _SAME_NAME = "guards have different names: rename one"
+_SAME_TASK = "benchmarks have different tasks: remove one"
 
 
 class GateSpec(ApiModel):
@@ -131,7 +157,7 @@ class GateSpec(ApiModel):
         json_schema_extra=rules(
             rule(
                 "has(self.minImprovement) || has(self.maxEvalLoss) || has(self.minScore) || has(self.score) || "
-                "has(self.guards)",
+                "has(self.guards) || has(self.benchmarks)",
                 _EMPTY,
             ),
             rule(
@@ -169,6 +195,15 @@ class GateSpec(ApiModel):
         description="Further held-out rows, for what the base can do and the adapter must not lose. Fixed once the "
         "job exists, except the limits.",
     )
+    benchmarks: tuple[BenchmarkSpec, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_BENCHMARKS,
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["task"]},
+        description="Tasks of lm-evaluation-harness that adapter and base answer at the end of the train step, for "
+        "what no held-out rows of the job show. Fixed once the job exists, except the limits; without limits only "
+        "reported.",
+    )
 
     @model_validator(mode="after")
     def _requires_something(self) -> Self:
@@ -178,6 +213,8 @@ class GateSpec(ApiModel):
             raise ValueError(_NEEDS_SCORE)
         if len({guard.name for guard in self.guards or ()}) < len(self.guards or ()):
             raise ValueError(_SAME_NAME)
+        if len({benchmark.task for benchmark in self.benchmarks or ()}) < len(self.benchmarks or ()):
+            raise ValueError(_SAME_TASK)
         return self
 
     @property
@@ -186,7 +223,8 @@ class GateSpec(ApiModel):
         return any(part is not None for part in (self.min_improvement, self.max_eval_loss, self.score))
 
     @property
-    def measured(self) -> tuple[ScoreSpec | None, tuple[tuple[str, HeldOutSource, bool], ...]]:
-        """What training measures, which is fixed: the score, and each guard's name, rows and whether it is scored."""
+    def measured(self) -> tuple[object, ...]:
+        """What training measures, which is fixed: the score, and each guard and benchmark without its limits."""
         guards = ((guard.name, guard.rows, guard.min_score is not None) for guard in self.guards or ())
-        return self.score, tuple(sorted(guards, key=lambda guard: guard[0]))
+        benchmarks = ((each.task, each.metric, each.rows) for each in self.benchmarks or ())
+        return self.score, tuple(sorted(guards, key=lambda guard: guard[0])), tuple(sorted(benchmarks))

@@ -11,7 +11,7 @@ from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import OBJECT_STORES, prefixes, scheme_of
 from qlora_api.spec.dataset import DatasetSpec
 from qlora_api.spec.execution import RetrySpec, SchedulingSpec, WorkspaceSpec
-from qlora_api.spec.gate import GateSpec, GuardSpec
+from qlora_api.spec.gate import BenchmarkSpec, GateSpec, GuardSpec
 from qlora_api.spec.model import BaseModelSpec
 from qlora_api.spec.output import OutputSpec, gguf_rules, reject_unconvertible, reject_untracked, tracking_rules
 from qlora_api.spec.training import LoraSpec, QuantizationSpec, ResourcesSpec, TrainingSpec
@@ -94,6 +94,9 @@ _GUARDS_AND_SHARDED = (
 _GUARDS_AND_PAIRS = (
     "gate.guards compare losses per token, and training.objective dpo and orpo train on pairs: remove guards"
 )
+_BENCHMARKS_AND_SHARDED = (
+    "gate.benchmarks need the whole base in one process, and training.sharding: full shards it: remove one of them"
+)
 _NO_OBJECTS = (
     f"dataset.secretRef is for {prefixes(OBJECT_STORES, 'and')} data; an hf:// data set is read with "
     "model.tokenSecretRef"
@@ -101,6 +104,7 @@ _NO_OBJECTS = (
 _IN_BUCKET = f"source.matches('^({'|'.join(OBJECT_STORES)})://')"
 HAS_SCORE = "has(self.gate) && has(self.gate.score)"
 HAS_GUARDS = "has(self.gate) && has(self.gate.guards)"
+HAS_BENCHMARKS = "has(self.gate) && has(self.gate.benchmarks)"
 _SCORE_OF_ROWS = (
     f"({HAS_SCORE} && self.gate.score.check != 'exactMatch' && !has(self.gate.score.schema) && "
     "!has(self.gate.score.pattern))"
@@ -175,6 +179,7 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 _GATE_AND_NO_ROWS,
             ),
             rule(f"!({HAS_GUARDS}) || self.training.sharding != 'full'", _GUARDS_AND_SHARDED),
+            rule(f"!({HAS_BENCHMARKS}) || self.training.sharding != 'full'", _BENCHMARKS_AND_SHARDED),
             rule(
                 f"!({HAS_GUARDS}) || !has(self.training.objective) || self.training.objective == 'supervised'",
                 _GUARDS_AND_PAIRS,
@@ -200,8 +205,8 @@ class QLoRAJobSpec(ApiModel):
     """One fine-tuning run. Immutable, except what does not decide the adapter.
 
     Mutable: suspend, cancel, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds,
-    ttlSecondsAfterFinished, budget, retry, gate except its score and the rows of its guards, resources.memory, and
-    workspace.persistentVolumeClaimRetentionPolicy.
+    ttlSecondsAfterFinished, budget, retry, gate except its score, the rows of its guards and the tasks of its
+    benchmarks, resources.memory, and workspace.persistentVolumeClaimRetentionPolicy.
     """
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
@@ -272,6 +277,11 @@ class QLoRAJobSpec(ApiModel):
     def guards(self) -> tuple[GuardSpec, ...]:
         """The guards of the gate, or none."""
         return () if self.gate is None else self.gate.guards or ()
+
+    @property
+    def benchmarks(self) -> tuple[BenchmarkSpec, ...]:
+        """The benchmarks of the gate, or none."""
+        return () if self.gate is None else self.gate.benchmarks or ()
 
     @property
     def data_addresses(self) -> Mapping[str, str]:
@@ -363,6 +373,8 @@ class QLoRAJobSpec(ApiModel):
             raise ValueError(_GATE_AND_NO_ROWS)
         if self.guards and self.training.sharding == "full":
             raise ValueError(_GUARDS_AND_SHARDED)
+        if self.benchmarks and self.training.sharding == "full":
+            raise ValueError(_BENCHMARKS_AND_SHARDED)
         if self.guards and self.training.compares_answers:
             raise ValueError(_GUARDS_AND_PAIRS)
         if self.gate.score is not None and self.training.sharding == "full":

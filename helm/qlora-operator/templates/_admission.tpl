@@ -179,7 +179,7 @@ The writes of the operator that are admitted, by policy: `resources` as in a Val
 {{/* Repositories of the trainer images, as a list of CEL: those of the chart, of the profiles, and of admission.images. */}}
 {{- define "qlora-operator.repositories" -}}
 {{- $images := concat (list .Values.trainer.image.repository) (default list (.Values.admission).images) -}}
-{{- range .Values.profiles }}{{ range list .image (default dict .canary).image }}{{ with . }}{{ $images = append $images . }}{{ end }}{{ end }}{{ end -}}
+{{- range .Values.profiles }}{{ range list .image (default dict .canary).image (default dict .evaluation).image }}{{ with . }}{{ $images = append $images . }}{{ end }}{{ end }}{{ end -}}
 {{- $repositories := list -}}
 {{- range $images }}{{ $repositories = append $repositories (regexReplaceAll "(:[^/:@]*)?(@.*)?$" . "") }}{{ end -}}
 ['{{ uniq $repositories | join "', '" }}']

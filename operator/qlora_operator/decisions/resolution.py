@@ -194,7 +194,20 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
 def objection_to_retry(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason | None:
     """Return why current profiles block the start and a retry, or None if they do not."""
     reserved = reserved_secret(job.spec, profiles.values()) or reserved_config_map(job.spec, profiles.values())
-    return reserved or _objection_of_limits(job, profiles) or job.hold
+    return reserved or _objection_of_limits(job, profiles) or _no_evaluation(job, profiles) or job.hold
+
+
+def _no_evaluation(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason | None:
+    """Return why no pod can measure the job's benchmarks, or None if one can, or there are none."""
+    name = job.spec.scheduling.profile_name
+    profile = profiles.get(name)
+    if profile is None or profile.evaluation is not None or not job.spec.benchmarks:
+        return None
+    return Reason(
+        "EvaluationNotAvailable",
+        f"spec.gate.benchmarks is set, and profile {name!r} has no evaluation: ask the platform team to set that, or "
+        "create the job again with another profile or without benchmarks",
+    )
 
 
 def _objection_of_limits(job: QLoRAJob, profiles: Mapping[str, Profile]) -> Reason | None:
@@ -278,13 +291,20 @@ def as_copied(profile: Profile) -> Profile:
 
 def is_canary(job: QLoRAJob, profile: Profile) -> bool:
     """Whether the job gets the image of the profile's canary. All cells of a sweep do, or none."""
-    canary = profile.canary
+    canary = None if _evaluation_image(job, profile) else profile.canary
     return canary is not None and share_of(job.shares or job.uid) * 100 < canary.percent
 
 
 def _copy_for(job: QLoRAJob, profile: Profile) -> Profile:
     copied = as_copied(profile)
+    if image := _evaluation_image(job, profile):
+        return replace(copied, image=image)
     return replace(copied, image=profile.canary.image) if profile.canary and is_canary(job, profile) else copied
+
+
+def _evaluation_image(job: QLoRAJob, profile: Profile) -> str | None:
+    """The image with the harness, for all steps: train runs it, and prepare checks the tasks with it."""
+    return profile.evaluation.image if profile.evaluation and job.spec.benchmarks else None
 
 
 def _allowed_profiles(namespace: str, profiles: Mapping[str, Profile]) -> str:

@@ -110,7 +110,7 @@ def _has_spec_of(job: QLoRAJob, revision: RestoredRevision) -> bool:
 
 
 def _immutable_part(spec: QLoRAJobSpec) -> tuple[dict[str, Any], Any]:
-    measured = (None, ()) if spec.gate is None else spec.gate.measured
+    measured = (None, (), ()) if spec.gate is None else spec.gate.measured
     return replace(spec, gate=None, resources=replace(spec.resources, memory=None)).dump(), measured
 
 

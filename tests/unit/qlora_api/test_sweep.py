@@ -217,7 +217,7 @@ def test_the_job_that_publishes_the_best_has_what_was_changed_in_its_cell() -> N
     removed = {field: value for field, value in best.spec.dump().items() if field != "gate"}
     assert best_job("rates", gated, best, removed, FoundRun()).spec.gate is None
     with pytest.raises(
-        ValueError, match=r"the spec of QLoRAJob rates-00: gate\.newer: unknown field; allowed are guards"
+        ValueError, match=r"the spec of QLoRAJob rates-00: gate\.newer: unknown field; allowed are benchmarks, guards"
     ):
         to_publish({}, {"gate": {"newer": 1}})
 

@@ -8,7 +8,7 @@ from qlora_api.artifact_status import GateStatus
 from qlora_api.contract import ExitCode
 from qlora_api.schema import replace
 from qlora_api.spec.gate import GateSpec
-from qlora_trainer.core.completion import GuardRecord, Score, TrainRecord, score_settings
+from qlora_trainer.core.completion import BenchmarkRecord, GuardRecord, Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.publishing.gate import check_gate, gate_failure
 
@@ -168,6 +168,37 @@ def test_a_guard_that_was_not_measured_on_these_rows_or_this_adapter_is_rejected
         assert failure.exit_code is ExitCode.BAD_CONFIGURATION
         assert "spec.gate.guards[chat]: training has measured no loss on its rows" in failure.message
     assert rejection(gate, guarded(1.5, of=OTHER)).exit_code is ExitCode.UNSAFE_ARTIFACT
+
+
+def benchmarked(adapter: float, of: str = ADAPTER, **settings: Any) -> TrainRecord:
+    found = {"task": "arc", "metric": "acc", "limit": 200, "rows": 10} | settings
+    sums = {"tasks_sha256": BASE, "adapter_sha256": of}
+    return replace(trained(), benchmarks=(BenchmarkRecord(adapter=adapter, base=0.8, **sums, **found),))
+
+
+def test_a_benchmark_fails_the_gate_alone_and_is_reported_without_limits() -> None:
+    for limits, score, reasons in (
+        ({}, 0.1, []),
+        ({"maxDrop": 0.1, "minScore": 0.7}, 0.7, []),
+        ({"maxDrop": 0.1}, 0.6, ["maxDrop is 0.1, and acc on 10 rows is 0.6 with the adapter and 0.8 without it"]),
+        ({"minScore": 0.7}, 0.6, ["minScore is 0.7, and acc on 10 rows is 0.6 with the adapter and 0.8 without it"]),
+    ):
+        judged = check_gate(gate_of(benchmarks=[{"task": "arc", **limits}]), benchmarked(score))
+        assert judged is not None
+        assert judged.passed == (not reasons)
+        assert all(f"spec.gate.benchmarks[arc].{why}" in gate_failure(judged, "trained").message for why in reasons)
+        (benchmark,) = judged.benchmarks or ()
+        assert (benchmark.score, benchmark.base_score, benchmark.rows) == (score, 0.8, 10)
+        assert judged.benchmarks_sha256 == BASE
+
+
+def test_a_benchmark_that_was_not_measured_so_or_of_this_adapter_is_rejected() -> None:
+    gate = gate_of(benchmarks=[{"task": "arc"}])
+    for record in (trained(), benchmarked(0.8, limit=100), benchmarked(0.8, metric="acc_norm")):
+        failure = rejection(gate, record)
+        assert failure.exit_code is ExitCode.BAD_CONFIGURATION
+        assert "spec.gate.benchmarks[arc]: training has measured no score" in failure.message
+    assert rejection(gate, benchmarked(0.8, of=OTHER)).exit_code is ExitCode.UNSAFE_ARTIFACT
 
 
 def test_the_failure_has_the_numbers_and_a_remedy() -> None:

@@ -13,7 +13,7 @@ from qlora_api.artifact_status import AdapterStatus, BaseStatus, GateStatus, Ini
 from qlora_api.choice import Choice
 from qlora_api.memory.training_shape import Recomputation
 from qlora_api.schema import Decides, ObservedModel
-from qlora_api.spec.gate import GateSpec, ScoreSpec
+from qlora_api.spec.gate import BenchmarkSpec, GateSpec, ScoreSpec
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.output import TrackingStatus
 from qlora_api.spec.resolved import ResolvedSpec, open_settings, resolve
@@ -179,6 +179,23 @@ class GuardRecord(ObservedModel):
     score: Score | None = Field(None, description="Not set if the guard asks for none, or before it is measured.")
 
 
+class BenchmarkRecord(ObservedModel):
+    """The scores of a benchmark of spec.gate."""
+
+    task: str = Field(description="Name of the task.")
+    metric: str = Field(description="Its metric, as in the spec.")
+    limit: PositiveInt = Field(description="Rows that were asked for.")
+    tasks_sha256: str = Field(description="SHA-256 of the folder of tasks.")
+    adapter_sha256: str = Field(description="SHA-256 of the adapter that was measured.")
+    rows: PositiveInt = Field(description="Rows that were answered.")
+    adapter: Share = Field(description="Score of the adapter.")
+    base: Share = Field(description="The same without the adapter.")
+
+    def is_of(self, spec: BenchmarkSpec) -> bool:
+        """Whether it was measured as the spec asks."""
+        return (self.task, self.metric, self.limit) == (spec.task, spec.metric, spec.rows)
+
+
 def score_settings(spec: ScoreSpec, prepared: str = "") -> str:
     """SHA-256 of what decides scores. `prepared`: fingerprint of the rows' checks."""
     settings = spec.dump() | ({"checks": prepared} if spec.of_rows else {})
@@ -243,6 +260,7 @@ class TrainRecord(ObservedModel):
     eval_tokens: int | None = Field(None, description="Target tokens of the held-out rows; not set without any.")
     score: Score | None = Field(None, description="Not set if the job asks for none, or before it is measured.")
     guards: tuple[GuardRecord, ...] = Field((), description="Of each guard of spec.gate, once it is measured.")
+    benchmarks: tuple[BenchmarkRecord, ...] = Field((), description="Of those of spec.gate that are measured.")
     peak_memory_bytes: int | None = None
     ranks: int = Field(1, description="Processes that trained together.")
     micro_batch_size: int | None = Field(
@@ -278,6 +296,9 @@ class TrainRecord(ObservedModel):
                 return f"{field}: training has measured no score"
             if gate.score is not None and score.settings != score_settings(gate.score, prepared):
                 return f"{field}: training has measured a score by other settings"
+        for benchmark in gate.benchmarks or ():
+            if not any(measured.is_of(benchmark) for measured in self.benchmarks):
+                return f"spec.gate.benchmarks[{benchmark.task}]: training has measured no score"
         return ""
 
     @property

@@ -22,6 +22,15 @@ Device = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True)
+class TaskFolder:
+    """A folder of tasks of lm-evaluation-harness, and their data."""
+
+    path: Path
+    sha256: str = ""
+    """The one that the profile pins; empty for any content, on a laptop."""
+
+
+@dataclass(frozen=True)
 class Mounts:
     """Where claims, ConfigMaps and Secrets are mounted in this process's file system."""
 
@@ -37,6 +46,8 @@ class Mounts:
     """The workspace folder of the job that spec.continues names."""
     sweep: Path | None = None
     """The folder that the cells of a sweep share, or None if the job is no cell."""
+    tasks: TaskFolder | None = None
+    """The tasks of benchmarks, or None if there is no such folder."""
     claims: Mapping[str, Path] = field(default_factory=dict)
     """Claims that are elsewhere: on a laptop, from `--volume CLAIM=DIR`."""
     config_map_folders: Mapping[str, Path] = field(default_factory=dict)

@@ -1,12 +1,13 @@
 """Decides whether a trained adapter is good enough to be published."""
 
 from collections.abc import Iterator
+from math import isclose
 from typing import Any
 
-from qlora_api.artifact_status import GateCriterion, GateStatus, GuardStatus
+from qlora_api.artifact_status import BenchmarkStatus, GateCriterion, GateStatus, GuardStatus
 from qlora_api.contract import ExitCode
-from qlora_api.spec.gate import GateSpec, GuardSpec
-from qlora_trainer.core.completion import GuardRecord, Score, TrainRecord
+from qlora_api.spec.gate import BenchmarkSpec, GateSpec, GuardSpec
+from qlora_trainer.core.completion import BenchmarkRecord, GuardRecord, Score, TrainRecord
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 
 
@@ -25,8 +26,14 @@ def check_gate(
     _require_measured(gate, trained, prepared)
     measured = {guard.name: guard for guard in trained.guards}
     guards = tuple(_guard_status(guard, measured[guard.name]) for guard in gate.guards or ())
+    found = tuple(
+        (spec, record) for spec in gate.benchmarks or () for record in trained.benchmarks if record.is_of(spec)
+    )
+    benchmarks = tuple(_benchmark_status(*each) for each in found)
     criteria = tuple(_criteria(gate, trained))
-    limits = (*criteria, *(limit for guard in guards for limit in guard.criteria))
+    of_guards = (limit for guard in guards for limit in guard.criteria)
+    of_benchmarks = (limit for benchmark in benchmarks for limit in benchmark.criteria)
+    limits = (*criteria, *of_guards, *of_benchmarks)
     return GateStatus(
         passed=all(limit.passed for limit in limits),
         adapter_sha256=trained.adapter_sha256,
@@ -36,6 +43,8 @@ def check_gate(
         initial_eval_loss=trained.initial_eval_loss,
         eval_tokens=None if pairs else trained.eval_tokens,
         guards=guards or None,
+        benchmarks=benchmarks or None,
+        benchmarks_sha256=found[0][1].tasks_sha256 if found else None,
         **_score(trained.score if gate.score is not None else None),
     )
 
@@ -48,7 +57,8 @@ def _require_measured(gate: GateSpec, trained: TrainRecord, prepared: str) -> No
             "again with it"
         )
     scores = [score for score in (trained.score, *(guard.score for guard in trained.guards)) if score is not None]
-    for sha256 in (*(score.adapter_sha256 for score in scores), *(guard.adapter_sha256 for guard in trained.guards)):
+    measured = [*(score.adapter_sha256 for score in scores), *(guard.adapter_sha256 for guard in trained.guards)]
+    for sha256 in (*measured, *(benchmark.adapter_sha256 for benchmark in trained.benchmarks)):
         if sha256 != trained.adapter_sha256:
             raise unsafe_artifact(
                 f"what records/train.json has for spec.gate is of the adapter with sha256 {sha256}, and training has "
@@ -82,6 +92,23 @@ def _guard_status(guard: GuardSpec, found: GuardRecord) -> GuardStatus:
         tokens=found.tokens,
         criteria=tuple(criteria),
         **_score(found.score if guard.min_score is not None else None),
+    )
+
+
+def _benchmark_status(spec: BenchmarkSpec, found: BenchmarkRecord) -> BenchmarkStatus:
+    criteria, drop = [], found.base - found.adapter
+    if (least := spec.min_score) is not None:
+        criteria.append(_criterion("minScore", least, found.adapter, passed=found.adapter >= least))
+    if (most := spec.max_drop) is not None:
+        # 0.8 - 0.7 is more than 0.1.
+        criteria.append(_criterion("maxDrop", most, drop, passed=drop <= most or isclose(drop, most)))
+    return BenchmarkStatus(
+        task=found.task,
+        metric=found.metric,
+        score=found.adapter,
+        base_score=found.base,
+        rows=found.rows,
+        criteria=tuple(criteria),
     )
 
 
@@ -131,7 +158,10 @@ def gate_failure(gate: GateStatus, folder: str) -> StepFailure:
     )
 
 
-def _reason(required: str, measured: GateStatus | GuardStatus, criterion: GateCriterion) -> str:
+def _reason(required: str, measured: GateStatus | GuardStatus | BenchmarkStatus, criterion: GateCriterion) -> str:
+    if isinstance(measured, BenchmarkStatus):
+        scores = f"{measured.score:.4g} with the adapter and {measured.base_score:.4g} without it"
+        return f"{required}, and {measured.metric} on {measured.rows} rows is {scores}"
     if criterion.name == "minScore":
         return (
             f"{required}, and {criterion.found:.4g} of the adapter's answers to {measured.score_rows} held-out rows "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from qlora_api.artifact_status import GateStatus, GuardStatus
+from qlora_api.artifact_status import BenchmarkStatus, GateStatus, GuardStatus
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.spec.gate import MAX_PROMPT_TOKENS
@@ -60,12 +60,20 @@ def gate_data_text(gate: GateStatus) -> str:
     if gate.eval_tokens is not None:
         sentences.append(f"The held-out losses are means over {gate.eval_tokens:,} target tokens.")
     sentences += map(_guard_text, gate.guards or ())
-    if too_long := sum(measured.score_too_long_rows or 0 for measured in gate.sets.values()):
+    sentences += map(_benchmark_text, gate.benchmarks or ())
+    if too_long := sum(measured.score_too_long_rows or 0 for measured in (gate, *(gate.guards or ()))):
         sentences.append(
             f"The held-out rows that were not answered, {too_long:,}, have a prompt of more than {MAX_PROMPT_TOKENS} "
             "tokens."
         )
     return " ".join(sentences)
+
+
+def _benchmark_text(benchmark: BenchmarkStatus) -> str:
+    return (
+        f"On {benchmark.rows:,} rows of benchmark {benchmark.task} {benchmark.metric} is {benchmark.base_score:.4f} "
+        f"without the adapter and {benchmark.score:.4f} with it."
+    )
 
 
 def _guard_text(guard: GuardStatus) -> str:

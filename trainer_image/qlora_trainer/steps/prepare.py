@@ -35,6 +35,7 @@ from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.open_settings import build_in_length, settings_chooser
 from qlora_trainer.data.render.template_source import job_template
+from qlora_trainer.evaluation.benchmarks import require_tasks
 from qlora_trainer.evaluation.scorable import require_readable
 from qlora_trainer.model.adapter.initial import get_initial_adapter
 from qlora_trainer.model.base.cache import ModelCache
@@ -76,6 +77,7 @@ def prepare(
         # A job whose status was lost: a clean-up may have left nothing else.
         records.note(trained=published)
         return written
+    require_tasks(mounts.tasks, spec.benchmarks)
     settings, left_open = run_settings(spec, context.device, gpus), open_settings(spec)
     begun = begun_settings(workspace.checkpoints, settings, left_open)
     if written is not None:

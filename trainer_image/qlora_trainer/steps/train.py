@@ -13,9 +13,10 @@ from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
+from qlora_trainer.training.benchmark_scores import require_benchmarks
 from qlora_trainer.training.distributed.launch import RankInfo, start_child_ranks
 from qlora_trainer.training.distributed.meeting import Meeting, join_ranks
-from qlora_trainer.training.finish_run import add_guards, add_scores, finish_run, write_samples
+from qlora_trainer.training.finish_run import add_benchmarks, add_guards, add_scores, finish_run, write_samples
 from qlora_trainer.training.loop import run_to_end
 from qlora_trainer.training.open_run import ProcessSettings, open_run
 from qlora_trainer.training.out_of_memory import explain_shortage
@@ -43,6 +44,8 @@ def train(
     done = job.read_train_record()
     if done is not None:
         return done
+    if rank_info.is_main:
+        require_benchmarks(job)
     with ExitStack() as held, ExitStack() as together:
         checkpoint = held.enter_context(job.attempt(now)) if rank_info.is_main else None
         child_ranks = together.enter_context(start_child_ranks(rank_info, command))
@@ -86,6 +89,8 @@ def train(
             with shortage(lambda: 1, lambda: run.progress.recomputation):
                 record = add_guards(run, state, record, {})
             record = add_scores(run, state, record, {})
+            with shortage(lambda: 1, lambda: run.progress.recomputation):
+                record = add_benchmarks(run, state, record, {})
             write_samples(run)
     return record
 

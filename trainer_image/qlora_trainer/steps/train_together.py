@@ -22,10 +22,11 @@ from qlora_trainer.model.errors import ModelError
 from qlora_trainer.model.kernels.fused_lora import require_apart
 from qlora_trainer.steps.sweep_curves import leaving_curves
 from qlora_trainer.training.base_check import BaseCheck
+from qlora_trainer.training.benchmark_scores import BaseScores, require_benchmarks
 from qlora_trainer.training.checkpoints.checkpoint import Checkpoint
 from qlora_trainer.training.distributed.device import peak_memory_bytes
 from qlora_trainer.training.distributed.ranks import Ranks
-from qlora_trainer.training.finish_run import add_guards, add_scores, finish_run, write_samples
+from qlora_trainer.training.finish_run import add_benchmarks, add_guards, add_scores, finish_run, write_samples
 from qlora_trainer.training.guard_losses import BaseLosses
 from qlora_trainer.training.joint_training import Member, run_together
 from qlora_trainer.training.open_run import (
@@ -131,6 +132,7 @@ def train_together(
                 if (done := entry.job.read_train_record()) is not None:
                     results[entry.number] = done
                     continue
+                require_benchmarks(entry.job)
                 checkpoints[entry.number] = entry.held.enter_context(entry.job.attempt(now))
         base = _SharedBase(outer, next(filter(None, checkpoints.values()), None))
         members: dict[int, Member] = {}
@@ -155,11 +157,14 @@ def train_together(
         # After the last step: what generates answers leaves the model unfit for training.
         base_losses: BaseLosses = {}
         base_answers: BaseAnswers = {}
+        base_scores: BaseScores = {}
         for number, member in members.items():
             if member.run.job.spec.guards:
                 _measure(entries[number], member, results, partial(add_guards, base_losses=base_losses))
         for number, member in members.items():
-            _measure(entries[number], member, results, partial(_answer, base_answers=base_answers))
+            _measure(
+                entries[number], member, results, partial(_answer, base_answers=base_answers, base_scores=base_scores)
+            )
     return [results[number] for number in range(len(contexts))]
 
 
@@ -181,9 +186,12 @@ def _measure(
         results[entry.number] = measure(member.run, member.state, record)
 
 
-def _answer(run: Run, state: RunState, record: TrainRecord, base_answers: BaseAnswers) -> TrainRecord:
-    """Add the scores of answers to the record, and leave samples."""
+def _answer(
+    run: Run, state: RunState, record: TrainRecord, base_answers: BaseAnswers, base_scores: BaseScores
+) -> TrainRecord:
+    """Add the scores of answers and benchmarks to the record, and leave samples."""
     record = add_scores(run, state, record, base_answers)
+    record = add_benchmarks(run, state, record, base_scores)
     write_samples(run)
     return record
 

@@ -4,7 +4,7 @@ from functools import partial
 
 from qlora_api.printable import first_line
 from qlora_api.schema import replace
-from qlora_trainer.core.completion import TrainRecord, write_completion
+from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.file_names import ADAPTER_FILE, ANSWERS_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove
@@ -12,6 +12,7 @@ from qlora_trainer.data.prepared import guard_split, open_prepared
 from qlora_trainer.evaluation import answers
 from qlora_trainer.evaluation.held_out import compare
 from qlora_trainer.model.adapter.attach import restore_adapter, save_adapter
+from qlora_trainer.training.benchmark_scores import BaseScores, measure_benchmarks
 from qlora_trainer.training.checkpoints.attempts import read_attempts
 from qlora_trainer.training.checkpoints.time_spent import run_usage
 from qlora_trainer.training.guard_losses import BaseLosses, measure_guards
@@ -35,10 +36,12 @@ def finish_run(run: Run, state: RunState) -> TrainRecord:
     compared = None
     if run.eval_data is not None and job.spec.output.merged is not None:
         compared = compare(run.model, run.eval_data, run.storage.parameters, run.device)
+    sha256 = file_sha256(workspace.trained / ADAPTER_FILE)
+    earlier = read_completion(workspace.completion("train"), TrainRecord)
     record = TrainRecord(
         fingerprint=job.digest,
         adapter_path=workspace.trained.name,
-        adapter_sha256=file_sha256(workspace.trained / ADAPTER_FILE),
+        adapter_sha256=sha256,
         training_step=state.step,
         total_steps=run.progress.schedule.total_steps,
         adapter_step=chosen.step,
@@ -56,6 +59,8 @@ def finish_run(run: Run, state: RunState) -> TrainRecord:
         quantized_layers=run.storage.layers,
         base_sha256=job.prepared.base_sha256,
         compared=compared,
+        # An attempt that was stopped while it measured them continues there.
+        benchmarks=() if earlier is None or earlier.adapter_sha256 != sha256 else earlier.benchmarks,
         attempts=len(run.attempts),
         goodput=run.goodput(state),
         usage=run_usage(read_attempts(workspace.records), run.ranks.rank_info.size, run.runtime.now()),
@@ -102,6 +107,16 @@ def add_scores(run: Run, state: RunState, record: TrainRecord, base_answers: Bas
             guards[number] = replace(measured, score=measure(data, f"answers-{guard.name}.jsonl"))
     record = replace(record, score=score, guards=tuple(guards))
     write_completion(job.workspace.completion("train"), record)
+    return record
+
+
+def add_benchmarks(run: Run, state: RunState, record: TrainRecord, base_scores: BaseScores) -> TrainRecord:
+    """The record, written again with the scores of each benchmark that the job asks for."""
+    if not run.job.spec.benchmarks:
+        return record
+    for measured in measure_benchmarks(run, state, record, base_scores):
+        record = replace(record, benchmarks=(*record.benchmarks, measured))
+        write_completion(run.job.workspace.completion("train"), record)
     return record
 
 

@@ -12,7 +12,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.memory.training_shape import Recomputation
 from qlora_api.spec.resolved import ResolvedSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
-from qlora_trainer.core.context import Device, Identity, StepContext
+from qlora_trainer.core.context import Device, Identity, StepContext, TaskFolder
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import file_sha256
@@ -45,6 +45,8 @@ class PreparedJob:
     """Optimizer steps after which the job's sweep compares its cells; empty without one that does."""
     prepared: PrepareRecord
     fingerprint: Fingerprint
+    tasks: TaskFolder | None = None
+    """The folder of the tasks of benchmarks, or None if the profile has none."""
 
     @classmethod
     def from_workspace(cls, context: StepContext, ranks: int) -> Self:
@@ -70,6 +72,7 @@ class PreparedJob:
             context.rungs,
             prepared,
             fingerprint,
+            context.mounts.tasks,
         )
 
     @property

@@ -132,7 +132,7 @@ def measure_score(
     settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
     count, done = len(scored.chosen), 0
-    answering = Answering(run.model, _texts(job), lambda: stop.is_requested, run.device)
+    answering = Answering(run.model, answer_texts(job), lambda: stop.is_requested, run.device)
     base = adapter = 0
     with AnswerLog.open(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for batch in _batches(run, scored.chosen, spec):
@@ -158,7 +158,8 @@ def measure_score(
     )
 
 
-def _texts(job: PreparedJob) -> AnswerTexts:
+def answer_texts(job: PreparedJob) -> AnswerTexts:
+    """Return what converts the job's tokens. Raises StepFailure for a damaged tokenizer."""
     try:
         return job.texts()
     except (ValueError, KeyError, TypeError, AttributeError) as error:

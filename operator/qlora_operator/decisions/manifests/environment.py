@@ -7,7 +7,7 @@ from qlora_api.connections import TrackingServers
 from qlora_api.naming import CLOUD_IDENTITY_LABEL, ONE_NODE_LABEL, child_job_name, node_host
 from qlora_api.profile import Profile
 from qlora_api.status import Resolved, StepName
-from qlora_operator.decisions.manifests.volumes import uses_cache
+from qlora_operator.decisions.manifests.volumes import uses_benchmarks, uses_cache
 from qlora_operator.decisions.observed.objects import QLoRAJob
 
 Manifest = dict[str, Any]
@@ -117,6 +117,9 @@ def step_environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt:
     if step == "publish":
         values |= _of_publish(resolved.profile)
     values |= _model_cache(job, resolved, step)
+    if (evaluation := resolved.profile.evaluation) is not None and uses_benchmarks(job.spec, step):
+        values[contract.ENV_BENCHMARKS] = str(contract.BENCHMARKS_MOUNT / (evaluation.path or ""))
+        values[contract.ENV_BENCHMARKS_SHA256] = evaluation.sha256
     # Not the job that publishes the best cell: that cell is on the page already.
     writes_report = step in ("train", "publish") and job.spec.continues is None
     if (step == "prepare" or writes_report) and resolved.shared_path is not None:

@@ -302,9 +302,7 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others
     profile = resolved.profile
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
     names = [other.name for other in others]
-    mounts, volumes = mounts_and_volumes(
-        job, resolved.claim_name, profile.model_cache, step, resolved.continued, names, profile.signing_key
-    )
+    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile, step, resolved.continued, names)
     if step in ("prepare", "publish"):
         added = network_volumes(profile)
         mounts, volumes = mounts + added[0], volumes + added[1]

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_api import contract
 from qlora_api.naming import SPEC_ANNOTATION, other_spec_annotation
-from qlora_api.profile import ModelCache, Profile, SigningKey
+from qlora_api.profile import Profile, SigningKey
 from qlora_api.sources import SCHEMES, ConfigMapSource, VolumeSource, parse_source, scheme_of
 from qlora_api.spec.job import QLoRAJobSpec
 from qlora_api.spec.model import SecretRef
@@ -16,6 +16,7 @@ Manifest = dict[str, Any]
 _WORKSPACE = "workspace"
 _MODEL_CACHE = "model-cache"
 _CONTINUED = "continued"
+_BENCHMARKS = "benchmarks"
 _TEMPORARY_SIZE = "4Gi"
 # Processes on several GPUs exchange data through it (NCCL); runtimes give a container 64 MiB. Counts as memory.
 _SHARED_MEMORY_SIZE = "1Gi"
@@ -31,20 +32,20 @@ _TRACKER_KEYS = {
 def mounts_and_volumes(
     job: QLoRAJob,
     workspace_claim: str,
-    cache: ModelCache | None,
+    profile: Profile,
     step: StepName,
     continued: ContinuedRun | None = None,
     others: Sequence[str] = (),
-    signing_key: SigningKey | None = None,
 ) -> tuple[list[Manifest], list[Manifest]]:
     """Return `volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
     Every step mounts the workspace, the job's manifest and a small folder for temporary files. In addition, prepare
     reads the model, the data, an earlier adapter and their secrets, and the folder of the run that the job continues,
     and checks the destination with its secret; train reads the model; publish reads the model, writes to the
-    destination and reads its secret, those of trackers, if they exist, and the profile's signing key. Any other Secret
-    or ConfigMap that does not exist yet keeps the pod waiting, which costs no retry. Only prepare may write to the
-    cache of models. `others`: the names of the jobs that train trains too, whose manifests are mounted with the job's.
+    destination and reads its secret, those of trackers, if they exist, and the profile's signing key. Prepare and train
+    read the profile's tasks for benchmarks. Any other Secret or ConfigMap that does not exist yet keeps the pod
+    waiting, which costs no retry. Only prepare may write to the cache of models. `others`: the names of the jobs that
+    train trains too, whose manifests are mounted with the job's.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -64,9 +65,12 @@ def mounts_and_volumes(
         mounts.append(_mount(name, str(contract.VOLUMES_MOUNT / claim), read_only=not writable))
         if name != _WORKSPACE:
             volumes.append({"name": name, "persistentVolumeClaim": {"claimName": claim}})
-    if cache is not None and uses_cache(job.spec, step):
+    if (cache := profile.model_cache) is not None and uses_cache(job.spec, step):
         mounts.append(_mount(_MODEL_CACHE, str(contract.MODEL_CACHE_MOUNT), read_only=step != "prepare"))
         volumes.append({"name": _MODEL_CACHE, "persistentVolumeClaim": {"claimName": cache.claim_name}})
+    if (evaluation := profile.evaluation) is not None and uses_benchmarks(job.spec, step):
+        mounts.append(_mount(_BENCHMARKS, str(contract.BENCHMARKS_MOUNT), read_only=True))
+        volumes.append({"name": _BENCHMARKS, "persistentVolumeClaim": {"claimName": evaluation.claim_name}})
     if step == "prepare":
         _add_continued(continued, mounts, volumes)
         _add_config_maps(job.spec, mounts, volumes)
@@ -74,7 +78,7 @@ def mounts_and_volumes(
     _add_credentials(job.spec, step, mounts, volumes)
     if step == "publish":
         _add_tracking(job.spec, mounts, volumes)
-        _add_signing_key(signing_key, mounts, volumes)
+        _add_signing_key(profile.signing_key, mounts, volumes)
     return mounts, volumes
 
 
@@ -84,6 +88,11 @@ def uses_cache(spec: QLoRAJobSpec, step: StepName) -> bool:
     That cannot hold a model on a volume.
     """
     return step != "clean" and not isinstance(parse_source(spec.model.source), VolumeSource)
+
+
+def uses_benchmarks(spec: QLoRAJobSpec, step: StepName) -> bool:
+    """Whether the step reads the tasks of benchmarks: prepare checks them, train runs them."""
+    return bool(spec.benchmarks) and step in ("prepare", "train")
 
 
 def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:

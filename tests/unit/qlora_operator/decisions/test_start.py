@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.profile import Profile
+from qlora_api.profile import Canary, Evaluation, Profile
 from qlora_operator.decisions.observed.objects import Reason
 from tests.support.builders import (
     DATASET,
@@ -62,6 +62,18 @@ def test_a_job_waits_for_a_gpu_that_training_can_use_and_nothing_takes_it_back_o
     assert conditions_of(status)["Stalled"] == "False"
     assert follow(make_job(status)).resolved is not None
     assert follow(make_job(status_in("prepare")), child("prepare"), no_gpu=none).phase == "Preparing"
+
+
+def test_a_job_with_benchmarks_has_the_image_for_them_or_waits() -> None:
+    job = make_job(gate={"benchmarks": [{"task": "arc"}]})
+    evaluation = Evaluation(image="trainer:evaluation", claim_name="tasks", sha256="0" * 64)
+    canary = Canary(image="trainer:next", percent=100)
+    able = {"default": PROFILE.model_copy(update={"evaluation": evaluation, "canary": canary})}
+    resolved = present(follow(job, profiles=able).resolved)
+    assert (resolved.profile.image, resolved.canary) == ("trainer:evaluation", None)
+    assert present(follow(make_job(), profiles=able).resolved).profile.image == "trainer:next"
+    status = follow(job)
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "EvaluationNotAvailable")
 
 
 @pytest.mark.parametrize(

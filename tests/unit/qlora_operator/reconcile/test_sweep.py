@@ -111,7 +111,9 @@ def test_a_change_of_the_best_cell_that_cannot_be_read_is_in_the_status() -> Non
     assert (status["phase"], status["summary"]) == ("Running", "2/2")
     reason, message = succeeded(status)
     assert reason == "CellsNotReadable"
-    assert message.startswith("the spec of QLoRAJob rates-00: gate.newer: unknown field; allowed are guards")
+    assert message.startswith(
+        "the spec of QLoRAJob rates-00: gate.newer: unknown field; allowed are benchmarks, guards"
+    )
     assert namespace.get("qlorajobs", "rates-best") is None
 
 

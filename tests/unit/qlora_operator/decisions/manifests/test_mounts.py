@@ -124,6 +124,19 @@ def test_credentials_are_files_of_the_step_that_needs_them(step: StepName, expec
     assert not any("valueFrom" in entry and "secretKeyRef" in entry["valueFrom"] for entry in container_of(job)["env"])
 
 
+EVALUATION = {"image": "trainer:evaluation", "claimName": "tasks", "path": "v1", "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_tasks_of_benchmarks_are_read_by_the_steps_that_need_them(step: StepName) -> None:
+    job = build(step, {"evaluation": EVALUATION}, gate={"benchmarks": [{"task": "arc"}]})
+    needed = step in ("prepare", "train")
+    assert mounts_of(job).get("/benchmarks") == (("tasks", False) if needed else None)
+    assert environment_of(job).get("QLORA_BENCHMARKS") == ("/benchmarks/v1" if needed else None)
+    assert environment_of(job).get("QLORA_BENCHMARKS_SHA256") == ("0" * 64 if needed else None)
+    assert "/benchmarks" not in mounts_of(build(step, {"evaluation": EVALUATION}))
+
+
 TRACKED: dict[str, Any] = {
     "training": {"reportTo": ["tensorboard", "mlflow", "wandb"]},
     "output": {"tracking": {"secretRef": {"name": "trackers"}}},
