@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, chdir, contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +207,7 @@ class Benchmarks:
             scores, name = found["results"][benchmark.task], benchmark.metric
             _require_rising(benchmark, found["higher_is_better"][benchmark.task])
             score = scores.get(name if "," in name else f"{name},none")
-        if not isinstance(score, int | float) or not 0 <= score <= 1:
+        if not isinstance(score, Real) or not 0 <= float(score) <= 1:
             measured = ", ".join(key.removesuffix(",none") for key in scores if "," in key and "_stderr" not in key)
             raise bad_configuration(
                 f"{_FIELD}[{benchmark.task}].metric is {name}, and the task gives {score} for it, not a score of 0 to "
